@@ -1,0 +1,149 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"unicode/utf8"
+)
+
+const maxBodyBytes = 64 << 10
+
+// errNoObject is the 400 for a body that is no JSON object; %s says why.
+func errNoObject(reason string) *problem {
+	return newProblem(http.StatusBadRequest, "The body must be one JSON object: "+reason)
+}
+
+// readBody returns the body of r if it has one of the media types. Its errors are the
+// problems 415, 413, 408 and 400, in that order, and errClientGone.
+func readBody(w http.ResponseWriter, r *http.Request, mediaTypes ...string) ([]byte, error) {
+	if !hasMediaType(r.Header["Content-Type"], mediaTypes) {
+		return nil, newProblem(http.StatusUnsupportedMediaType,
+			"Content-Type must be "+strings.Join(mediaTypes, " or ")+", in UTF-8")
+	}
+	tooLarge := newProblem(http.StatusRequestEntityTooLarge,
+		fmt.Sprintf("The body is larger than %d bytes", maxBodyBytes))
+	if r.ContentLength > maxBodyBytes {
+		return nil, tooLarge
+	}
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBodyBytes))
+	if err == nil {
+		return body, nil
+	}
+	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+		return nil, tooLarge
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return nil, newProblem(http.StatusRequestTimeout, "The body did not arrive in time")
+	}
+	if _, ok := errors.AsType[net.Error](err); ok || errors.Is(err, io.ErrUnexpectedEOF) {
+		return nil, errClientGone
+	}
+	return nil, newProblem(http.StatusBadRequest, "The body is not framed as HTTP asks for")
+}
+
+func hasMediaType(contentTypes, allowed []string) bool {
+	if len(contentTypes) != 1 {
+		return false
+	}
+	mediaType, parameters, err := mime.ParseMediaType(contentTypes[0])
+	charset, ok := parameters["charset"]
+	return err == nil && slices.Contains(allowed, mediaType) &&
+		(!ok || strings.EqualFold(charset, "utf-8"))
+}
+
+// member is one name and value of a JSON object, as received.
+type member struct {
+	name  string
+	value json.RawMessage
+}
+
+// parseObject splits a body that is exactly one JSON object into its members, in their
+// order and with duplicates. Its error is a problem.
+func parseObject(body []byte) ([]member, error) {
+	decoder := json.NewDecoder(bytes.NewReader(body))
+	start, err := decoder.Token()
+	if errors.Is(err, io.EOF) {
+		return nil, errNoObject("it is empty")
+	}
+	if err == nil && start != json.Delim('{') {
+		return nil, errNoObject("it begins as another type")
+	}
+	var members []member
+	for err == nil && decoder.More() {
+		var name json.Token
+		var value json.RawMessage
+		if name, err = decoder.Token(); err == nil {
+			err = decoder.Decode(&value)
+			members = append(members, member{fmt.Sprint(name), value})
+		}
+	}
+	if err == nil {
+		_, err = decoder.Token() // the closing brace
+	}
+	if err != nil {
+		return nil, errNoObject("its syntax is wrong")
+	}
+	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
+		return nil, errNoObject("something follows it")
+	}
+	return members, nil
+}
+
+// parseString returns a member's value, which must be a string that is Unicode without
+// a NUL. What encoding/json would replace silently is refused.
+func parseString(value json.RawMessage) (string, error) {
+	var text string
+	switch {
+	case string(value) == "null":
+		return "", errors.New("must be a string, not null")
+	case value[0] != '"':
+		return "", errors.New("must be a string")
+	case !utf8.Valid(value):
+		return "", errors.New("must be valid UTF-8")
+	case hasLoneSurrogate(value):
+		return "", errors.New("must not hold half a surrogate pair")
+	case json.Unmarshal(value, &text) != nil:
+		return "", errors.New("must be a string")
+	case strings.ContainsRune(text, 0):
+		return "", errors.New("must not hold a NUL")
+	}
+	return text, nil
+}
+
+// hasLoneSurrogate looks at the \u escapes of a valid JSON string.
+func hasLoneSurrogate(literal []byte) bool {
+	highBefore := false // the escape just before is a high surrogate without its low half
+	for i := 0; i < len(literal); i++ {
+		var unit uint64
+		if literal[i] == '\\' {
+			i++
+			if literal[i] == 'u' {
+				unit, _ = strconv.ParseUint(string(literal[i+1:i+5]), 16, 16)
+				i += 4
+			}
+		}
+		isLow := unit >= 0xdc00 && unit <= 0xdfff
+		if isLow != highBefore {
+			return true
+		}
+		highBefore = unit >= 0xd800 && unit <= 0xdbff
+	}
+	return highBefore
+}
+
+// pointer is the RFC 6901 pointer of a member, as a URI fragment.
+func pointer(name string) string {
+	escaped := strings.NewReplacer("~", "~0", "/", "~1").Replace(name)
+	return "#/" + (&url.URL{Fragment: escaped}).EscapedFragment()
+}

@@ -1,0 +1,105 @@
+package main
+
+import (
+	"compress/gzip"
+	_ "embed"
+	"io"
+	"mime"
+	"net/http"
+	"path"
+	"strconv"
+	"strings"
+
+	"github.com/swaggest/swgui/v5/static"
+)
+
+//go:embed openapi.json
+var openAPI []byte
+
+const docsPage = `<!DOCTYPE html>
+<html lang="en">
+<head>
+  <meta charset="utf-8">
+  <meta name="viewport" content="width=device-width, initial-scale=1">
+  <title>User service</title>
+  <link rel="stylesheet" href="/docs/swagger-ui.css">
+  <link rel="icon" type="image/png" href="/docs/favicon-32x32.png">
+</head>
+<body>
+  <div id="swagger-ui"></div>
+  <script src="/docs/swagger-ui-bundle.js"></script>
+  <script src="/docs/start.js"></script>
+</body>
+</html>
+`
+
+const docsStart = `SwaggerUIBundle({
+  url: "/openapi.json",
+  dom_id: "#swagger-ui",
+  deepLinking: true,
+  tryItOutEnabled: true,
+  validatorUrl: null,
+});
+`
+
+// docsPolicy lets the page load what this service serves, and send requests to it.
+// Swagger UI writes style attributes and draws with data: images.
+const docsPolicy = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; " +
+	"img-src 'self' data:; font-src 'self'; connect-src 'self'; base-uri 'none'; " +
+	"form-action 'none'; frame-ancestors 'none'"
+
+func serveOpenAPI(w http.ResponseWriter, r *http.Request) error {
+	return writeBytes(w, "application/json", openAPI)
+}
+
+func serveDocs(w http.ResponseWriter, r *http.Request) error {
+	w.Header().Set("Content-Security-Policy", docsPolicy)
+	return writeBytes(w, "text/html; charset=utf-8", []byte(docsPage))
+}
+
+func redirectToDocs(w http.ResponseWriter, r *http.Request) error {
+	http.Redirect(w, r, "/docs", http.StatusFound)
+	return nil
+}
+
+// serveDocsFile serves a file of Swagger UI. Most are embedded with gzip, and are sent
+// that way to whom it suits.
+func serveDocsFile(w http.ResponseWriter, r *http.Request) error {
+	name := r.PathValue("file")
+	contentType := mime.TypeByExtension(path.Ext(name))
+	if name == "start.js" {
+		return writeBytes(w, contentType, []byte(docsStart))
+	}
+	w.Header().Set("Cache-Control", "max-age=3600")
+	if plain, err := static.FS.ReadFile(name); err == nil && path.Ext(name) == ".png" {
+		return writeBytes(w, contentType, plain)
+	}
+	zipped, err := static.FS.Open(name + ".gz")
+	if err != nil {
+		return errNoRoute
+	}
+	defer zipped.Close()
+	w.Header().Set("Vary", "Accept-Encoding")
+	if strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
+		w.Header().Set("Content-Encoding", "gzip")
+	}
+	var content io.Reader = zipped
+	if w.Header().Get("Content-Encoding") == "" {
+		if content, err = gzip.NewReader(zipped); err != nil {
+			return err
+		}
+	}
+	body, err := io.ReadAll(content)
+	if err != nil {
+		return err
+	}
+	return writeBytes(w, contentType, body)
+}
+
+func writeBytes(w http.ResponseWriter, contentType string, body []byte) error {
+	w.Header().Set("Content-Type", contentType)
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	w.WriteHeader(http.StatusOK)
+	w.Write(body) // the response keeps the error
+	return nil
+}

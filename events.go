@@ -1,0 +1,371 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+)
+
+const (
+	userCreated = "user.created"
+	userUpdated = "user.updated"
+	userDeleted = "user.deleted"
+)
+
+const (
+	relayWindow   = 500 // events that are published before their confirms are awaited
+	relayPoll     = 100 * time.Millisecond
+	maxEventBytes = 64 << 10
+)
+
+// event says that a user changed, and to which version. For one user the versions of
+// the events have no gaps; a deletion is the version after the last one.
+type event struct {
+	outboxID   int64
+	ID         string    `json:"event_id"`
+	Type       string    `json:"event_type"`
+	Data       eventData `json:"data"`
+	TraceID    string    `json:"trace_id"`
+	OccurredAt timestamp `json:"occurred_at"`
+}
+
+type eventData struct {
+	UserID  int64 `json:"user_id"`
+	Version int64 `json:"version"`
+}
+
+// outbox is where the relay gets the events of committed changes.
+type outbox interface {
+	// lead waits until this process is the one that relays. The backlog is its own until
+	// it is closed or fails.
+	lead(ctx context.Context) (backlog, error)
+	// changed receives soon after a change of this process was committed.
+	changed() <-chan struct{}
+}
+
+// backlog holds the events that were not removed yet: what is in it is pending.
+type backlog interface {
+	// pending returns up to limit events, for each user in the order of versions.
+	pending(ctx context.Context, limit int) ([]event, error)
+	remove(ctx context.Context, events []event) error
+	close()
+}
+
+// broker takes events to consumers, at least once and in their order.
+type broker interface {
+	// publisher connects; the publisher is the caller's to close.
+	publisher(ctx context.Context) (publisher, error)
+	// consume calls connected once and then handle for message after message, until ctx
+	// or the connection ends. A message is acknowledged after handle returned nil, put
+	// aside after errUnreadable, else tried again.
+	consume(ctx context.Context, connected func(), handle messageHandler) error
+	// status is for /readyz.
+	status() string
+}
+
+type publisher interface {
+	// publish returns how many events, from the first on, the broker has for certain.
+	// After an error the publisher is of no more use.
+	publish(ctx context.Context, events []event) (int, error)
+	// lost is closed when the connection is.
+	lost() <-chan struct{}
+	close()
+}
+
+type messageHandler func(ctx context.Context, body []byte) error
+
+// errUnreadable is a message that no consumer of this version can handle.
+var errUnreadable = errors.New("unreadable message")
+
+// poke makes a channel of capacity 1 ready to receive.
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// relay moves events from the outbox to the broker. Any number may run; one leads.
+type relay struct {
+	outbox    outbox
+	broker    broker
+	log       *slog.Logger
+	leads     *metrics.Gauge
+	published *metrics.Counter
+}
+
+func newRelay(o outbox, b broker, log *slog.Logger, set *metrics.Set) *relay {
+	return &relay{
+		outbox:    o,
+		broker:    b,
+		log:       log,
+		leads:     set.NewGauge("relay_leader", nil),
+		published: set.NewCounter("events_published_total"),
+	}
+}
+
+// run relays until ctx ends; then it publishes what is pending, as long as work lasts.
+func (r *relay) run(ctx, work context.Context) {
+	line := connectionLog{log: r.log, name: "relay"}
+	for ctx.Err() == nil {
+		err := r.session(ctx, work, &line)
+		if ctx.Err() == nil {
+			line.lost(err)
+		}
+		line.backoff(ctx)
+	}
+}
+
+// session relays over one connection to the broker and one hold of the lead. It returns
+// nil only when ctx has ended and nothing is pending.
+func (r *relay) session(ctx, work context.Context, line *connectionLog) error {
+	p, err := r.broker.publisher(ctx)
+	if err != nil {
+		return fmt.Errorf("connecting to the broker: %w", err)
+	}
+	defer p.close()
+	b, err := r.outbox.lead(ctx)
+	if err != nil {
+		return fmt.Errorf("taking the lead: %w", err)
+	}
+	defer b.close()
+	r.leads.Set(1)
+	defer r.leads.Set(0)
+	for {
+		n, err := r.relayWindow(work, p, b)
+		if err != nil {
+			return err
+		}
+		line.restored()
+		if n == relayWindow {
+			continue
+		}
+		if ctx.Err() != nil && n == 0 {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+		case <-p.lost():
+			return errors.New("the broker closed the connection")
+		case <-r.outbox.changed():
+		case <-time.After(relayPoll):
+		}
+	}
+}
+
+// relayWindow publishes the oldest events and removes those that the broker has: the
+// longest run from the first on, so that no event is passed over.
+func (r *relay) relayWindow(ctx context.Context, p publisher, b backlog) (int, error) {
+	events, err := b.pending(ctx, relayWindow)
+	if err != nil || len(events) == 0 {
+		return 0, err
+	}
+	n, publishErr := p.publish(ctx, events)
+	r.published.Add(n)
+	if n > 0 {
+		err = b.remove(ctx, events[:n])
+	}
+	return n, errors.Join(publishErr, err)
+}
+
+// consumer logs the events that it has not seen.
+type consumer struct {
+	broker   broker
+	log      *slog.Logger
+	consumed *metrics.Counter
+	skipped  *metrics.Counter
+	seen     versions
+}
+
+func newConsumer(b broker, log *slog.Logger, set *metrics.Set) *consumer {
+	return &consumer{
+		broker:   b,
+		log:      log,
+		consumed: set.NewCounter("events_consumed_total"),
+		skipped:  set.NewCounter("events_skipped_total"),
+	}
+}
+
+// run consumes until ctx ends.
+func (c *consumer) run(ctx context.Context) {
+	line := connectionLog{log: c.log, name: "consumer"}
+	for ctx.Err() == nil {
+		err := c.broker.consume(ctx, line.restored, c.handle)
+		if ctx.Err() == nil {
+			line.lost(err)
+		}
+		line.backoff(ctx)
+	}
+}
+
+// handle writes the event's line out before it returns nil.
+func (c *consumer) handle(ctx context.Context, body []byte) error {
+	e, err := parseEvent(body)
+	if err != nil {
+		c.log.WarnContext(ctx, "Rejected message", "error", err, "bytes", len(body))
+		return err
+	}
+	ctx = withTraceID(ctx, e.TraceID)
+	attrs := []slog.Attr{
+		slog.String("event_type", e.Type),
+		slog.Int64("user_id", e.Data.UserID),
+		slog.Int64("version", e.Data.Version),
+		slog.String("event_id", e.ID),
+	}
+	if c.seen.passed(e.Data) {
+		c.skipped.Inc()
+		c.log.LogAttrs(ctx, slog.LevelDebug, "Skipped duplicate event", attrs...)
+		return nil
+	}
+	message := fmt.Sprintf("Received event %s with user_id=%d", e.Type, e.Data.UserID)
+	if c.log.Enabled(ctx, slog.LevelInfo) {
+		record := slog.NewRecord(time.Now(), slog.LevelInfo, message, 0)
+		record.AddAttrs(attrs...)
+		if err := c.log.Handler().Handle(ctx, record); err != nil {
+			return fmt.Errorf("logging an event: %w", err)
+		}
+	}
+	c.seen.add(e.Data)
+	c.consumed.Inc()
+	return nil
+}
+
+// parseEvent fails with errUnreadable. Members that it does not know are no error.
+func parseEvent(body []byte) (event, error) {
+	if len(body) > maxEventBytes {
+		return event{}, fmt.Errorf("%w: more than %d bytes", errUnreadable, maxEventBytes)
+	}
+	var e event
+	if err := json.Unmarshal(body, &e); err != nil {
+		return event{}, fmt.Errorf("%w: %w", errUnreadable, err)
+	}
+	switch e.Type {
+	case userCreated, userUpdated, userDeleted:
+	default:
+		return event{}, fmt.Errorf("%w: unknown event_type", errUnreadable)
+	}
+	if e.ID == "" || e.Data.UserID < 1 || e.Data.Version < 1 {
+		return event{}, fmt.Errorf("%w: event_id, user_id or version is missing", errUnreadable)
+	}
+	return e, nil
+}
+
+// versions remembers the newest version of each of the users that were seen last: of
+// half of maxVersions at least, of maxVersions at most.
+type versions struct {
+	newer, older map[int64]int64
+}
+
+const maxVersions = 100_000
+
+func (v *versions) passed(d eventData) bool {
+	return max(v.newer[d.UserID], v.older[d.UserID]) >= d.Version
+}
+
+func (v *versions) add(d eventData) {
+	if v.newer == nil || len(v.newer) >= maxVersions/2 {
+		v.newer, v.older = make(map[int64]int64), v.newer
+	}
+	v.newer[d.UserID] = d.Version
+}
+
+// inProcess is the broker of a service without RabbitMQ. What it has published, the
+// consumer has handled.
+type inProcess struct {
+	messages chan inProcessMessage
+}
+
+type inProcessMessage struct {
+	body    []byte
+	handled chan error
+}
+
+func newInProcess() *inProcess {
+	return &inProcess{messages: make(chan inProcessMessage)}
+}
+
+func (b *inProcess) publisher(context.Context) (publisher, error) { return b, nil }
+
+func (b *inProcess) publish(ctx context.Context, events []event) (int, error) {
+	for i, e := range events {
+		if err := b.deliver(ctx, e); err != nil {
+			return i, err
+		}
+	}
+	return len(events), nil
+}
+
+func (b *inProcess) deliver(ctx context.Context, e event) error {
+	body, err := json.Marshal(e)
+	if err != nil {
+		return fmt.Errorf("encoding an event: %w", err)
+	}
+	m := inProcessMessage{body: body, handled: make(chan error, 1)}
+	select {
+	case b.messages <- m:
+		return <-m.handled
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (b *inProcess) consume(ctx context.Context, connected func(), handle messageHandler) error {
+	connected()
+	for {
+		select {
+		case m := <-b.messages:
+			m.handled <- handle(ctx, m.body)
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+func (b *inProcess) lost() <-chan struct{} { return nil }
+
+func (b *inProcess) close() {}
+
+func (b *inProcess) status() string { return "in-process" }
+
+// connectionLog says once that a connection is lost and once that it is back, and makes
+// each attempt wait longer than the last.
+type connectionLog struct {
+	log      *slog.Logger
+	name     string
+	failures int
+}
+
+func (l *connectionLog) lost(err error) {
+	level := slog.LevelDebug
+	if l.failures++; l.failures == 1 {
+		level = slog.LevelWarn
+	}
+	l.log.LogAttrs(context.Background(), level, "Event connection lost",
+		slog.String("connection", l.name), slog.Any("error", err))
+}
+
+func (l *connectionLog) restored() {
+	if l.failures > 0 {
+		l.log.Info("Event connection restored", "connection", l.name)
+	}
+	l.failures = 0
+}
+
+// backoff waits with full jitter below a bound that doubles from 0.25 s to 10 s.
+func (l *connectionLog) backoff(ctx context.Context) {
+	bound := min(250*time.Millisecond<<min(l.failures, 6), 10*time.Second)
+	sleep(ctx, rand.N(bound))
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}

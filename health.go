@@ -1,0 +1,72 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"strconv"
+	"sync/atomic"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+)
+
+// health has the handlers for those who run the service.
+type health struct {
+	store    interface{ ready(context.Context) string }
+	broker   interface{ status() string }
+	metrics  *metrics.Set
+	draining atomic.Bool
+}
+
+func (h *health) live(w http.ResponseWriter, r *http.Request) error {
+	return writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
+}
+
+// ready says whether this replica should get requests. RabbitMQ does not matter for it:
+// no request waits for it.
+func (h *health) ready(w http.ResponseWriter, r *http.Request) error {
+	answer := struct {
+		Status   string `json:"status"`
+		Database string `json:"database"`
+		RabbitMQ string `json:"rabbitmq"`
+	}{"ready", h.store.ready(r.Context()), h.broker.status()}
+	if h.draining.Load() || answer.Database == "down" || answer.Database == "read-only" {
+		answer.Status = "not ready"
+		return writeJSON(w, http.StatusServiceUnavailable, answer)
+	}
+	return writeJSON(w, http.StatusOK, answer)
+}
+
+func (h *health) prometheus(w http.ResponseWriter, r *http.Request) error {
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	h.metrics.WritePrometheus(w)
+	metrics.WriteProcessMetrics(w)
+	return nil
+}
+
+// checkHealth is the command of the image's HEALTHCHECK: it asks the service that runs
+// with the same settings.
+func checkHealth(ctx context.Context, s settings) error {
+	host := s.host
+	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
+		host = "localhost"
+	}
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	url := "http://" + net.JoinHostPort(host, strconv.Itoa(s.port)) + "/healthz"
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return err
+	}
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		return err
+	}
+	defer response.Body.Close()
+	if response.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s answers %s", url, response.Status)
+	}
+	return nil
+}

@@ -1,0 +1,243 @@
+// Command user-service is a REST API for users over PostgreSQL that tells RabbitMQ of
+// every change, and of no other.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+)
+
+// The bounds of a stop. Together they stay below 10 s.
+const (
+	drainRequests = 6 * time.Second // for requests under way
+	drainEvents   = 2 * time.Second // for events that are committed
+	drainConsumer = 1 * time.Second // for the event in hand
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	os.Exit(command(ctx, os.Args[1:], os.Stdout))
+}
+
+// command runs the service, or the one command that it has, and returns the exit code: 2
+// for what was asked wrongly, 1 for what failed. The last line on stdout says why.
+func command(ctx context.Context, args []string, stdout io.Writer) int {
+	log := newLogger(stdout, slog.LevelInfo)
+	getenv, err := getenvWithFile(".env")
+	var s settings
+	if err == nil {
+		s, err = loadSettings(getenv)
+	}
+	if err != nil {
+		log.Error("Invalid setting", "error", err)
+		return 2
+	}
+	switch strings.Join(args, " ") {
+	case "":
+		err = run(ctx, s, newLogger(stdout, s.logLevel))
+	case "healthcheck":
+		err = checkHealth(ctx, s)
+	default:
+		log.Error("Unknown command", "error", "the commands are none, to serve, and healthcheck")
+		return 2
+	}
+	if err != nil {
+		log.Error("Service failed", "error", err)
+		return 1
+	}
+	return 0
+}
+
+// store is what both stores are.
+type store interface {
+	userStore
+	outbox
+	ready(context.Context) string
+	close()
+}
+
+// run serves until ctx ends, and returns when everything that it began has ended.
+func run(ctx context.Context, s settings, log *slog.Logger) error {
+	set := metrics.NewSet()
+	store, err := openStore(ctx, s, log)
+	if ctx.Err() != nil {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer store.close()
+	broker := newBroker(s, log, set)
+	health := &health{store: store, broker: broker, metrics: set}
+	api := &api{store: store, hasher: newHasher(), passwordMinLength: s.passwordMinLength}
+	server := &server{mux: http.NewServeMux(), log: log, metrics: set}
+	addRoutes(server, api, health)
+
+	listener, err := net.Listen("tcp", net.JoinHostPort(s.host, strconv.Itoa(s.port)))
+	if err != nil {
+		return fmt.Errorf("listening on HOST and PORT: %w", err)
+	}
+	events := startEvents(store, broker, log, set)
+	httpServer := newHTTPServer(server, log)
+	served := make(chan error, 1)
+	go func() { served <- httpServer.Serve(listener) }()
+	address := listener.Addr().(*net.TCPAddr)
+	log.Info("Service started", "app", s.appName, "host", s.host, "port", address.Port,
+		"docs", docsURL(s.host, address.Port))
+
+	select {
+	case err = <-served: // only a listener that broke ends it before its Shutdown
+	case <-ctx.Done():
+		log.Info("Service stopping")
+		health.draining.Store(true)
+		time.Sleep(s.shutdownDelay)
+		err = shutDown(httpServer)
+	}
+	events.stop()
+	log.Info("Service stopped")
+	return err
+}
+
+// addRoutes is the list of what the service answers to.
+func addRoutes(s *server, a *api, h *health) {
+	routes := []struct {
+		method, path string
+		handler      handler
+	}{
+		{"GET", "/users", a.listUsers},
+		{"POST", "/users", a.createUser},
+		{"GET", "/users/{$}", a.listUsers},
+		{"POST", "/users/{$}", a.createUser},
+		{"GET", "/users/{id}", a.getUser},
+		{"PUT", "/users/{id}", a.updateUser},
+		{"PATCH", "/users/{id}", a.updateUser},
+		{"DELETE", "/users/{id}", a.deleteUser},
+
+		{"GET", "/docs", serveDocs},
+		{"GET", "/docs/{file}", serveDocsFile},
+		{"GET", "/openapi.json", serveOpenAPI},
+		{"GET", "/docs/{$}", redirectToDocs},
+		{"GET", "/schema", redirectToDocs},
+		{"GET", "/{$}", redirectToDocs},
+
+		{"GET", "/healthz", h.live},
+		{"GET", "/readyz", h.ready},
+		{"GET", "/metrics", h.prometheus},
+	}
+	allow := make(map[string]string)
+	for _, route := range routes {
+		s.handle(route.method+" "+route.path, route.handler)
+		if allow[route.path] != "" {
+			allow[route.path] += ", "
+		}
+		allow[route.path] += strings.Replace(route.method, "GET", "GET, HEAD", 1)
+	}
+	for path, methods := range allow {
+		s.handle(path, methodNotAllowed(methods))
+	}
+	s.handle("/", func(http.ResponseWriter, *http.Request) error { return errNoRoute })
+}
+
+func openStore(ctx context.Context, s settings, log *slog.Logger) (store, error) {
+	if s.databaseURL == "" {
+		log.Warn("No DATABASE_URL: users are kept in memory, and everything is lost on exit")
+		return newMemory(), nil
+	}
+	return openPostgres(ctx, s.databaseURL, s.appName, log)
+}
+
+func newBroker(s settings, log *slog.Logger, set *metrics.Set) broker {
+	if s.rabbitURL == "" {
+		return newInProcess()
+	}
+	return newRabbitMQ(s.rabbitURL, s.appName, log, set)
+}
+
+// newHTTPServer bounds what a client may take: zero would mean without end.
+func newHTTPServer(h http.Handler, log *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler:                      h,
+		ReadHeaderTimeout:            3 * time.Second,
+		ReadTimeout:                  10 * time.Second,
+		WriteTimeout:                 15 * time.Second,
+		IdleTimeout:                  60 * time.Second,
+		MaxHeaderBytes:               8 << 10,
+		DisableGeneralOptionsHandler: true,
+		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+}
+
+// shutDown lets requests under way finish, and cuts off what takes too long.
+func shutDown(s *http.Server) error {
+	s.SetKeepAlivesEnabled(false)
+	ctx, cancel := context.WithTimeout(context.Background(), drainRequests)
+	defer cancel()
+	err := s.Shutdown(ctx)
+	if errors.Is(err, context.DeadlineExceeded) {
+		return s.Close()
+	}
+	return err
+}
+
+// eventTasks are the two goroutines that take events from the store to the log.
+type eventTasks struct {
+	stopRelay, stopWork, stopConsumer context.CancelFunc
+	relaying, consuming               sync.WaitGroup
+}
+
+func startEvents(o outbox, b broker, log *slog.Logger, set *metrics.Set) *eventTasks {
+	var t eventTasks
+	var relayUntil, workUntil, consumeUntil context.Context
+	relayUntil, t.stopRelay = context.WithCancel(context.Background())
+	workUntil, t.stopWork = context.WithCancel(context.Background())
+	consumeUntil, t.stopConsumer = context.WithCancel(context.Background())
+	relay := newRelay(o, b, log, set)
+	consumer := newConsumer(b, log, set)
+	t.relaying.Go(func() { relay.run(relayUntil, workUntil) })
+	t.consuming.Go(func() { consumer.run(consumeUntil) })
+	return &t
+}
+
+// stop ends the relay when all is published, and then the consumer.
+func (t *eventTasks) stop() {
+	t.stopRelay()
+	waitAtMost(drainEvents, &t.relaying)
+	t.stopWork()
+	t.stopConsumer()
+	waitAtMost(drainConsumer, &t.consuming)
+}
+
+func waitAtMost(d time.Duration, group *sync.WaitGroup) {
+	done := make(chan struct{})
+	go func() {
+		group.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(d):
+	}
+}
+
+// docsURL is what a person on this machine opens.
+func docsURL(host string, port int) string {
+	if ip := net.ParseIP(host); ip != nil && (ip.IsUnspecified() || ip.IsLoopback()) {
+		host = "localhost"
+	}
+	return "http://" + net.JoinHostPort(host, strconv.Itoa(port)) + "/docs"
+}

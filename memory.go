@@ -1,0 +1,174 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"slices"
+	"sync"
+	"time"
+)
+
+// memory is the store of a service without a database: all is lost when it ends. It is
+// its own outbox.
+type memory struct {
+	mu     sync.RWMutex
+	lastID int64
+	users  []memoryUser // in the order of ids
+	events []event      // committed and not yet published, oldest first
+	poke   chan struct{}
+}
+
+type memoryUser struct {
+	User
+	password string
+}
+
+func newMemory() *memory {
+	return &memory{poke: make(chan struct{}, 1)}
+}
+
+func (m *memory) createUser(ctx context.Context, in userInput) (User, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.lastID++
+	now := timestamp{time.Now().Truncate(time.Microsecond)}
+	u := User{ID: m.lastID, Name: *in.name, Surname: *in.surname, Version: 1,
+		CreatedAt: now, UpdatedAt: now}
+	m.users = append(m.users, memoryUser{u, *in.password})
+	m.record(ctx, userCreated, u)
+	return u, nil
+}
+
+func (m *memory) getUser(_ context.Context, id int64) (User, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	i, err := m.find(id, nil)
+	if err != nil {
+		return User{}, err
+	}
+	return m.users[i].User, nil
+}
+
+func (m *memory) listUsers(_ context.Context, after, offset, limit int64) ([]User, int64, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	first, found := m.search(after)
+	if found {
+		first++
+	}
+	first = min(first+int(offset), len(m.users))
+	last := min(first+int(limit), len(m.users))
+	users := make([]User, 0, last-first)
+	for _, u := range m.users[first:last] {
+		users = append(users, u.User)
+	}
+	return users, int64(len(m.users)), nil
+}
+
+func (m *memory) updateUser(ctx context.Context, id int64, in userInput, match []int64) (User, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	i, err := m.find(id, match)
+	if err != nil {
+		return User{}, err
+	}
+	u := m.users[i]
+	if in.name != nil {
+		u.Name = *in.name
+	}
+	if in.surname != nil {
+		u.Surname = *in.surname
+	}
+	if in.password != nil {
+		u.password = *in.password
+	}
+	if u == m.users[i] {
+		return u.User, nil
+	}
+	u.Version++
+	u.UpdatedAt = after(u.UpdatedAt)
+	m.users[i] = u
+	m.record(ctx, userUpdated, u.User)
+	return u.User, nil
+}
+
+func (m *memory) deleteUser(ctx context.Context, id int64, match []int64) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	i, err := m.find(id, match)
+	if err != nil {
+		return err
+	}
+	u := m.users[i].User
+	m.users = slices.Delete(m.users, i, i+1)
+	u.Version++
+	u.UpdatedAt = after(u.UpdatedAt)
+	m.record(ctx, userDeleted, u)
+	return nil
+}
+
+// after is now, but later than t.
+func after(t timestamp) timestamp {
+	now := timestamp{time.Now().Truncate(time.Microsecond)}
+	if next := t.Add(time.Microsecond); now.Before(next) {
+		return timestamp{next}
+	}
+	return now
+}
+
+// find returns the index of a user whose version is in match. The lock is the caller's.
+func (m *memory) find(id int64, match []int64) (int, error) {
+	i, found := m.search(id)
+	if !found {
+		return 0, errNotFound
+	}
+	if match != nil && !slices.Contains(match, m.users[i].Version) {
+		return 0, errVersionMismatch
+	}
+	return i, nil
+}
+
+func (m *memory) search(id int64) (int, bool) {
+	return slices.BinarySearchFunc(m.users, id, func(u memoryUser, id int64) int {
+		return cmp.Compare(u.ID, id)
+	})
+}
+
+// record adds the event of the change that made u what it is. The lock is the caller's.
+func (m *memory) record(ctx context.Context, eventType string, u User) {
+	m.events = append(m.events, event{
+		ID:         newUUIDv7(),
+		Type:       eventType,
+		Data:       eventData{UserID: u.ID, Version: u.Version},
+		TraceID:    traceID(ctx),
+		OccurredAt: u.UpdatedAt,
+	})
+	poke(m.poke)
+}
+
+func (m *memory) ready(context.Context) string { return "memory" }
+
+func (m *memory) close() {}
+
+// lead needs no lock: there is no other process.
+func (m *memory) lead(context.Context) (backlog, error) { return memoryBacklog{m}, nil }
+
+func (m *memory) changed() <-chan struct{} { return m.poke }
+
+type memoryBacklog struct{ *memory }
+
+func (b memoryBacklog) pending(_ context.Context, limit int) ([]event, error) {
+	b.mu.RLock()
+	defer b.mu.RUnlock()
+	return slices.Clone(b.events[:min(limit, len(b.events))]), nil
+}
+
+// remove takes what pending returned first.
+func (b memoryBacklog) remove(_ context.Context, events []event) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.events = b.events[len(events):]
+	return nil
+}
+
+func (b memoryBacklog) close() {}

@@ -1,0 +1,380 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+	amqp "github.com/rabbitmq/amqp091-go"
+)
+
+const (
+	brokerTimeout    = 5 * time.Second  // to connect, and to shake hands
+	brokerWrite      = 3 * time.Second  // for one write to the socket
+	brokerHeartbeat  = 10 * time.Second // a frozen broker is noticed after one and a half
+	confirmWait      = 10 * time.Second // less than idle_session_timeout of the lead
+	topologyInterval = 2 * time.Second
+	consumerPrefetch = 64
+)
+
+// rabbitMQ is the broker of a service with a RABBITMQ_URL. All names in it derive from
+// that of the exchange.
+type rabbitMQ struct {
+	url         string
+	appName     string
+	exchange    string
+	log         *slog.Logger
+	returned    *metrics.Counter
+	connections atomic.Int32 // 2 when both the relay's and the consumer's are open
+
+	mu      sync.Mutex
+	foreign map[string]bool // what exists already, with other properties than ours
+}
+
+func newRabbitMQ(url, appName string, log *slog.Logger, set *metrics.Set) *rabbitMQ {
+	b := &rabbitMQ{
+		url:      url,
+		appName:  appName,
+		exchange: "user_events",
+		log:      log,
+		returned: set.NewCounter("events_returned_total"),
+		foreign:  make(map[string]bool),
+	}
+	set.NewGauge("broker_connected", func() float64 {
+		return float64(b.connections.Load() / 2)
+	})
+	return b
+}
+
+// parseRabbitURL returns text if it is a URL that can be dialled.
+func parseRabbitURL(text string) (string, error) {
+	_, err := amqp.ParseURI(text)
+	return text, err
+}
+
+func (b *rabbitMQ) queue() string              { return b.exchange + ".consumer" }
+func (b *rabbitMQ) deadLetterExchange() string { return b.exchange + ".dlx" }
+func (b *rabbitMQ) deadLetterQueue() string    { return b.exchange + ".dead" }
+
+func (b *rabbitMQ) status() string {
+	if b.connections.Load() < 2 {
+		return "down"
+	}
+	return "up"
+}
+
+// dial opens a connection that has a topology to work with. It is the caller's to hang
+// up with the function that comes with it.
+func (b *rabbitMQ) dial(ctx context.Context, purpose string) (*amqp.Connection, func(), error) {
+	properties := amqp.NewConnectionProperties()
+	properties.SetClientConnectionName(b.appName + " " + purpose)
+	conn, err := amqp.DialConfig(b.url, amqp.Config{
+		Heartbeat:  brokerHeartbeat,
+		Properties: properties,
+		Dial: func(network, address string) (net.Conn, error) {
+			dialer := net.Dialer{Timeout: brokerTimeout}
+			c, err := dialer.DialContext(ctx, network, address)
+			if err != nil {
+				return nil, err
+			}
+			return writeDeadlineConn{c}, c.SetDeadline(time.Now().Add(brokerTimeout))
+		},
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	b.connections.Add(1)
+	hangUp := func() {
+		b.connections.Add(-1)
+		// The plain Close waits for ever where the broker has stopped to read.
+		conn.CloseDeadline(time.Now().Add(time.Second))
+	}
+	if err := b.declareTopology(conn); err != nil {
+		hangUp()
+		return nil, nil, fmt.Errorf("declaring the topology: %w", err)
+	}
+	return conn, hangUp, nil
+}
+
+// writeDeadlineConn bounds each write: a broker in a memory alarm does not read, and
+// amqp091 would hang in the write.
+type writeDeadlineConn struct{ net.Conn }
+
+func (c writeDeadlineConn) Write(p []byte) (int, error) {
+	if err := c.SetWriteDeadline(time.Now().Add(brokerWrite)); err != nil {
+		return 0, err
+	}
+	return c.Conn.Write(p)
+}
+
+// declaration makes sure that one thing exists on the broker. Passive only looks.
+type declaration struct {
+	name    string
+	declare func(*amqp.Channel) error
+	passive func(*amqp.Channel) error
+}
+
+// topology is the exchange of the events with the consumer's queue, and what this queue
+// puts aside. The quorum queue keeps a dead letter until the other queue has it.
+func (b *rabbitMQ) topology() []declaration {
+	exchange := func(name, kind string) declaration {
+		return declaration{
+			"exchange " + name,
+			func(ch *amqp.Channel) error {
+				return ch.ExchangeDeclare(name, kind, true, false, false, false, nil)
+			},
+			func(ch *amqp.Channel) error {
+				return ch.ExchangeDeclarePassive(name, kind, true, false, false, false, nil)
+			},
+		}
+	}
+	queue := func(name string, arguments amqp.Table) declaration {
+		return declaration{
+			"queue " + name,
+			func(ch *amqp.Channel) error {
+				_, err := ch.QueueDeclare(name, true, false, false, false, arguments)
+				return err
+			},
+			func(ch *amqp.Channel) error {
+				_, err := ch.QueueDeclarePassive(name, true, false, false, false, nil)
+				return err
+			},
+		}
+	}
+	binding := func(queue, key, exchange string) declaration {
+		bind := func(ch *amqp.Channel) error {
+			return ch.QueueBind(queue, key, exchange, false, nil)
+		}
+		return declaration{"binding of queue " + queue, bind, bind}
+	}
+	return []declaration{
+		exchange(b.deadLetterExchange(), amqp.ExchangeFanout),
+		queue(b.deadLetterQueue(), amqp.Table{"x-queue-type": "quorum"}),
+		binding(b.deadLetterQueue(), "", b.deadLetterExchange()),
+		exchange(b.exchange, amqp.ExchangeTopic),
+		queue(b.queue(), amqp.Table{
+			"x-queue-type":             "quorum",
+			"x-single-active-consumer": true,
+			"x-delivery-limit":         20,
+			"x-dead-letter-exchange":   b.deadLetterExchange(),
+			"x-dead-letter-strategy":   "at-least-once",
+			"x-overflow":               "reject-publish",
+		}),
+		binding(b.queue(), "user.*", b.exchange),
+	}
+}
+
+// declareTopology declares what is missing. What exists with other properties is used
+// as it is, and named in the log once.
+func (b *rabbitMQ) declareTopology(conn *amqp.Connection) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	ch, err := conn.Channel()
+	if err != nil {
+		return err
+	}
+	for _, d := range b.topology() {
+		declare := d.declare
+		if b.foreign[d.name] {
+			declare = d.passive
+		}
+		err := declare(ch)
+		if err == nil {
+			continue
+		}
+		refusal, ok := errors.AsType[*amqp.Error](err)
+		switch {
+		case ok && refusal.Code == amqp.NotFound && b.foreign[d.name]:
+			delete(b.foreign, d.name) // it is gone: the next round makes ours
+		case ok && refusal.Code == amqp.PreconditionFailed:
+			b.foreign[d.name] = true
+			b.log.Warn("RabbitMQ has it with other properties, which stay", "what", d.name,
+				"error", refusal.Reason)
+		default:
+			return err
+		}
+		if ch, err = conn.Channel(); err != nil { // a refusal closes the channel
+			return err
+		}
+	}
+	return ch.Close()
+}
+
+// rabbitPublisher publishes on one channel of a connection of its own: an alarm blocks
+// the connections that publish, and the consumer must go on.
+type rabbitPublisher struct {
+	broker  *rabbitMQ
+	channel *amqp.Channel
+	returns chan amqp.Return
+	closed  chan struct{}
+	hangUp  func()
+}
+
+func (b *rabbitMQ) publisher(ctx context.Context) (publisher, error) {
+	conn, hangUp, err := b.dial(ctx, "relay")
+	if err != nil {
+		return nil, err
+	}
+	p := &rabbitPublisher{broker: b, closed: make(chan struct{}), hangUp: hangUp}
+	if p.channel, err = conn.Channel(); err == nil {
+		err = p.channel.Confirm(false)
+	}
+	if err != nil {
+		hangUp()
+		return nil, err
+	}
+	p.returns = p.channel.NotifyReturn(make(chan amqp.Return, relayWindow))
+	closing := p.channel.NotifyClose(make(chan *amqp.Error, 1))
+	go func() { // ends with the channel, which hangUp closes
+		<-closing
+		close(p.closed)
+	}()
+	return p, nil
+}
+
+func (p *rabbitPublisher) lost() <-chan struct{} { return p.closed }
+
+func (p *rabbitPublisher) close() { p.hangUp() }
+
+func (p *rabbitPublisher) publish(ctx context.Context, events []event) (int, error) {
+	var confirms []*amqp.DeferredConfirmation
+	var publishErr error
+	for _, e := range events {
+		confirm, err := p.send(ctx, e)
+		if err != nil {
+			publishErr = err
+			break
+		}
+		confirms = append(confirms, confirm)
+	}
+	n, err := p.countConfirmed(ctx, confirms)
+	if publishErr != nil {
+		err = publishErr
+	}
+	// A message that no queue took is returned, and then confirmed like any other.
+	if first := p.firstReturned(events[:n]); first < n {
+		return first, errors.New("the broker returned an event: no queue takes it")
+	}
+	return n, err
+}
+
+func (p *rabbitPublisher) send(ctx context.Context, e event) (*amqp.DeferredConfirmation, error) {
+	body, err := json.Marshal(e)
+	if err != nil {
+		return nil, fmt.Errorf("encoding an event: %w", err)
+	}
+	const mandatory, immediate = true, false
+	return p.channel.PublishWithDeferredConfirmWithContext(ctx, p.broker.exchange, e.Type,
+		mandatory, immediate, amqp.Publishing{
+			Headers:       amqp.Table{"trace_id": e.TraceID},
+			ContentType:   "application/json",
+			DeliveryMode:  amqp.Persistent,
+			CorrelationId: e.TraceID,
+			MessageId:     e.ID,
+			Timestamp:     e.OccurredAt.Time,
+			Type:          e.Type,
+			AppId:         p.broker.appName,
+			Body:          body,
+		})
+}
+
+// countConfirmed counts the confirms from the first on that the broker has given.
+func (p *rabbitPublisher) countConfirmed(ctx context.Context,
+	confirms []*amqp.DeferredConfirmation) (int, error) {
+	ctx, cancel := context.WithTimeout(ctx, confirmWait)
+	defer cancel()
+	for i, confirm := range confirms {
+		acknowledged, err := confirm.WaitContext(ctx)
+		if err != nil {
+			return i, fmt.Errorf("waiting for the broker's confirm: %w", err)
+		}
+		if !acknowledged {
+			return i, errors.New("the broker refused an event, or closed the connection")
+		}
+	}
+	return len(confirms), nil
+}
+
+// firstReturned is the index of the first event that came back, or their number. The
+// returns have all arrived before the confirms.
+func (p *rabbitPublisher) firstReturned(events []event) int {
+	returned := make(map[string]bool)
+	for more := true; more; {
+		select {
+		case r, ok := <-p.returns:
+			more = ok
+			returned[r.MessageId] = true
+		default:
+			more = false
+		}
+	}
+	first := len(events)
+	for i := len(events) - 1; i >= 0; i-- {
+		if returned[events[i].ID] {
+			p.broker.returned.Inc()
+			first = i
+		}
+	}
+	return first
+}
+
+func (b *rabbitMQ) consume(ctx context.Context, connected func(), handle messageHandler) error {
+	conn, hangUp, err := b.dial(ctx, "consumer")
+	if err != nil {
+		return err
+	}
+	defer hangUp()
+	deliveries, err := b.subscribe(conn)
+	if err != nil {
+		return fmt.Errorf("subscribing to %s: %w", b.queue(), err)
+	}
+	connected()
+	tick := time.NewTicker(topologyInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+			err = b.declareTopology(conn)
+		case d, ok := <-deliveries:
+			if !ok {
+				return errors.New("the broker ended the subscription")
+			}
+			err = settle(ctx, d, handle(ctx, d.Body))
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+func (b *rabbitMQ) subscribe(conn *amqp.Connection) (<-chan amqp.Delivery, error) {
+	ch, err := conn.Channel()
+	if err != nil {
+		return nil, err
+	}
+	if err := ch.Qos(consumerPrefetch, 0, false); err != nil {
+		return nil, err
+	}
+	return ch.Consume(b.queue(), "", false, false, false, false, nil)
+}
+
+// settle tells the broker what became of a message.
+func settle(ctx context.Context, d amqp.Delivery, err error) error {
+	switch {
+	case err == nil:
+		return d.Ack(false)
+	case errors.Is(err, errUnreadable):
+		return d.Reject(false) // the queue puts it aside
+	}
+	sleep(ctx, time.Second) // each try counts towards x-delivery-limit
+	return d.Reject(true)
+}

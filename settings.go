@@ -1,0 +1,188 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+)
+
+// settings is what the environment decides; see the table in README.md.
+type settings struct {
+	databaseURL       string // empty: users live in memory
+	rabbitURL         string // empty: events are delivered in process
+	appName           string
+	host              string
+	port              int // 0: the system picks a free one
+	logLevel          slog.Level
+	passwordMinLength int // in code points
+	shutdownDelay     time.Duration
+}
+
+// settingError says which variable cannot be used and what it takes. It never holds the
+// value, which may be a secret.
+type settingError struct {
+	name  string
+	takes string
+}
+
+func (e *settingError) Error() string {
+	return e.name + " must be " + e.takes
+}
+
+// loadSettings reads every setting through getenv, where "" means not set. Its error is
+// a *settingError.
+func loadSettings(getenv func(string) string) (settings, error) {
+	env := &environment{getenv: getenv}
+	defaultLevel := slog.LevelInfo
+	if setting(env, "DEBUG", false, "true or false", strconv.ParseBool) {
+		defaultLevel = slog.LevelDebug
+	}
+	s := settings{
+		databaseURL: setting(env, "DATABASE_URL", "",
+			"a URL such as postgres://user:password@host:5432/database", parseDatabaseURL),
+		rabbitURL: setting(env, "RABBITMQ_URL", "",
+			"a URL such as amqp://user:password@host:5672/", parseRabbitURL),
+		appName: setting(env, "APP_NAME", "user-service",
+			"1 to 255 bytes of text without control characters", parseAppName),
+		host: setting(env, "HOST", "127.0.0.1",
+			"an IP address or a host name to listen on", parseHost),
+		port: setting(env, "PORT", 8000,
+			"a port number, 0 to 65535", intBetween(0, 65535)),
+		logLevel: setting(env, "LOG_LEVEL", defaultLevel,
+			"DEBUG, INFO, WARNING, ERROR or CRITICAL", parseLevel),
+		passwordMinLength: setting(env, "PASSWORD_MIN_LENGTH", 8,
+			"a number of characters, 1 to 128", intBetween(1, maxPasswordLength)),
+		shutdownDelay: setting(env, "SHUTDOWN_DELAY", 0,
+			"a duration of 0 or more with its unit, such as 500ms or 5s", parseDelay),
+	}
+	return s, env.err
+}
+
+// environment keeps the first setting that could not be used.
+type environment struct {
+	getenv func(string) string
+	err    error
+}
+
+func setting[T any](env *environment, name string, fallback T, takes string,
+	parse func(string) (T, error)) T {
+	text := env.getenv(name)
+	if text == "" {
+		return fallback
+	}
+	value, err := parse(text)
+	if err != nil && env.err == nil {
+		env.err = &settingError{name, takes}
+	}
+	return value
+}
+
+var errUnusable = errors.New("unusable value")
+
+func intBetween(low, high int) func(string) (int, error) {
+	return func(text string) (int, error) {
+		n, err := strconv.ParseUint(text, 10, 31)
+		if err != nil || int(n) < low || int(n) > high {
+			return 0, errUnusable
+		}
+		return int(n), nil
+	}
+}
+
+func parseAppName(text string) (string, error) {
+	if len(text) > 255 || !utf8.ValidString(text) || strings.ContainsFunc(text, unicode.IsControl) {
+		return "", errUnusable
+	}
+	return text, nil
+}
+
+func parseHost(text string) (string, error) {
+	_, err := net.ResolveTCPAddr("tcp", net.JoinHostPort(text, "0"))
+	return text, err
+}
+
+func parseLevel(text string) (slog.Level, error) {
+	switch strings.ToUpper(text) {
+	case "DEBUG":
+		return slog.LevelDebug, nil
+	case "INFO":
+		return slog.LevelInfo, nil
+	case "WARNING", "WARN":
+		return slog.LevelWarn, nil
+	case "ERROR", "CRITICAL":
+		return slog.LevelError, nil
+	}
+	return 0, errUnusable
+}
+
+func parseDelay(text string) (time.Duration, error) {
+	d, err := time.ParseDuration(text)
+	if err != nil || d < 0 {
+		return 0, errUnusable
+	}
+	return d, nil
+}
+
+// getenvWithFile looks a name up in the environment and then in the file at path, which
+// may be missing. An empty value counts as not set in both.
+func getenvWithFile(path string) (func(string) string, error) {
+	content, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return os.Getenv, nil
+	}
+	if err != nil {
+		return nil, &settingError{path, "a readable file of NAME=value lines"}
+	}
+	file, err := parseEnvFile(content)
+	if err != nil {
+		return nil, &settingError{path, err.Error()}
+	}
+	return func(name string) string {
+		if value := os.Getenv(name); value != "" {
+			return value
+		}
+		return file[name]
+	}, nil
+}
+
+// parseEnvFile reads what `docker run --env-file` reads, plus an optional "export " in
+// front of a name and optional quotes around a value. A name without "=" sets nothing.
+func parseEnvFile(content []byte) (map[string]string, error) {
+	values := make(map[string]string)
+	lines := bufio.NewScanner(bytes.NewReader(bytes.TrimPrefix(content, []byte("\ufeff"))))
+	for number := 1; lines.Scan(); number++ {
+		line := strings.TrimLeftFunc(lines.Text(), unicode.IsSpace)
+		if line == "" || strings.HasPrefix(line, "#") {
+			continue
+		}
+		name, value, _ := strings.Cut(strings.TrimPrefix(line, "export "), "=")
+		name = strings.TrimLeft(name, " \t")
+		if name == "" || strings.ContainsFunc(name, unicode.IsSpace) {
+			return nil, fmt.Errorf("NAME=value lines, which line %d is not", number)
+		}
+		values[name] = unquote(value)
+	}
+	if lines.Err() != nil {
+		return nil, errors.New("NAME=value lines of less than 64 KiB")
+	}
+	return values, nil
+}
+
+func unquote(value string) string {
+	trimmed := strings.TrimSpace(value)
+	if n := len(trimmed); n >= 2 && (trimmed[0] == '"' || trimmed[0] == '\'') &&
+		trimmed[n-1] == trimmed[0] {
+		return trimmed[1 : n-1]
+	}
+	return value
+}

@@ -1,0 +1,461 @@
+package main
+
+import (
+	"context"
+	_ "embed"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+//go:embed schema.sql
+var schema string
+
+const (
+	databaseWait     = 60 * time.Second // at start, for a database that does not answer
+	databaseRetry    = time.Second
+	statementBudget  = 4 * time.Second // for a connection and an answer
+	statementTimeout = "3500ms"        // on the server, so that it gives up first
+	readyBudget      = 2 * time.Second
+	defaultPoolSize  = 8
+	maxPoolSize      = 16 // a replica holds 20 connections at most, the relay's included
+	maxRetries       = 2
+)
+
+// The keys of the advisory locks: one replica at a time applies the schema, and one relays.
+const (
+	schemaLock = 7_301_951_001
+	relayLock  = 7_301_951_002
+)
+
+const leadInterval = 500 * time.Millisecond // between two attempts to take the lead
+
+// postgres is the store in PostgreSQL, and its outbox.
+type postgres struct {
+	pool *pgxpool.Pool
+	poke chan struct{}
+}
+
+// parseDatabaseURL returns text without a driver suffix, such as postgresql+asyncpg.
+func parseDatabaseURL(text string) (string, error) {
+	scheme, rest, _ := strings.Cut(text, "://")
+	scheme, _, _ = strings.Cut(scheme, "+")
+	if scheme != "postgres" && scheme != "postgresql" {
+		return "", errUnusable
+	}
+	_, err := poolConfig(scheme+"://"+rest, "")
+	return scheme + "://" + rest, err
+}
+
+// poolConfig is what the URL says, and our defaults for what it does not.
+func poolConfig(databaseURL, appName string) (*pgxpool.Config, error) {
+	u, err := url.Parse(databaseURL)
+	if err != nil {
+		return nil, err
+	}
+	config, err := pgxpool.ParseConfig(databaseURL)
+	if err != nil {
+		return nil, err
+	}
+	if !u.Query().Has("pool_max_conns") {
+		config.MaxConns = defaultPoolSize
+	}
+	config.MaxConns = min(config.MaxConns, maxPoolSize)
+	config.PingTimeout = time.Second
+	config.ConnConfig.ConnectTimeout = min(config.ConnConfig.ConnectTimeout, statementBudget)
+	for name, value := range map[string]string{
+		"application_name":  appName,
+		"statement_timeout": statementTimeout,
+		"plan_cache_mode":   "force_generic_plan", // else a list is planned at each call
+		"timezone":          "UTC",
+	} {
+		if _, ok := config.ConnConfig.RuntimeParams[name]; !ok {
+			config.ConnConfig.RuntimeParams[name] = value
+		}
+	}
+	return config, nil
+}
+
+// openPostgres waits until the database answers and has the schema, for a minute at most.
+func openPostgres(ctx context.Context, databaseURL, appName string, log *slog.Logger) (*postgres, error) {
+	config, err := poolConfig(databaseURL, appName)
+	if err != nil {
+		return nil, err
+	}
+	pool, err := pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		return nil, err
+	}
+	s := &postgres{pool: pool, poke: make(chan struct{}, 1)}
+	for deadline := time.Now().Add(databaseWait); ; sleep(ctx, databaseRetry) {
+		if err := s.applySchema(ctx, deadline); err == nil {
+			return s, nil
+		} else if ctx.Err() != nil || time.Now().Add(databaseRetry).After(deadline) {
+			pool.Close()
+			return nil, fmt.Errorf("opening the database: %w", err)
+		} else {
+			log.Warn("Waiting for the database", "error", err)
+		}
+	}
+}
+
+func (s *postgres) applySchema(ctx context.Context, deadline time.Time) error {
+	ctx, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
+	connect, cancel := context.WithTimeout(ctx, statementBudget)
+	defer cancel()
+	conn, err := s.pool.Acquire(connect)
+	if err != nil {
+		return err
+	}
+	defer conn.Release()
+	return pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
+		// Another replica's schema, and ours on a large table, may take longer.
+		if _, err := tx.Exec(ctx, "SET LOCAL statement_timeout = 0"); err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, "SELECT pg_advisory_xact_lock($1)", schemaLock); err != nil {
+			return fmt.Errorf("locking the schema: %w", err)
+		}
+		_, err := tx.Exec(ctx, schema)
+		return err
+	})
+}
+
+func (s *postgres) close() { s.pool.Close() }
+
+// ready says whether the database can take a write: "up", or "read-only" or "down".
+func (s *postgres) ready(ctx context.Context) string {
+	ctx, cancel := context.WithTimeout(ctx, readyBudget)
+	defer cancel()
+	var readOnly bool
+	err := s.pool.QueryRow(ctx, `SELECT pg_is_in_recovery()
+		OR current_setting('transaction_read_only')::bool`).Scan(&readOnly)
+	switch {
+	case err != nil:
+		return "down"
+	case readOnly:
+		s.pool.Reset() // new connections may reach the new primary
+		return "read-only"
+	}
+	return "up"
+}
+
+const userColumns = "id, name, surname, version, created_at, updated_at"
+
+func (u *User) scanInto() []any {
+	return []any{&u.ID, &u.Name, &u.Surname, &u.Version, &u.CreatedAt.Time, &u.UpdatedAt.Time}
+}
+
+func (s *postgres) createUser(ctx context.Context, in userInput) (User, error) {
+	var u User
+	err := s.write(ctx, func(ctx context.Context, conn *pgxpool.Conn) error {
+		return conn.QueryRow(ctx, `
+			WITH created AS (
+				INSERT INTO users (name, surname, password) VALUES ($1, $2, $3)
+				RETURNING `+userColumns+`
+			), event AS (
+				INSERT INTO outbox (event_id, event_type, user_id, version, trace_id, occurred_at)
+				SELECT $4, 'user.created', id, version, $5, updated_at FROM created
+			)
+			SELECT `+userColumns+` FROM created`,
+			in.name, in.surname, in.password, newUUIDv7(), traceID(ctx),
+		).Scan(u.scanInto()...)
+	})
+	if err != nil {
+		return User{}, fmt.Errorf("inserting a user: %w", err)
+	}
+	return u, nil
+}
+
+func (s *postgres) getUser(ctx context.Context, id int64) (User, error) {
+	var u User
+	err := s.read(ctx, func(ctx context.Context, conn *pgxpool.Conn) error {
+		return conn.QueryRow(ctx, `SELECT `+userColumns+` FROM users WHERE id = $1`, id).
+			Scan(u.scanInto()...)
+	})
+	if err != nil {
+		return User{}, fmt.Errorf("selecting a user: %w", err)
+	}
+	return u, nil
+}
+
+func (s *postgres) listUsers(ctx context.Context, after, offset, limit int64) ([]User, int64, error) {
+	var users []User
+	var total int64
+	err := s.read(ctx, func(ctx context.Context, conn *pgxpool.Conn) error {
+		users = make([]User, 0, limit)
+		// One statement sees one state. Its first row is the total, as a user of id 0.
+		rows, err := conn.Query(ctx, `
+			SELECT 0 AS id, '' AS name, '' AS surname, sum(n)::bigint AS version,
+				now() AS created_at, now() AS updated_at
+			FROM user_counts
+			UNION ALL (
+				SELECT `+userColumns+` FROM users WHERE id > $1 ORDER BY id LIMIT $3 OFFSET $2
+			)
+			ORDER BY id`, after, offset, limit)
+		if err != nil {
+			return err
+		}
+		var u User
+		_, err = pgx.ForEachRow(rows, u.scanInto(), func() error {
+			if u.ID == 0 {
+				total = u.Version
+			} else {
+				users = append(users, u)
+			}
+			return nil
+		})
+		return err
+	})
+	if err != nil {
+		return nil, 0, fmt.Errorf("selecting a page of users: %w", err)
+	}
+	return users, total, nil
+}
+
+func (s *postgres) updateUser(ctx context.Context, id int64, in userInput, match []int64) (User, error) {
+	var u User
+	var changed bool
+	err := s.write(ctx, func(ctx context.Context, conn *pgxpool.Conn) error {
+		// The lock comes first: what is compared is what is changed.
+		return conn.QueryRow(ctx, `
+			WITH current AS (
+				SELECT `+userColumns+` FROM users WHERE id = $1 FOR UPDATE
+			), updated AS (
+				UPDATE users SET
+					name = coalesce($2, c.name),
+					surname = coalesce($3, c.surname),
+					password = coalesce($4, password),
+					version = c.version + 1,
+					updated_at = greatest(clock_timestamp(), c.updated_at + interval '1 microsecond')
+				FROM current c
+				WHERE users.id = c.id
+					AND ($5::bigint[] IS NULL OR c.version = ANY ($5))
+					AND ($4 IS NOT NULL OR $2 <> c.name OR $3 <> c.surname)
+				RETURNING users.id, users.name, users.surname, users.version,
+					users.created_at, users.updated_at
+			), event AS (
+				INSERT INTO outbox (event_id, event_type, user_id, version, trace_id, occurred_at)
+				SELECT $6, 'user.updated', id, version, $7, updated_at FROM updated
+			)
+			SELECT `+userColumns+`, true FROM updated
+			UNION ALL
+			SELECT `+userColumns+`, false FROM current WHERE NOT EXISTS (SELECT FROM updated)`,
+			id, in.name, in.surname, in.password, match, newUUIDv7(), traceID(ctx),
+		).Scan(append(u.scanInto(), &changed)...)
+	})
+	if err == nil && !changed && match != nil && !slices.Contains(match, u.Version) {
+		err = errVersionMismatch
+	}
+	if err != nil {
+		return User{}, fmt.Errorf("updating a user: %w", err)
+	}
+	return u, nil
+}
+
+func (s *postgres) deleteUser(ctx context.Context, id int64, match []int64) error {
+	var deleted bool
+	err := s.write(ctx, func(ctx context.Context, conn *pgxpool.Conn) error {
+		return conn.QueryRow(ctx, `
+			WITH current AS (
+				SELECT id, version, updated_at FROM users WHERE id = $1 FOR UPDATE
+			), deleted AS (
+				DELETE FROM users USING current c
+				WHERE users.id = c.id AND ($2::bigint[] IS NULL OR c.version = ANY ($2))
+				RETURNING c.id, c.version, c.updated_at
+			), event AS (
+				INSERT INTO outbox (event_id, event_type, user_id, version, trace_id, occurred_at)
+				SELECT $3, 'user.deleted', id, version + 1, $4,
+					greatest(clock_timestamp(), updated_at + interval '1 microsecond')
+				FROM deleted
+			)
+			SELECT EXISTS (SELECT FROM deleted) FROM current`,
+			id, match, newUUIDv7(), traceID(ctx),
+		).Scan(&deleted)
+	})
+	if err == nil && !deleted {
+		err = errVersionMismatch
+	}
+	if err != nil {
+		return fmt.Errorf("deleting a user: %w", err)
+	}
+	return nil
+}
+
+// statement is one round trip on a connection.
+type statement func(ctx context.Context, conn *pgxpool.Conn) error
+
+func (s *postgres) read(ctx context.Context, f statement) error {
+	return s.do(ctx, f, true)
+}
+
+// write tells the relay that there may be an event.
+func (s *postgres) write(ctx context.Context, f statement) error {
+	err := s.do(ctx, f, false)
+	if err == nil {
+		poke(s.poke)
+	}
+	return err
+}
+
+// do runs f within the budget, and again where that cannot change anything twice.
+func (s *postgres) do(ctx context.Context, f statement, readOnly bool) error {
+	deadline := time.Now().Add(statementBudget)
+	for retries := 0; ; retries++ {
+		conn, err := s.acquire(ctx, deadline)
+		if err != nil {
+			return err
+		}
+		// A statement that was begun is not cut off when its client leaves: that would
+		// cost the connection.
+		run, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
+		err = f(run, conn)
+		cancel()
+		lost := conn.Conn().IsClosed()
+		conn.Release()
+		if err == nil {
+			return nil
+		}
+		harmless := readOnly || pgconn.SafeToRetry(err)
+		again := lost && harmless || isConflict(err)
+		if !again || retries == maxRetries || time.Now().After(deadline) {
+			return s.sentinel(err, lost, harmless)
+		}
+	}
+}
+
+// acquire fails with the context's error where the caller has left, else errUnavailable.
+func (s *postgres) acquire(ctx context.Context, deadline time.Time) (*pgxpool.Conn, error) {
+	wait, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
+	conn, err := s.pool.Acquire(wait)
+	if err != nil && ctx.Err() == nil {
+		err = fmt.Errorf("%w: %w", errUnavailable, err)
+	}
+	return conn, err
+}
+
+// isConflict tells a serialization failure or a deadlock: nothing was changed.
+func isConflict(err error) bool {
+	refusal, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && (refusal.Code == "40001" || refusal.Code == "40P01")
+}
+
+// sentinel wraps err in what the handlers know. Of the server's words only the SQLSTATE
+// counts.
+func (s *postgres) sentinel(err error, lost, harmless bool) error {
+	var code string
+	if refusal, ok := errors.AsType[*pgconn.PgError](err); ok {
+		code = refusal.Code
+	}
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return errNotFound
+	case lost && !harmless:
+		return fmt.Errorf("%w: %w", errOutcomeUnknown, err)
+	case lost, strings.HasPrefix(code, "53"), // no resources
+		code == "57014", code == "55P03", // timeouts of a statement and of a lock
+		isConflict(err):
+		return fmt.Errorf("%w: %w", errUnavailable, err)
+	case code == "25006": // read-only: new connections may reach the new primary
+		s.pool.Reset()
+		return fmt.Errorf("%w: %w", errUnavailable, err)
+	case code == "22021", code == "22P02", code == "22P05", code == "22003":
+		return fmt.Errorf("%w: %w", errInvalidValue, err)
+	}
+	return err
+}
+
+func (s *postgres) changed() <-chan struct{} { return s.poke }
+
+// postgresBacklog has the lead as long as its connection lasts. It is not one of the
+// pool's: a lock of the session holds it.
+type postgresBacklog struct {
+	conn *pgx.Conn
+}
+
+// lead asks for the lock again and again instead of waiting in it: a statement that waits
+// keeps vacuum from the rows that died since.
+func (s *postgres) lead(ctx context.Context) (backlog, error) {
+	config := s.pool.Config().ConnConfig
+	// A frozen replica loses the lead; a lost DELETE only means a message sent twice.
+	config.RuntimeParams["idle_session_timeout"] = "15s"
+	config.RuntimeParams["synchronous_commit"] = "off"
+	config.RuntimeParams["tcp_keepalives_idle"] = "5"
+	config.RuntimeParams["tcp_keepalives_interval"] = "2"
+	config.RuntimeParams["tcp_keepalives_count"] = "3"
+	conn, err := pgx.ConnectConfig(ctx, config)
+	if err != nil {
+		return nil, err
+	}
+	b := &postgresBacklog{conn}
+	for {
+		leads, err := b.tryLock(ctx)
+		if err != nil {
+			b.close()
+			return nil, err
+		}
+		if leads {
+			return b, nil
+		}
+		sleep(ctx, leadInterval)
+	}
+}
+
+func (b *postgresBacklog) tryLock(ctx context.Context) (leads bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, statementBudget)
+	defer cancel()
+	err = b.conn.QueryRow(ctx, "SELECT pg_try_advisory_lock($1)", relayLock).Scan(&leads)
+	return leads, err
+}
+
+func (b *postgresBacklog) pending(ctx context.Context, limit int) ([]event, error) {
+	ctx, cancel := context.WithTimeout(ctx, statementBudget)
+	defer cancel()
+	rows, err := b.conn.Query(ctx, `
+		SELECT id, event_id, event_type, user_id, version, trace_id, occurred_at
+		FROM outbox ORDER BY id LIMIT $1`, limit)
+	if err != nil {
+		return nil, fmt.Errorf("selecting events: %w", err)
+	}
+	var events []event
+	var e event
+	_, err = pgx.ForEachRow(rows, []any{&e.outboxID, &e.ID, &e.Type, &e.Data.UserID,
+		&e.Data.Version, &e.TraceID, &e.OccurredAt.Time}, func() error {
+		events = append(events, e)
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("selecting events: %w", err)
+	}
+	return events, nil
+}
+
+func (b *postgresBacklog) remove(ctx context.Context, events []event) error {
+	ctx, cancel := context.WithTimeout(ctx, statementBudget)
+	defer cancel()
+	ids := make([]int64, len(events))
+	for i, e := range events {
+		ids[i] = e.outboxID
+	}
+	if _, err := b.conn.Exec(ctx, "DELETE FROM outbox WHERE id = ANY ($1)", ids); err != nil {
+		return fmt.Errorf("deleting events: %w", err)
+	}
+	return nil
+}
+
+// close gives the lead back.
+func (b *postgresBacklog) close() {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	b.conn.Close(ctx)
+}
