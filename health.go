@@ -51,7 +51,7 @@ func (h *health) prometheus(w http.ResponseWriter, r *http.Request) error {
 func checkHealth(ctx context.Context, s settings) error {
 	host := s.host
 	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
-		host = "localhost"
+		host = "127.0.0.1" // an image without /etc/hosts has no localhost
 	}
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()

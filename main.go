@@ -165,7 +165,7 @@ func newBroker(s settings, log *slog.Logger, set *metrics.Set) broker {
 	if s.rabbitURL == "" {
 		return newInProcess()
 	}
-	return newRabbitMQ(s.rabbitURL, s.appName, log, set)
+	return newRabbitMQ(s, log, set)
 }
 
 // newHTTPServer bounds what a client may take: zero would mean without end.

@@ -38,11 +38,11 @@ type rabbitMQ struct {
 	foreign map[string]bool // what exists already, with other properties than ours
 }
 
-func newRabbitMQ(url, appName string, log *slog.Logger, set *metrics.Set) *rabbitMQ {
+func newRabbitMQ(s settings, log *slog.Logger, set *metrics.Set) *rabbitMQ {
 	b := &rabbitMQ{
-		url:      url,
-		appName:  appName,
-		exchange: "user_events",
+		url:      s.rabbitURL,
+		appName:  s.appName,
+		exchange: s.exchange,
 		log:      log,
 		returned: set.NewCounter("events_returned_total"),
 		foreign:  make(map[string]bool),

@@ -20,6 +20,7 @@ import (
 type settings struct {
 	databaseURL       string // empty: users live in memory
 	rabbitURL         string // empty: events are delivered in process
+	exchange          string // no variable sets it; tests have their own
 	appName           string
 	host              string
 	port              int // 0: the system picks a free one
@@ -48,6 +49,7 @@ func loadSettings(getenv func(string) string) (settings, error) {
 		defaultLevel = slog.LevelDebug
 	}
 	s := settings{
+		exchange: "user_events",
 		databaseURL: setting(env, "DATABASE_URL", "",
 			"a URL such as postgres://user:password@host:5432/database", parseDatabaseURL),
 		rabbitURL: setting(env, "RABBITMQ_URL", "",

@@ -240,7 +240,7 @@ func (s *postgres) updateUser(ctx context.Context, id int64, in userInput, match
 				FROM current c
 				WHERE users.id = c.id
 					AND ($5::bigint[] IS NULL OR c.version = ANY ($5))
-					AND ($4 IS NOT NULL OR $2 <> c.name OR $3 <> c.surname)
+					AND ($4::text IS NOT NULL OR $2 <> c.name OR $3 <> c.surname)
 				RETURNING users.id, users.name, users.surname, users.version,
 					users.created_at, users.updated_at
 			), event AS (

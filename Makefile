@@ -1,0 +1,36 @@
+SHELL       := bash
+.SHELLFLAGS := -euo pipefail -c
+
+# Tools run from the module cache at these versions and stay out of go.mod.
+STATICCHECK := go run honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOTESTSUM   := go run gotest.tools/gotestsum@v1.13.0
+
+TEST_LOG := test-log.json
+
+.PHONY: help run build test lint services clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 12
+
+run: ## run the service; settings come from .env and the environment
+	go run .
+
+build: ## build ./user-service, a static binary
+	CGO_ENABLED=0 go build -trimpath -ldflags="-s -w" -o user-service .
+
+test: lint ## lint, then all tests with the race detector against real services
+	exports=$$(.ci/services); eval "$$exports"; \
+	REQUIRE_SERVICES=1 $(GOTESTSUM) --format pkgname-and-test-fails --hide-summary output \
+		--jsonfile $(TEST_LOG) -- -race -count=1 ./...
+	@! grep -E '"Action":"skip".*"Test":' $(TEST_LOG) || { echo "skipped tests count as failed"; exit 1; }
+
+lint: ## go vet, staticcheck, gofmt
+	go vet ./...
+	$(STATICCHECK) ./...
+	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "gofmt: $$unformatted"; exit 1; }
+
+services: ## provide PostgreSQL, RabbitMQ and Chromium for the tests, and print their URLs
+	@.ci/services
+
+clean: ## remove what the other targets made
+	rm -f user-service $(TEST_LOG)
