@@ -34,6 +34,7 @@ func (h *health) ready(w http.ResponseWriter, r *http.Request) error {
 	}{"ready", h.store.ready(r.Context()), h.broker.status()}
 	if h.draining.Load() || answer.Database == "down" || answer.Database == "read-only" {
 		answer.Status = "not ready"
+		w.Header().Set("Retry-After", retryAfter)
 		return writeJSON(w, http.StatusServiceUnavailable, answer)
 	}
 	return writeJSON(w, http.StatusOK, answer)

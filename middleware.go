@@ -20,6 +20,9 @@ import (
 // statusClientGone is what the log says where the client left before its answer.
 const statusClientGone = 499
 
+// retryAfter goes with every 503, in seconds.
+const retryAfter = "1"
+
 // handler answers a request, or returns the error that decides the answer. Before an
 // error it has written nothing.
 type handler func(w http.ResponseWriter, r *http.Request) error
@@ -104,7 +107,7 @@ func (s *server) fail(res *response, r *http.Request) {
 	p.TraceID = traceID(r.Context())
 	switch p.Status {
 	case http.StatusServiceUnavailable:
-		res.Header().Set("Retry-After", "1")
+		res.Header().Set("Retry-After", retryAfter)
 	case http.StatusRequestTimeout, http.StatusRequestEntityTooLarge:
 		res.Header().Set("Connection", "close") // what is left of the body is not read
 	}

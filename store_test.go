@@ -413,6 +413,43 @@ func TestPostgresSurvivesLostConnections(t *testing.T) {
 	}
 }
 
+// TestPostgresChangesAtMostOnce loses the answer to a write: the service must not send it
+// again, and says that it does not know.
+func TestPostgresChangesAtMostOnce(t *testing.T) {
+	t.Parallel()
+	direct := newDatabase(t)
+	p := newProxy(t, direct)
+	s, conn := openTestPostgres(t, throughProxy(t, direct, p)), connect(t, direct)
+	mustCreate(t, s, "John")
+	if _, err := conn.Exec(t.Context(), "BEGIN; SELECT FROM users FOR UPDATE"); err != nil {
+		t.Fatal(err)
+	}
+	failed := make(chan error)
+	go func() {
+		_, err := s.updateUser(context.Background(), 1, input("Jane", "", ""), nil)
+		failed <- err
+	}()
+	watcher := connect(t, direct)
+	eventually(t, "an update that waits for the lock", func() bool {
+		return queryValue[int](t, watcher, "SELECT count(*) FROM pg_locks WHERE NOT granted") > 0
+	})
+	p.set(false)
+	if err := <-failed; !errors.Is(err, errOutcomeUnknown) {
+		t.Errorf("a write whose answer was lost: %v", err)
+	}
+	p.set(true)
+	if _, err := conn.Exec(t.Context(), "COMMIT"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the end of all statements", func() bool {
+		return queryValue[int](t, watcher, `SELECT count(*) FROM pg_stat_activity
+			WHERE datname = current_database() AND state = 'active'`) == 1
+	})
+	if u, err := s.getUser(t.Context(), 1); err != nil || u.Version > 2 {
+		t.Errorf("one write made version %d, %v", u.Version, err)
+	}
+}
+
 // TestPostgresKeepsConnections lets callers vanish while their statement runs.
 func TestPostgresKeepsConnections(t *testing.T) {
 	t.Parallel()

@@ -1,0 +1,348 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+)
+
+func newEvent(eventType string, userID, version int64) event {
+	return event{
+		ID:         newUUIDv7(),
+		Type:       eventType,
+		Data:       eventData{userID, version},
+		TraceID:    "trace-1",
+		OccurredAt: timestamp{time.Date(2026, 1, 1, 12, 0, 0, 123456000, time.UTC)},
+	}
+}
+
+func encode(t *testing.T, e event) []byte {
+	t.Helper()
+	body, err := json.Marshal(e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return body
+}
+
+func TestEventJSON(t *testing.T) {
+	t.Parallel()
+	e := newEvent(userCreated, 7, 1)
+	e.ID = "01890a5d-ac96-774b-bcce-b302099a8057"
+	const want = `{"event_id":"01890a5d-ac96-774b-bcce-b302099a8057","event_type":"user.created",` +
+		`"data":{"user_id":7,"version":1},"trace_id":"trace-1","occurred_at":"2026-01-01T12:00:00.123456Z"}`
+	if got := string(encode(t, e)); got != want {
+		t.Errorf("%s\nnot\n%s", got, want)
+	}
+}
+
+func TestParseEvent(t *testing.T) {
+	t.Parallel()
+	good := string(encode(t, newEvent(userCreated, 7, 1)))
+	replace := func(old, new string) string { return strings.Replace(good, old, new, 1) }
+	for name, test := range map[string]struct {
+		body string
+		ok   bool
+	}{
+		"an event":            {good, true},
+		"an unknown member":   {replace("{", `{"new": [1],`), true},
+		"an unknown type":     {replace("user.created", "user.renamed"), false},
+		"no type":             {replace("event_type", "kind"), false},
+		"no id":               {replace("event_id", "id"), false},
+		"no user":             {replace("user_id", "id"), false},
+		"a version of 0":      {replace(`"version":1`, `"version":0`), false},
+		"a version in words":  {replace(`"version":1`, `"version":"1"`), false},
+		"no JSON":             {"not JSON", false},
+		"an empty body":       {"", false},
+		"another value":       {"[]", false},
+		"an empty object":     {"{}", false},
+		"a truncated body":    {good[:len(good)-1], false},
+		"the largest body":    {good + strings.Repeat(" ", maxEventBytes-len(good)), true},
+		"one byte over it":    {good + strings.Repeat(" ", maxEventBytes-len(good)+1), false},
+		"a strange trace id":  {replace("trace-1", `\u0000\n`), true},
+		"an invalid time":     {replace("2026-01-01T", "2026-13-01T"), false},
+		"two events in a row": {good + good, false},
+	} {
+		_, err := parseEvent([]byte(test.body))
+		if (err == nil) != test.ok || err != nil && !errors.Is(err, errUnreadable) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// fakeBroker takes what its verdict says: how many events of a window, and with what error.
+type fakeBroker struct {
+	mu        sync.Mutex
+	published []string // "user/version" of every event that was sent
+	verdict   func(sent int) (int, error)
+}
+
+func (b *fakeBroker) publisher(context.Context) (publisher, error) { return b, nil }
+func (b *fakeBroker) consume(context.Context, func(), messageHandler) error {
+	return errors.New("not in this test")
+}
+func (b *fakeBroker) status() string        { return "up" }
+func (b *fakeBroker) lost() <-chan struct{} { return nil }
+func (b *fakeBroker) close()                {}
+
+func (b *fakeBroker) publish(_ context.Context, events []event) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, e := range events {
+		b.published = append(b.published, fmt.Sprintf("%d/%d", e.Data.UserID, e.Data.Version))
+	}
+	return b.verdict(len(events))
+}
+
+// TestRelayRemovesWhatTheBrokerHas refuses the third event once: what came before it is
+// gone for good, and the rest is sent again from there on.
+func TestRelayRemovesWhatTheBrokerHas(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory()
+		for range 5 {
+			mustCreate(t, m, "John")
+		}
+		refusals := 0
+		b := &fakeBroker{verdict: func(sent int) (int, error) {
+			if refusals++; refusals == 1 {
+				return 2, errors.New("refused")
+			}
+			return sent, nil
+		}}
+		log := &logBuffer{}
+		r := newRelay(m, b, newLogger(log, 0), metrics.NewSet())
+		ctx, cancel := context.WithCancel(t.Context())
+		go r.run(ctx, t.Context())
+		time.Sleep(time.Minute)
+		cancel()
+		synctest.Wait()
+		want := []string{"1/1", "2/1", "3/1", "4/1", "5/1", "3/1", "4/1", "5/1"}
+		if !slices.Equal(b.published, want) {
+			t.Errorf("published %v, not %v", b.published, want)
+		}
+		if n := len(m.events); n != 0 {
+			t.Errorf("%d events are left", n)
+		}
+		if r.published.Get() != 5 {
+			t.Errorf("events_published_total is %d", r.published.Get())
+		}
+		if lost, back := log.lines("Event connection lost"), log.lines("Event connection restored"); len(lost) != 1 ||
+			len(back) != 1 || lost[0]["level"] != "WARN" {
+			t.Errorf("one loss is not told once:\n%s", log)
+		}
+	})
+}
+
+// TestRelayTellsALongLossOnce lets the broker be away for an hour.
+func TestRelayTellsALongLossOnce(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory()
+		mustCreate(t, m, "John")
+		start := time.Now()
+		attempts := 0
+		b := &fakeBroker{verdict: func(sent int) (int, error) {
+			if attempts++; time.Since(start) < time.Hour {
+				return 0, errors.New("away")
+			}
+			return sent, nil
+		}}
+		log := &logBuffer{}
+		ctx, cancel := context.WithCancel(t.Context())
+		go newRelay(m, b, newLogger(log, 0), metrics.NewSet()).run(ctx, t.Context())
+		time.Sleep(time.Hour + 11*time.Second)
+		cancel()
+		synctest.Wait()
+		if len(m.events) != 0 {
+			t.Error("the event was not sent within 11 s after the broker was back")
+		}
+		if attempts < 360 || attempts > 3600 {
+			t.Errorf("%d attempts in an hour", attempts)
+		}
+		warnings := 0
+		for _, line := range log.lines("") {
+			if line["level"] == "WARN" {
+				warnings++
+			}
+		}
+		if warnings != 1 {
+			t.Errorf("%d warnings for one loss", warnings)
+		}
+	})
+}
+
+// TestRelayDrains ends the relay while events are pending: they are sent first.
+func TestRelayDrains(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory()
+		for range 3*relayWindow + 1 {
+			mustCreate(t, m, "John")
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		b := &fakeBroker{verdict: func(sent int) (int, error) {
+			cancel()
+			return sent, nil
+		}}
+		newRelay(m, b, newLogger(t.Output(), 0), metrics.NewSet()).run(ctx, t.Context())
+		if len(m.events) != 0 || len(b.published) != 3*relayWindow+1 {
+			t.Errorf("%d events are left, %d were sent", len(m.events), len(b.published))
+		}
+	})
+}
+
+func newTestConsumer(log *logBuffer) *consumer {
+	return newConsumer(nil, newLogger(log, slog.LevelDebug), metrics.NewSet())
+}
+
+func TestConsumerSkipsDuplicates(t *testing.T) {
+	t.Parallel()
+	log := &logBuffer{}
+	c := newTestConsumer(log)
+	for _, d := range []eventData{{1, 1}, {1, 1}, {2, 1}, {1, 2}, {1, 1}, {1, 3}, {2, 2}} {
+		if err := c.handle(t.Context(), encode(t, newEvent(userUpdated, d.UserID, d.Version))); err != nil {
+			t.Error(err)
+		}
+	}
+	var received, skipped []string
+	for _, line := range log.lines("") {
+		text := fmt.Sprintf("%v/%v %v", line["user_id"], line["version"], line["level"])
+		if strings.HasPrefix(line["event"].(string), "Received event") {
+			received = append(received, text)
+		} else {
+			skipped = append(skipped, text)
+		}
+	}
+	if want := []string{"1/1 INFO", "2/1 INFO", "1/2 INFO", "1/3 INFO", "2/2 INFO"}; !slices.Equal(received, want) {
+		t.Errorf("received %v, not %v", received, want)
+	}
+	if want := []string{"1/1 DEBUG", "1/1 DEBUG"}; !slices.Equal(skipped, want) {
+		t.Errorf("skipped %v, not %v", skipped, want)
+	}
+	if c.consumed.Get() != 5 || c.skipped.Get() != 2 {
+		t.Errorf("consumed %d, skipped %d", c.consumed.Get(), c.skipped.Get())
+	}
+}
+
+func TestVersionsStayBounded(t *testing.T) {
+	t.Parallel()
+	var v versions
+	for id := range int64(3 * maxVersions) {
+		v.add(eventData{id + 1, 1})
+		if len(v.newer)+len(v.older) > maxVersions {
+			t.Fatalf("%d versions after %d users", len(v.newer)+len(v.older), id)
+		}
+	}
+	for id := int64(3*maxVersions - maxVersions/2 + 1); id <= 3*maxVersions; id++ {
+		if !v.passed(eventData{id, 1}) || v.passed(eventData{id, 2}) {
+			t.Fatalf("user %d is forgotten", id)
+		}
+	}
+}
+
+type brokenWriter struct{}
+
+func (brokenWriter) Write([]byte) (int, error) { return 0, errors.New("disk full") }
+
+// TestConsumerKeepsWhatItCannotLog gives the consumer a log that cannot be written: the
+// event must be tried again, not acknowledged.
+func TestConsumerKeepsWhatItCannotLog(t *testing.T) {
+	t.Parallel()
+	c := newConsumer(nil, newLogger(brokenWriter{}, 0), metrics.NewSet())
+	body := encode(t, newEvent(userCreated, 1, 1))
+	for range 2 {
+		if err := c.handle(t.Context(), body); err == nil || errors.Is(err, errUnreadable) {
+			t.Errorf("an event whose line was not written: %v", err)
+		}
+	}
+}
+
+// TestBrokerAndStoreCombine runs a change through every store and broker.
+func TestBrokerAndStoreCombine(t *testing.T) {
+	t.Parallel()
+	for _, database := range []bool{false, true} {
+		for _, rabbit := range []bool{false, true} {
+			t.Run(fmt.Sprintf("postgres=%t,rabbitmq=%t", database, rabbit), func(t *testing.T) {
+				t.Parallel()
+				s := memorySettings()
+				if database {
+					s = postgresSettings(t)
+				}
+				if rabbit {
+					s.rabbitURL, s.exchange = testRabbitURL, newExchange(t)
+				}
+				svc := startService(t, s)
+				svc.do("POST", "/users", `{"name": "John", "surname": "Doe", "password": "`+secret+`"}`,
+					"X-Request-Id: trace-create")
+				svc.do("PUT", "/users/1", `{"name": "Jane"}`, "X-Request-Id: trace-update")
+				svc.do("DELETE", "/users/1", "", "X-Request-Id: trace-delete")
+				for i, verb := range []string{"create", "update", "delete"} {
+					svc.waitForLine("Received event user."+verb+"d with user_id=1",
+						"trace_id", "trace-"+verb, "event_type", "user."+verb+"d",
+						"user_id", 1, "version", i+1)
+				}
+				if database {
+					conn := connect(t, s.databaseURL)
+					eventually(t, "an empty outbox", func() bool {
+						return queryValue[int](t, conn, "SELECT count(*) FROM outbox") == 0
+					})
+				}
+			})
+		}
+	}
+}
+
+// TestOneRelayAmongReplicas lets clients change few users through three replicas on one
+// database and one broker. Whoever relays, each user's versions arrive without a gap.
+func TestOneRelayAmongReplicas(t *testing.T) {
+	t.Parallel()
+	s := postgresSettings(t)
+	s.rabbitURL, s.exchange = testRabbitURL, newExchange(t)
+	replicas := []*service{startService(t, s), startService(t, s), startService(t, s)}
+	recorder := record(t, s.exchange)
+	const users, clients, rounds = 5, 12, 15
+	for i := range users {
+		replicas[0].createUser(fmt.Sprint("user", i), "Doe")
+	}
+	var group sync.WaitGroup
+	for c := range clients {
+		group.Go(func() {
+			for i := range rounds {
+				path := fmt.Sprintf("/users/%d", (c+i)%users+1)
+				a := replicas[(c+i)%len(replicas)].do("PUT", path, fmt.Sprintf(`{"name": "n%d-%d"}`, c, i))
+				if a.status != 200 {
+					t.Errorf("%d %s", a.status, a.body)
+				}
+			}
+		})
+	}
+	group.Wait()
+	last := make(map[int64]int64)
+	for range users + clients*rounds {
+		d := recorder.next(t).Data
+		if d.Version != last[d.UserID]+1 {
+			t.Errorf("version %d of user %d follows %d", d.Version, d.UserID, last[d.UserID])
+		}
+		last[d.UserID] = d.Version
+	}
+	received := func() (n int) {
+		for _, r := range replicas {
+			n += strings.Count(r.log.String(), `"Received event `)
+		}
+		return n
+	}
+	eventually(t, "each event in one replica's log", func() bool {
+		return received() == users+clients*rounds
+	})
+}

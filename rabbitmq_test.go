@@ -1,0 +1,401 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"net/url"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+	amqp "github.com/rabbitmq/amqp091-go"
+)
+
+// recorder reads a queue that gets every event of an exchange.
+type recorder struct {
+	deliveries <-chan amqp.Delivery
+}
+
+// record declares the exchange as the service does, so that it misses no event.
+func record(t *testing.T, exchange string) *recorder {
+	t.Helper()
+	ch := openChannel(t)
+	queue, err := ch.QueueDeclare("", false, true, true, false, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := ch.ExchangeDeclare(exchange, "topic", true, false, false, false, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := ch.QueueBind(queue.Name, "#", exchange, false, nil); err != nil {
+		t.Fatal(err)
+	}
+	deliveries, err := ch.Consume(queue.Name, "", true, true, false, false, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &recorder{deliveries}
+}
+
+func openChannel(t *testing.T) *amqp.Channel {
+	t.Helper()
+	ch, err := dialRabbit(t).Channel()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ch
+}
+
+func (r *recorder) nextMessage(t *testing.T) amqp.Delivery {
+	t.Helper()
+	select {
+	case d, ok := <-r.deliveries:
+		if ok {
+			return d
+		}
+		t.Fatal("the recorder lost its connection")
+	case <-time.After(20 * time.Second):
+		t.Fatal("no event in 20 s")
+	}
+	panic("not reached")
+}
+
+func (r *recorder) next(t *testing.T) event {
+	t.Helper()
+	e, err := parseEvent(r.nextMessage(t).Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return e
+}
+
+// startWithRabbit runs a service with the broker and users in memory.
+func startWithRabbit(t *testing.T) (*service, *rabbitMQ) {
+	t.Helper()
+	s := memorySettings()
+	s.rabbitURL, s.exchange = testRabbitURL, newExchange(t)
+	return startService(t, s), &rabbitMQ{exchange: s.exchange}
+}
+
+func TestMessage(t *testing.T) {
+	t.Parallel()
+	svc, names := startWithRabbit(t)
+	events := record(t, names.exchange)
+	a := svc.do("POST", "/users", `{"name": "John", "surname": "Doe", "password": "`+secret+`"}`,
+		"X-Request-Id: trace-1")
+	d := events.nextMessage(t)
+	e, err := parseEvent(d.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, values := range map[string][2]any{
+		"routing key":    {d.RoutingKey, "user.created"},
+		"type":           {d.Type, "user.created"},
+		"delivery mode":  {d.DeliveryMode, amqp.Persistent},
+		"content type":   {d.ContentType, "application/json"},
+		"message id":     {d.MessageId, e.ID},
+		"app id":         {d.AppId, "test"},
+		"timestamp":      {d.Timestamp.Unix(), e.OccurredAt.Unix()},
+		"correlation id": {d.CorrelationId, "trace-1"},
+		"header":         {d.Headers["trace_id"], "trace-1"},
+		"trace id":       {e.TraceID, "trace-1"},
+		"data":           {e.Data, eventData{1, 1}},
+		"time":           {e.OccurredAt.Format(microseconds), a.json(t, "updated_at")},
+		"members":        {fmt.Sprint(keys(string(d.Body))), "[event_id event_type data trace_id occurred_at]"},
+	} {
+		if values[0] != values[1] {
+			t.Errorf("%s: %v, not %v", what, values[0], values[1])
+		}
+	}
+	if strings.Contains(string(d.Body), secret) {
+		t.Error("the event tells the password")
+	}
+}
+
+// TestUnreadableMessages mixes messages that nobody can read with good ones. The bad
+// ones are put aside, each once.
+func TestUnreadableMessages(t *testing.T) {
+	t.Parallel()
+	svc, names := startWithRabbit(t)
+	svc.createUser("John", "Doe")
+	svc.waitForLine("Received event user.created with user_id=1")
+	ch := openChannel(t)
+	bad := []string{"not JSON", `{"event_type": "user.renamed"}`, strings.Repeat("x", 1<<20)}
+	for i, body := range bad {
+		err := ch.Publish("", names.queue(), false, false, amqp.Publishing{Body: []byte(body)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		svc.createUser("John", fmt.Sprint("Doe", i))
+	}
+	svc.waitForLine("Received event user.created with user_id=4")
+	var got []string
+	eventually(t, "the bad messages in the dead letter queue", func() bool {
+		d, ok, err := ch.Get(names.deadLetterQueue(), true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ok {
+			got = append(got, string(d.Body))
+		}
+		return len(got) == len(bad)
+	})
+	if fmt.Sprint(got) != fmt.Sprint(bad) {
+		t.Error("the dead letters are not what was sent")
+	}
+	if n := len(svc.log.lines("Rejected message")); n != len(bad) {
+		t.Errorf("%d rejections of %d messages are in the log", n, len(bad))
+	}
+}
+
+func TestDuplicateMessage(t *testing.T) {
+	t.Parallel()
+	svc, names := startWithRabbit(t)
+	svc.waitForLine("Service started")
+	svc.createUser("John", "Doe")
+	svc.waitForLine("Received event user.created with user_id=1")
+	ch := openChannel(t)
+	for range 2 {
+		err := ch.Publish("", names.queue(), false, false,
+			amqp.Publishing{Body: encode(t, newEvent(userCreated, 77, 1))})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	svc.waitForLine("Skipped duplicate event", "user_id", 77, "level", "DEBUG")
+	if n := len(svc.log.lines("Received event user.created with user_id=77")); n != 1 {
+		t.Errorf("an event that came twice was received %d times", n)
+	}
+	eventually(t, "an empty queue", func() bool {
+		q, err := ch.QueueDeclarePassive(names.queue(), true, false, false, false, nil)
+		return err == nil && q.Messages == 0
+	})
+}
+
+// TestTopologyComesBack deletes what the service declared, all of it at once.
+func TestTopologyComesBack(t *testing.T) {
+	t.Parallel()
+	svc, names := startWithRabbit(t)
+	svc.createUser("John", "Doe")
+	svc.waitForLine("Received event user.created with user_id=1")
+	ch := openChannel(t)
+	for _, queue := range []string{names.queue(), names.deadLetterQueue()} {
+		if _, err := ch.QueueDelete(queue, false, false, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, exchange := range []string{names.exchange, names.deadLetterExchange()} {
+		if err := ch.ExchangeDelete(exchange, false, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	conn := dialRabbit(t)
+	eventually(t, "the topology", func() bool {
+		ch, err := conn.Channel()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ch.Close()
+		for _, d := range names.topology() {
+			if !strings.HasPrefix(d.name, "binding") && d.passive(ch) != nil {
+				return false
+			}
+		}
+		return true
+	})
+	svc.createUser("Jane", "Doe")
+	svc.waitForLine("Received event user.created with user_id=2")
+}
+
+// TestForeignQueue starts the service where its queue exists already, with other
+// arguments: it says so once, and uses the queue.
+func TestForeignQueue(t *testing.T) {
+	t.Parallel()
+	s := memorySettings()
+	s.rabbitURL, s.exchange = testRabbitURL, newExchange(t)
+	names := &rabbitMQ{exchange: s.exchange}
+	if _, err := openChannel(t).QueueDeclare(names.queue(), true, false, false, false, nil); err != nil {
+		t.Fatal(err)
+	}
+	svc := startService(t, s)
+	svc.createUser("John", "Doe")
+	svc.waitForLine("Received event user.created with user_id=1")
+	time.Sleep(2 * topologyInterval) // as long as it takes to declare all of it twice
+	const warning = "RabbitMQ has it with other properties, which stay"
+	if n := len(svc.log.lines(warning)); n != 1 {
+		t.Errorf("%d warnings of one foreign queue", n)
+	}
+	svc.waitForLine(warning, "what", "queue "+names.queue())
+	svc.createUser("Jane", "Doe")
+	svc.waitForLine("Received event user.created with user_id=2")
+}
+
+// TestPublishCountsReturns publishes where no queue takes the events: the broker confirms
+// them, and they are not delivered.
+func TestPublishCountsReturns(t *testing.T) {
+	t.Parallel()
+	b := newRabbitMQ(settings{rabbitURL: testRabbitURL, exchange: newExchange(t), appName: "test"},
+		newLogger(t.Output(), 0), metrics.NewSet())
+	p, err := b.publisher(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.close()
+	if n, err := p.publish(t.Context(), []event{newEvent(userCreated, 1, 1)}); n != 1 || err != nil {
+		t.Errorf("an event that a queue takes: %d, %v", n, err)
+	}
+	// Only the updates have a queue: the others come back.
+	ch := openChannel(t)
+	if err := ch.QueueUnbind(b.queue(), "user.*", b.exchange, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := ch.QueueBind(b.queue(), userUpdated, b.exchange, false, nil); err != nil {
+		t.Fatal(err)
+	}
+	events := []event{newEvent(userUpdated, 1, 2), newEvent(userUpdated, 1, 3),
+		newEvent(userDeleted, 1, 4), newEvent(userUpdated, 2, 2)}
+	if n, err := p.publish(t.Context(), events); n != 2 || err == nil {
+		t.Errorf("%d events before the one that came back, %v", n, err)
+	}
+	if b.returned.Get() != 1 {
+		t.Errorf("events_returned_total is %d", b.returned.Get())
+	}
+}
+
+// proxy stands between a service and its broker or database.
+type proxy struct {
+	address string
+
+	mu    sync.Mutex
+	conns []net.Conn
+	up    bool
+}
+
+// newProxy forwards to the host of a URL until the test ends.
+func newProxy(t *testing.T, target string) *proxy {
+	t.Helper()
+	u, err := url.Parse(target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &proxy{address: listener.Addr().String(), up: true}
+	go func() {
+		for {
+			in, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			p.forward(in, u.Host)
+		}
+	}()
+	t.Cleanup(func() {
+		listener.Close()
+		p.set(false)
+	})
+	return p
+}
+
+func (p *proxy) forward(in net.Conn, host string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	out, err := net.Dial("tcp", host)
+	if err != nil || !p.up {
+		in.Close()
+		return
+	}
+	p.conns = append(p.conns, in, out)
+	go io.Copy(in, out)
+	go io.Copy(out, in)
+}
+
+// set lets connections through, or cuts all that there are and those to come.
+func (p *proxy) set(up bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.up = up
+	for _, c := range p.conns {
+		c.Close()
+	}
+	p.conns = nil
+}
+
+// TestBrokerOutage cuts the connections to the broker while users change. No request
+// fails, and afterwards every event arrives, in order.
+func TestBrokerOutage(t *testing.T) {
+	t.Parallel()
+	s := postgresSettings(t)
+	s.exchange = newExchange(t)
+	events := record(t, s.exchange)
+	p := newProxy(t, testRabbitURL)
+	s.rabbitURL = throughProxy(t, testRabbitURL, p)
+	svc := startService(t, s)
+	svc.createUser("John", "Doe")
+	for i := range 60 {
+		if i%20 == 10 {
+			p.set(false)
+		}
+		if i%20 == 15 {
+			p.set(true)
+		}
+		if i == 13 {
+			eventually(t, "readiness that tells of the loss", func() bool {
+				a := svc.do("GET", "/readyz", "")
+				return a.status == 200 && a.json(t, "rabbitmq") == "down"
+			})
+		}
+		if a := svc.do("PUT", "/users/1", fmt.Sprintf(`{"name": "name %d"}`, i)); a.status != 200 {
+			t.Errorf("%d %s", a.status, a.body)
+		}
+	}
+	for last := int64(0); last < 61; {
+		switch version := events.next(t).Data.Version; {
+		case version == last+1:
+			last = version
+		case version > last+1:
+			t.Fatalf("version %d follows %d", version, last)
+		}
+	}
+	svc.waitForLine("Event connection restored", "connection", "relay")
+	svc.waitForLine("Event connection restored", "connection", "consumer")
+	eventually(t, "readiness that tells of the return", func() bool {
+		return svc.do("GET", "/readyz", "").json(t, "rabbitmq") == "up"
+	})
+}
+
+func throughProxy(t *testing.T, target string, p *proxy) string {
+	t.Helper()
+	u, err := url.Parse(target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.Host = p.address
+	return u.String()
+}
+
+// TestBrokerThatNeverAnswers gives the service an address that accepts and then says
+// nothing. Neither requests nor the stop wait for it.
+func TestBrokerThatNeverAnswers(t *testing.T) {
+	t.Parallel()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	s := memorySettings()
+	s.rabbitURL = "amqp://guest:guest@" + listener.Addr().String()
+	svc := startService(t, s)
+	svc.createUser("John", "Doe")
+	if a := svc.do("GET", "/readyz", ""); a.status != 200 || a.json(t, "rabbitmq") != "down" {
+		t.Errorf("%d %s", a.status, a.body)
+	}
+	if err := svc.stop(); err != nil {
+		t.Error(err)
+	}
+}
