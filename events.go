@@ -21,6 +21,7 @@ const (
 const (
 	relayWindow   = 500 // events that are published before their confirms are awaited
 	relayPoll     = 100 * time.Millisecond
+	relayDrain    = 2 * time.Second
 	maxEventBytes = 64 << 10
 )
 
@@ -110,8 +111,11 @@ func newRelay(o outbox, b broker, log *slog.Logger, set *metrics.Set) *relay {
 	}
 }
 
-// run relays until ctx ends; then it publishes what is pending, as long as work lasts.
-func (r *relay) run(ctx, work context.Context) {
+// run relays until ctx ends. Then it publishes what is pending, for relayDrain at most.
+func (r *relay) run(ctx context.Context) {
+	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	context.AfterFunc(ctx, func() { time.AfterFunc(relayDrain, cancel) })
 	line := connectionLog{log: r.log, name: "relay"}
 	for ctx.Err() == nil {
 		err := r.session(ctx, work, &line)
@@ -275,52 +279,42 @@ func (v *versions) add(d eventData) {
 	v.newer[d.UserID] = d.Version
 }
 
-// inProcess is the broker of a service without RabbitMQ. What it has published, the
-// consumer has handled.
+// inProcess is the broker of a service without RabbitMQ. The consumer hands over its
+// handler for each message, so what is published has been handled.
 type inProcess struct {
-	messages chan inProcessMessage
-}
-
-type inProcessMessage struct {
-	body    []byte
-	handled chan error
+	handlers chan messageHandler
 }
 
 func newInProcess() *inProcess {
-	return &inProcess{messages: make(chan inProcessMessage)}
+	return &inProcess{handlers: make(chan messageHandler)}
 }
 
 func (b *inProcess) publisher(context.Context) (publisher, error) { return b, nil }
 
 func (b *inProcess) publish(ctx context.Context, events []event) (int, error) {
 	for i, e := range events {
-		if err := b.deliver(ctx, e); err != nil {
+		body, err := json.Marshal(e)
+		if err != nil {
+			return i, fmt.Errorf("encoding an event: %w", err)
+		}
+		select {
+		case handle := <-b.handlers:
+			err = handle(ctx, body)
+		case <-ctx.Done():
+			err = ctx.Err()
+		}
+		if err != nil {
 			return i, err
 		}
 	}
 	return len(events), nil
 }
 
-func (b *inProcess) deliver(ctx context.Context, e event) error {
-	body, err := json.Marshal(e)
-	if err != nil {
-		return fmt.Errorf("encoding an event: %w", err)
-	}
-	m := inProcessMessage{body: body, handled: make(chan error, 1)}
-	select {
-	case b.messages <- m:
-		return <-m.handled
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
 func (b *inProcess) consume(ctx context.Context, connected func(), handle messageHandler) error {
 	connected()
 	for {
 		select {
-		case m := <-b.messages:
-			m.handled <- handle(ctx, m.body)
+		case b.handlers <- handle:
 		case <-ctx.Done():
 			return nil
 		}

@@ -123,7 +123,7 @@ func TestRelayRemovesWhatTheBrokerHas(t *testing.T) {
 		log := &logBuffer{}
 		r := newRelay(m, b, newLogger(log, 0), metrics.NewSet())
 		ctx, cancel := context.WithCancel(t.Context())
-		go r.run(ctx, t.Context())
+		go r.run(ctx)
 		time.Sleep(time.Minute)
 		cancel()
 		synctest.Wait()
@@ -160,7 +160,7 @@ func TestRelayTellsALongLossOnce(t *testing.T) {
 		}}
 		log := &logBuffer{}
 		ctx, cancel := context.WithCancel(t.Context())
-		go newRelay(m, b, newLogger(log, 0), metrics.NewSet()).run(ctx, t.Context())
+		go newRelay(m, b, newLogger(log, 0), metrics.NewSet()).run(ctx)
 		time.Sleep(time.Hour + 11*time.Second)
 		cancel()
 		synctest.Wait()
@@ -195,7 +195,7 @@ func TestRelayDrains(t *testing.T) {
 			cancel()
 			return sent, nil
 		}}
-		newRelay(m, b, newLogger(t.Output(), 0), metrics.NewSet()).run(ctx, t.Context())
+		newRelay(m, b, newLogger(t.Output(), 0), metrics.NewSet()).run(ctx)
 		if len(m.events) != 0 || len(b.published) != 3*relayWindow+1 {
 			t.Errorf("%d events are left, %d were sent", len(m.events), len(b.published))
 		}

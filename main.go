@@ -14,7 +14,6 @@ import (
 	"os/signal"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -23,9 +22,9 @@ import (
 
 // The bounds of a stop. Together they stay below 10 s.
 const (
-	drainRequests = 6 * time.Second // for requests under way
-	drainEvents   = 2 * time.Second // for events that are committed
-	drainConsumer = 1 * time.Second // for the event in hand
+	drainRequests = 6 * time.Second            // for requests under way
+	drainEvents   = relayDrain + time.Second/2 // for events that are committed
+	drainConsumer = time.Second                // for the event in hand
 )
 
 func main() {
@@ -92,7 +91,8 @@ func run(ctx context.Context, s settings, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("listening on HOST and PORT: %w", err)
 	}
-	events := startEvents(store, broker, log, set)
+	stopConsumer := start(newConsumer(broker, log, set).run)
+	stopRelay := start(newRelay(store, broker, log, set).run)
 	httpServer := newHTTPServer(server, log)
 	served := make(chan error, 1)
 	go func() { served <- httpServer.Serve(listener) }()
@@ -108,7 +108,8 @@ func run(ctx context.Context, s settings, log *slog.Logger) error {
 		time.Sleep(s.shutdownDelay)
 		err = shutDown(httpServer)
 	}
-	events.stop()
+	stopRelay(drainEvents)
+	stopConsumer(drainConsumer)
 	log.Info("Service stopped")
 	return err
 }
@@ -194,43 +195,21 @@ func shutDown(s *http.Server) error {
 	return err
 }
 
-// eventTasks are the two goroutines that take events from the store to the log.
-type eventTasks struct {
-	stopRelay, stopWork, stopConsumer context.CancelFunc
-	relaying, consuming               sync.WaitGroup
-}
-
-func startEvents(o outbox, b broker, log *slog.Logger, set *metrics.Set) *eventTasks {
-	var t eventTasks
-	var relayUntil, workUntil, consumeUntil context.Context
-	relayUntil, t.stopRelay = context.WithCancel(context.Background())
-	workUntil, t.stopWork = context.WithCancel(context.Background())
-	consumeUntil, t.stopConsumer = context.WithCancel(context.Background())
-	relay := newRelay(o, b, log, set)
-	consumer := newConsumer(b, log, set)
-	t.relaying.Go(func() { relay.run(relayUntil, workUntil) })
-	t.consuming.Go(func() { consumer.run(consumeUntil) })
-	return &t
-}
-
-// stop ends the relay when all is published, and then the consumer.
-func (t *eventTasks) stop() {
-	t.stopRelay()
-	waitAtMost(drainEvents, &t.relaying)
-	t.stopWork()
-	t.stopConsumer()
-	waitAtMost(drainConsumer, &t.consuming)
-}
-
-func waitAtMost(d time.Duration, group *sync.WaitGroup) {
+// start runs f in a goroutine. The function that it returns ends f's context and waits for
+// f, but no longer than atMost.
+func start(f func(context.Context)) (stop func(atMost time.Duration)) {
+	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {
-		group.Wait()
-		close(done)
+		defer close(done)
+		f(ctx)
 	}()
-	select {
-	case <-done:
-	case <-time.After(d):
+	return func(atMost time.Duration) {
+		cancel()
+		select {
+		case <-done:
+		case <-time.After(atMost):
+		}
 	}
 }
 

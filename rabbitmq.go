@@ -33,9 +33,7 @@ type rabbitMQ struct {
 	log         *slog.Logger
 	returned    *metrics.Counter
 	connections atomic.Int32 // 2 when both the relay's and the consumer's are open
-
-	mu      sync.Mutex
-	foreign map[string]bool // what exists already, with other properties than ours
+	told        sync.Map     // what the log named as foreign
 }
 
 func newRabbitMQ(s settings, log *slog.Logger, set *metrics.Set) *rabbitMQ {
@@ -45,7 +43,6 @@ func newRabbitMQ(s settings, log *slog.Logger, set *metrics.Set) *rabbitMQ {
 		exchange: s.exchange,
 		log:      log,
 		returned: set.NewCounter("events_returned_total"),
-		foreign:  make(map[string]bool),
 	}
 	set.NewGauge("broker_connected", func() float64 {
 		return float64(b.connections.Load() / 2)
@@ -70,8 +67,8 @@ func (b *rabbitMQ) status() string {
 	return "up"
 }
 
-// dial opens a connection that has a topology to work with. It is the caller's to hang
-// up with the function that comes with it.
+// dial opens a connection to a broker that has the topology. It is the caller's to hang
+// up, with the function that comes with it.
 func (b *rabbitMQ) dial(ctx context.Context, purpose string) (*amqp.Connection, func(), error) {
 	properties := amqp.NewConnectionProperties()
 	properties.SetClientConnectionName(b.appName + " " + purpose)
@@ -96,7 +93,7 @@ func (b *rabbitMQ) dial(ctx context.Context, purpose string) (*amqp.Connection, 
 		// The plain Close waits for ever where the broker has stopped to read.
 		conn.CloseDeadline(time.Now().Add(time.Second))
 	}
-	if err := b.declareTopology(conn); err != nil {
+	if err := b.declareTopology(conn, make(map[string]bool)); err != nil {
 		hangUp()
 		return nil, nil, fmt.Errorf("declaring the topology: %w", err)
 	}
@@ -114,45 +111,30 @@ func (c writeDeadlineConn) Write(p []byte) (int, error) {
 	return c.Conn.Write(p)
 }
 
-// declaration makes sure that one thing exists on the broker. Passive only looks.
+// declaration makes sure that one thing exists on the broker.
 type declaration struct {
 	name    string
 	declare func(*amqp.Channel) error
-	passive func(*amqp.Channel) error
 }
 
-// topology is the exchange of the events with the consumer's queue, and what this queue
-// puts aside. The quorum queue keeps a dead letter until the other queue has it.
+// topology is the exchange of the events, the consumer's queue, and where it puts aside
+// what is unreadable. The arguments are those that RabbitMQ takes from 3.10 on.
 func (b *rabbitMQ) topology() []declaration {
 	exchange := func(name, kind string) declaration {
-		return declaration{
-			"exchange " + name,
-			func(ch *amqp.Channel) error {
-				return ch.ExchangeDeclare(name, kind, true, false, false, false, nil)
-			},
-			func(ch *amqp.Channel) error {
-				return ch.ExchangeDeclarePassive(name, kind, true, false, false, false, nil)
-			},
-		}
+		return declaration{"exchange " + name, func(ch *amqp.Channel) error {
+			return ch.ExchangeDeclare(name, kind, true, false, false, false, nil)
+		}}
 	}
 	queue := func(name string, arguments amqp.Table) declaration {
-		return declaration{
-			"queue " + name,
-			func(ch *amqp.Channel) error {
-				_, err := ch.QueueDeclare(name, true, false, false, false, arguments)
-				return err
-			},
-			func(ch *amqp.Channel) error {
-				_, err := ch.QueueDeclarePassive(name, true, false, false, false, nil)
-				return err
-			},
-		}
+		return declaration{"queue " + name, func(ch *amqp.Channel) error {
+			_, err := ch.QueueDeclare(name, true, false, false, false, arguments)
+			return err
+		}}
 	}
 	binding := func(queue, key, exchange string) declaration {
-		bind := func(ch *amqp.Channel) error {
+		return declaration{"binding of " + queue, func(ch *amqp.Channel) error {
 			return ch.QueueBind(queue, key, exchange, false, nil)
-		}
-		return declaration{"binding of queue " + queue, bind, bind}
+		}}
 	}
 	return []declaration{
 		exchange(b.deadLetterExchange(), amqp.ExchangeFanout),
@@ -171,34 +153,29 @@ func (b *rabbitMQ) topology() []declaration {
 	}
 }
 
-// declareTopology declares what is missing. What exists with other properties is used
-// as it is, and named in the log once.
-func (b *rabbitMQ) declareTopology(conn *amqp.Connection) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
+// declareTopology declares what is missing. What exists with other properties is named in
+// the log, and from then on, being in foreign, left as it is.
+func (b *rabbitMQ) declareTopology(conn *amqp.Connection, foreign map[string]bool) error {
 	ch, err := conn.Channel()
 	if err != nil {
 		return err
 	}
 	for _, d := range b.topology() {
-		declare := d.declare
-		if b.foreign[d.name] {
-			declare = d.passive
+		if foreign[d.name] {
+			continue
 		}
-		err := declare(ch)
+		err := d.declare(ch)
 		if err == nil {
 			continue
 		}
 		refusal, ok := errors.AsType[*amqp.Error](err)
-		switch {
-		case ok && refusal.Code == amqp.NotFound && b.foreign[d.name]:
-			delete(b.foreign, d.name) // it is gone: the next round makes ours
-		case ok && refusal.Code == amqp.PreconditionFailed:
-			b.foreign[d.name] = true
-			b.log.Warn("RabbitMQ has it with other properties, which stay", "what", d.name,
-				"error", refusal.Reason)
-		default:
+		if !ok || refusal.Code != amqp.PreconditionFailed {
 			return err
+		}
+		foreign[d.name] = true
+		if _, again := b.told.LoadOrStore(d.name, true); !again {
+			b.log.Warn("RabbitMQ has it with other properties, which stay",
+				"what", d.name, "error", refusal.Reason)
 		}
 		if ch, err = conn.Channel(); err != nil { // a refusal closes the channel
 			return err
@@ -336,6 +313,7 @@ func (b *rabbitMQ) consume(ctx context.Context, connected func(), handle message
 		return fmt.Errorf("subscribing to %s: %w", b.queue(), err)
 	}
 	connected()
+	foreign := make(map[string]bool)
 	tick := time.NewTicker(topologyInterval)
 	defer tick.Stop()
 	for {
@@ -343,7 +321,7 @@ func (b *rabbitMQ) consume(ctx context.Context, connected func(), handle message
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
-			err = b.declareTopology(conn)
+			err = b.declareTopology(conn, foreign)
 		case d, ok := <-deliveries:
 			if !ok {
 				return errors.New("the broker ended the subscription")

@@ -193,19 +193,29 @@ func TestTopologyComesBack(t *testing.T) {
 		}
 	}
 	conn := dialRabbit(t)
-	eventually(t, "the topology", func() bool {
+	exists := func(check func(*amqp.Channel) error) bool {
 		ch, err := conn.Channel()
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer ch.Close()
-		for _, d := range names.topology() {
-			if !strings.HasPrefix(d.name, "binding") && d.passive(ch) != nil {
-				return false
-			}
-		}
-		return true
-	})
+		return check(ch) == nil
+	}
+	for _, queue := range []string{names.queue(), names.deadLetterQueue()} {
+		eventually(t, "queue "+queue, func() bool {
+			return exists(func(ch *amqp.Channel) error {
+				_, err := ch.QueueDeclarePassive(queue, true, false, false, false, nil)
+				return err
+			})
+		})
+	}
+	for exchange, kind := range map[string]string{names.exchange: "topic", names.deadLetterExchange(): "fanout"} {
+		eventually(t, "exchange "+exchange, func() bool {
+			return exists(func(ch *amqp.Channel) error {
+				return ch.ExchangeDeclarePassive(exchange, kind, true, false, false, false, nil)
+			})
+		})
+	}
 	svc.createUser("Jane", "Doe")
 	svc.waitForLine("Received event user.created with user_id=2")
 }

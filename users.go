@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"net/http"
 	"net/url"
 	"slices"
@@ -355,45 +356,59 @@ func parseListQuery(rawQuery string) (listQuery, error) {
 	if err != nil {
 		return listQuery{}, newProblem(http.StatusBadRequest, "The query cannot be parsed")
 	}
-	q := listQuery{values: values}
-	var wrong []fieldError
-	fail := func(name, detail string) {
-		wrong = append(wrong, fieldError{Parameter: name, Detail: detail})
+	p := queryParser{values: values}
+	p.refuseUnknown("page", "per_page", "after")
+	q := listQuery{
+		values:  values,
+		page:    p.number("page", 1, 1, math.MaxInt64),
+		perPage: p.number("per_page", defaultPerPage, 1, maxPerPage),
+		after:   p.number("after", 0, 0, math.MaxInt64),
 	}
-	number := func(name string, fallback, low, high int64) int64 {
-		texts, given := values[name]
-		if !given {
-			return fallback
-		}
-		n, err := strconv.ParseUint(texts[0], 10, 63)
-		if len(texts) > 1 {
-			fail(name, "is given more than once")
-		} else if err != nil || int64(n) < low || int64(n) > high {
-			fail(name, fmt.Sprintf("must be %d to %d", low, high))
-		}
-		return int64(n)
-	}
-	for _, name := range slices.Sorted(maps.Keys(values)) {
-		if name != "page" && name != "per_page" && name != "after" {
-			fail(name, "is not a known parameter: those are page, per_page and after")
-		}
-	}
-	const maxInt64 = 1<<63 - 1
-	q.page = number("page", 1, 1, maxInt64)
-	q.perPage = number("per_page", defaultPerPage, 1, maxPerPage)
-	q.after = number("after", 0, 0, maxInt64)
 	switch {
 	case values.Has("page") && values.Has("after"):
-		fail("after", "cannot be combined with page")
+		p.fail("after", "cannot be combined with page")
 	case values.Has("after"):
 		q.page = 0
-	case len(wrong) == 0 && q.page-1 > maxOffset/q.perPage:
-		fail("page", fmt.Sprintf("cannot skip more than %d users: use after instead", maxOffset))
+	case len(p.wrong) == 0 && q.page-1 > maxOffset/q.perPage:
+		p.fail("page", fmt.Sprintf("cannot skip more than %d users: use after instead", maxOffset))
 	}
-	if len(wrong) > 0 {
-		return listQuery{}, invalid("parameter", wrong)
+	if len(p.wrong) > 0 {
+		return listQuery{}, invalid("parameter", p.wrong)
 	}
 	return q, nil
+}
+
+// queryParser collects what is wrong with a query.
+type queryParser struct {
+	values url.Values
+	wrong  []fieldError
+}
+
+func (p *queryParser) fail(name, detail string) {
+	p.wrong = append(p.wrong, fieldError{Parameter: name, Detail: detail})
+}
+
+func (p *queryParser) refuseUnknown(known ...string) {
+	for _, name := range slices.Sorted(maps.Keys(p.values)) {
+		if !slices.Contains(known, name) {
+			p.fail(name, "is not a known parameter: those are "+strings.Join(known, ", "))
+		}
+	}
+}
+
+// number returns fallback where the parameter is not given.
+func (p *queryParser) number(name string, fallback, low, high int64) int64 {
+	texts, given := p.values[name]
+	if !given {
+		return fallback
+	}
+	n, err := strconv.ParseUint(texts[0], 10, 63)
+	if len(texts) > 1 {
+		p.fail(name, "is given more than once")
+	} else if err != nil || int64(n) < low || int64(n) > high {
+		p.fail(name, fmt.Sprintf("must be %d to %d", low, high))
+	}
+	return int64(n)
 }
 
 func (q listQuery) offset() int64 {
