@@ -11,8 +11,8 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"unicode/utf8"
 )
@@ -121,25 +121,15 @@ func parseString(value json.RawMessage) (string, error) {
 	return text, nil
 }
 
-// hasLoneSurrogate looks at the \u escapes of a valid JSON string.
+var (
+	wholeEscape   = regexp.MustCompile(`(?i)\\\\|\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}`)
+	halfSurrogate = regexp.MustCompile(`(?i)\\ud[89a-f]`)
+)
+
+// hasLoneSurrogate looks at the escapes of a valid JSON string, but for those of
+// backslashes and of surrogate pairs.
 func hasLoneSurrogate(literal []byte) bool {
-	highBefore := false // the escape just before is a high surrogate without its low half
-	for i := 0; i < len(literal); i++ {
-		var unit uint64
-		if literal[i] == '\\' {
-			i++
-			if literal[i] == 'u' {
-				unit, _ = strconv.ParseUint(string(literal[i+1:i+5]), 16, 16)
-				i += 4
-			}
-		}
-		isLow := unit >= 0xdc00 && unit <= 0xdfff
-		if isLow != highBefore {
-			return true
-		}
-		highBefore = unit >= 0xd800 && unit <= 0xdbff
-	}
-	return highBefore
+	return halfSurrogate.Match(wholeEscape.ReplaceAll(literal, nil))
 }
 
 // pointer is the RFC 6901 pointer of a member, as a URI fragment.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"compress/gzip"
 	_ "embed"
 	"io"
@@ -62,35 +63,32 @@ func redirectToDocs(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// serveDocsFile serves a file of Swagger UI. Most are embedded with gzip, and are sent
-// that way to whom it suits.
+// serveDocsFile serves a file of Swagger UI. The larger ones are embedded with gzip, and
+// unpacked for a client that does not ask for that.
 func serveDocsFile(w http.ResponseWriter, r *http.Request) error {
 	name := r.PathValue("file")
 	contentType := mime.TypeByExtension(path.Ext(name))
 	if name == "start.js" {
 		return writeBytes(w, contentType, []byte(docsStart))
 	}
-	w.Header().Set("Cache-Control", "max-age=3600")
-	if plain, err := static.FS.ReadFile(name); err == nil && path.Ext(name) == ".png" {
-		return writeBytes(w, contentType, plain)
+	body, err := static.FS.ReadFile(name)
+	if err == nil && path.Ext(name) == ".png" {
+		return writeBytes(w, contentType, body)
 	}
-	zipped, err := static.FS.Open(name + ".gz")
+	body, err = static.FS.ReadFile(name + ".gz")
 	if err != nil {
 		return errNoRoute
 	}
-	defer zipped.Close()
 	w.Header().Set("Vary", "Accept-Encoding")
 	if strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
 		w.Header().Set("Content-Encoding", "gzip")
+		return writeBytes(w, contentType, body)
 	}
-	var content io.Reader = zipped
-	if w.Header().Get("Content-Encoding") == "" {
-		if content, err = gzip.NewReader(zipped); err != nil {
-			return err
-		}
-	}
-	body, err := io.ReadAll(content)
+	unzipped, err := gzip.NewReader(bytes.NewReader(body))
 	if err != nil {
+		return err
+	}
+	if body, err = io.ReadAll(unzipped); err != nil {
 		return err
 	}
 	return writeBytes(w, contentType, body)

@@ -157,7 +157,7 @@ func (u *User) scanInto() []any {
 
 func (s *postgres) createUser(ctx context.Context, in userInput) (User, error) {
 	var u User
-	err := s.write(ctx, func(ctx context.Context, conn *pgxpool.Conn) error {
+	err := s.write(ctx, "inserting a user", func(ctx context.Context, conn *pgxpool.Conn) error {
 		return conn.QueryRow(ctx, `
 			WITH created AS (
 				INSERT INTO users (name, surname, password) VALUES ($1, $2, $3)
@@ -170,28 +170,22 @@ func (s *postgres) createUser(ctx context.Context, in userInput) (User, error) {
 			in.name, in.surname, in.password, newUUIDv7(), traceID(ctx),
 		).Scan(u.scanInto()...)
 	})
-	if err != nil {
-		return User{}, fmt.Errorf("inserting a user: %w", err)
-	}
-	return u, nil
+	return u, err
 }
 
 func (s *postgres) getUser(ctx context.Context, id int64) (User, error) {
 	var u User
-	err := s.read(ctx, func(ctx context.Context, conn *pgxpool.Conn) error {
+	err := s.read(ctx, "selecting a user", func(ctx context.Context, conn *pgxpool.Conn) error {
 		return conn.QueryRow(ctx, `SELECT `+userColumns+` FROM users WHERE id = $1`, id).
 			Scan(u.scanInto()...)
 	})
-	if err != nil {
-		return User{}, fmt.Errorf("selecting a user: %w", err)
-	}
-	return u, nil
+	return u, err
 }
 
 func (s *postgres) listUsers(ctx context.Context, after, offset, limit int64) ([]User, int64, error) {
 	var users []User
 	var total int64
-	err := s.read(ctx, func(ctx context.Context, conn *pgxpool.Conn) error {
+	err := s.read(ctx, "selecting a page of users", func(ctx context.Context, conn *pgxpool.Conn) error {
 		users = make([]User, 0, limit)
 		// One statement sees one state. Its first row is the total, as a user of id 0.
 		rows, err := conn.Query(ctx, `
@@ -216,16 +210,13 @@ func (s *postgres) listUsers(ctx context.Context, after, offset, limit int64) ([
 		})
 		return err
 	})
-	if err != nil {
-		return nil, 0, fmt.Errorf("selecting a page of users: %w", err)
-	}
-	return users, total, nil
+	return users, total, err
 }
 
 func (s *postgres) updateUser(ctx context.Context, id int64, in userInput, match []int64) (User, error) {
 	var u User
 	var changed bool
-	err := s.write(ctx, func(ctx context.Context, conn *pgxpool.Conn) error {
+	err := s.write(ctx, "updating a user", func(ctx context.Context, conn *pgxpool.Conn) error {
 		// The lock comes first: what is compared is what is changed.
 		return conn.QueryRow(ctx, `
 			WITH current AS (
@@ -256,15 +247,12 @@ func (s *postgres) updateUser(ctx context.Context, id int64, in userInput, match
 	if err == nil && !changed && match != nil && !slices.Contains(match, u.Version) {
 		err = errVersionMismatch
 	}
-	if err != nil {
-		return User{}, fmt.Errorf("updating a user: %w", err)
-	}
-	return u, nil
+	return u, err
 }
 
 func (s *postgres) deleteUser(ctx context.Context, id int64, match []int64) error {
 	var deleted bool
-	err := s.write(ctx, func(ctx context.Context, conn *pgxpool.Conn) error {
+	err := s.write(ctx, "deleting a user", func(ctx context.Context, conn *pgxpool.Conn) error {
 		return conn.QueryRow(ctx, `
 			WITH current AS (
 				SELECT id, version, updated_at FROM users WHERE id = $1 FOR UPDATE
@@ -285,26 +273,27 @@ func (s *postgres) deleteUser(ctx context.Context, id int64, match []int64) erro
 	if err == nil && !deleted {
 		err = errVersionMismatch
 	}
-	if err != nil {
-		return fmt.Errorf("deleting a user: %w", err)
-	}
-	return nil
+	return err
 }
 
 // statement is one round trip on a connection.
 type statement func(ctx context.Context, conn *pgxpool.Conn) error
 
-func (s *postgres) read(ctx context.Context, f statement) error {
-	return s.do(ctx, f, true)
+// read runs f, which changes nothing. What says in an error what f was about.
+func (s *postgres) read(ctx context.Context, what string, f statement) error {
+	if err := s.do(ctx, f, true); err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	return nil
 }
 
-// write tells the relay that there may be an event.
-func (s *postgres) write(ctx context.Context, f statement) error {
-	err := s.do(ctx, f, false)
-	if err == nil {
-		poke(s.poke)
+// write runs f once at most, and then tells the relay that there may be an event.
+func (s *postgres) write(ctx context.Context, what string, f statement) error {
+	if err := s.do(ctx, f, false); err != nil {
+		return fmt.Errorf("%s: %w", what, err)
 	}
-	return err
+	poke(s.poke)
+	return nil
 }
 
 // do runs f within the budget, and again where that cannot change anything twice.
