@@ -228,12 +228,9 @@ func (c *consumer) handle(ctx context.Context, body []byte) error {
 		return nil
 	}
 	message := fmt.Sprintf("Received event %s with user_id=%d", e.Type, e.Data.UserID)
-	if c.log.Enabled(ctx, slog.LevelInfo) {
-		record := slog.NewRecord(time.Now(), slog.LevelInfo, message, 0)
-		record.AddAttrs(attrs...)
-		if err := c.log.Handler().Handle(ctx, record); err != nil {
-			return fmt.Errorf("logging an event: %w", err)
-		}
+	c.log.LogAttrs(ctx, slog.LevelInfo, message, attrs...)
+	if err := flushLog(c.log); err != nil {
+		return fmt.Errorf("logging an event: %w", err)
 	}
 	c.seen.add(e.Data)
 	c.consumed.Inc()

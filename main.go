@@ -72,6 +72,7 @@ type store interface {
 
 // run serves until ctx ends, and returns when everything that it began has ended.
 func run(ctx context.Context, s settings, log *slog.Logger) error {
+	defer flushLog(log)
 	set := metrics.NewSet()
 	store, err := openStore(ctx, s, log)
 	if ctx.Err() != nil {

@@ -40,8 +40,9 @@ const leadInterval = 500 * time.Millisecond // between two attempts to take the 
 
 // postgres is the store in PostgreSQL, and its outbox.
 type postgres struct {
-	pool *pgxpool.Pool
-	poke chan struct{}
+	pool  *pgxpool.Pool
+	poke  chan struct{}
+	users Group[int64, User] // reads by id
 }
 
 // parseDatabaseURL returns text without a driver suffix, such as postgresql+asyncpg.
@@ -95,6 +96,7 @@ func openPostgres(ctx context.Context, databaseURL, appName string, log *slog.Lo
 		return nil, err
 	}
 	s := &postgres{pool: pool, poke: make(chan struct{}, 1)}
+	s.users.run, s.users.patience = s.selectUsers, statementBudget
 	for deadline := time.Now().Add(databaseWait); ; sleep(ctx, databaseRetry) {
 		if err := s.applySchema(ctx, deadline); err == nil {
 			return s, nil
@@ -173,13 +175,34 @@ func (s *postgres) createUser(ctx context.Context, in userInput) (User, error) {
 	return u, err
 }
 
+// getUser shares its statement with the calls that come while another one runs: what a
+// read costs is the statement, hardly the row.
 func (s *postgres) getUser(ctx context.Context, id int64) (User, error) {
-	var u User
-	err := s.read(ctx, "selecting a user", func(ctx context.Context, conn *pgxpool.Conn) error {
-		return conn.QueryRow(ctx, `SELECT `+userColumns+` FROM users WHERE id = $1`, id).
-			Scan(u.scanInto()...)
-	})
+	u, ok, err := s.users.Do(ctx, id)
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = fmt.Errorf("waiting to select a user: %w: %w", errUnavailable, err)
+	}
+	if err == nil && !ok {
+		err = errNotFound
+	}
 	return u, err
+}
+
+func (s *postgres) selectUsers(ctx context.Context, ids []int64) (map[int64]User, error) {
+	users := make(map[int64]User, len(ids))
+	err := s.read(ctx, "selecting users", func(ctx context.Context, conn *pgxpool.Conn) error {
+		rows, err := conn.Query(ctx, `SELECT `+userColumns+` FROM users WHERE id = ANY ($1)`, ids)
+		if err != nil {
+			return err
+		}
+		var u User
+		_, err = pgx.ForEachRow(rows, u.scanInto(), func() error {
+			users[u.ID] = u
+			return nil
+		})
+		return err
+	})
+	return users, err
 }
 
 func (s *postgres) listUsers(ctx context.Context, after, offset, limit int64) ([]User, int64, error) {
@@ -296,19 +319,19 @@ func (s *postgres) write(ctx context.Context, what string, f statement) error {
 	return nil
 }
 
-// do runs f within the budget, and again where that cannot change anything twice.
+// do runs f within the budget, and again where that cannot change anything twice. It fails
+// with the context's error where the caller left before there was a connection.
 func (s *postgres) do(ctx context.Context, f statement, readOnly bool) error {
-	deadline := time.Now().Add(statementBudget)
+	// A statement that was begun is not cut off when its client leaves: that would cost
+	// the connection.
+	budget, cancel := context.WithTimeout(context.WithoutCancel(ctx), statementBudget)
+	defer cancel()
 	for retries := 0; ; retries++ {
-		conn, err := s.acquire(ctx, deadline)
+		conn, err := s.acquire(ctx, budget)
 		if err != nil {
 			return err
 		}
-		// A statement that was begun is not cut off when its client leaves: that would
-		// cost the connection.
-		run, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
-		err = f(run, conn)
-		cancel()
+		err = f(budget, conn)
 		lost := conn.Conn().IsClosed()
 		conn.Release()
 		if err == nil {
@@ -316,21 +339,25 @@ func (s *postgres) do(ctx context.Context, f statement, readOnly bool) error {
 		}
 		harmless := readOnly || pgconn.SafeToRetry(err)
 		again := lost && harmless || isConflict(err)
-		if !again || retries == maxRetries || time.Now().After(deadline) {
+		if !again || retries == maxRetries || budget.Err() != nil {
 			return s.sentinel(err, lost, harmless)
 		}
 	}
 }
 
-// acquire fails with the context's error where the caller has left, else errUnavailable.
-func (s *postgres) acquire(ctx context.Context, deadline time.Time) (*pgxpool.Conn, error) {
-	wait, cancel := context.WithDeadline(ctx, deadline)
+// acquire waits for a connection until the budget ends or the caller of ctx leaves.
+func (s *postgres) acquire(ctx, budget context.Context) (*pgxpool.Conn, error) {
+	wait, cancel := context.WithCancel(budget)
 	defer cancel()
+	defer context.AfterFunc(ctx, cancel)()
 	conn, err := s.pool.Acquire(wait)
-	if err != nil && ctx.Err() == nil {
-		err = fmt.Errorf("%w: %w", errUnavailable, err)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		return nil, fmt.Errorf("%w: %w", errUnavailable, err)
 	}
-	return conn, err
+	return conn, nil
 }
 
 // isConflict tells a serialization failure or a deadlock: nothing was changed.
