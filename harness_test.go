@@ -63,6 +63,7 @@ var template struct {
 
 func TestMain(m *testing.M) {
 	code := m.Run()
+	os.RemoveAll(executable.dir)
 	if template.name != "" {
 		dropDatabase(template.name)
 		admin(context.Background(), "DROP ROLE "+template.role)

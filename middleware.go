@@ -53,10 +53,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 	s.log.LogAttrs(r.Context(), slog.LevelInfo, "Request started", method, path)
 	s.route(res, r)
-	broken := res.err != nil && res.status != 0
-	if res.err != nil {
-		s.fail(res, r)
-	}
+	answered := res.err == nil || s.fail(res, r)
 
 	elapsed := time.Since(start)
 	attrs := []slog.Attr{method, path,
@@ -69,7 +66,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	s.log.LogAttrs(r.Context(), slog.LevelInfo, "Request completed", attrs...)
 	s.observe(r.Pattern, res.status, elapsed)
-	if broken { // half an answer is out: the client must not take it for a whole one
+	if !answered { // net/http would send an empty 200, or end half an answer as a whole one
 		panic(http.ErrAbortHandler)
 	}
 }
@@ -88,18 +85,19 @@ func (s *server) route(res *response, r *http.Request) {
 	s.mux.ServeHTTP(res, r)
 }
 
-// fail answers with the problem document that res.err stands for.
-func (s *server) fail(res *response, r *http.Request) {
-	if res.clientGone() || errors.Is(res.err, errClientGone) {
+// fail answers with the problem document that res.err stands for. It returns false where
+// that cannot be: the client has left, or half an answer is out.
+func (s *server) fail(res *response, r *http.Request) bool {
+	if errors.Is(res.err, errClientGone) || errors.Is(res.err, context.Canceled) && res.clientGone() {
 		res.status = statusClientGone
-		return
+		return false
 	}
 	p := *problemOf(res.err, r)
 	if p.Status == http.StatusInternalServerError {
 		s.logFailure(r.Context(), res.err)
 	}
 	if res.status != 0 {
-		return
+		return false
 	}
 	p.Type = "about:blank"
 	p.Title = http.StatusText(p.Status)
@@ -112,9 +110,7 @@ func (s *server) fail(res *response, r *http.Request) {
 		res.Header().Set("Connection", "close") // what is left of the body is not read
 	}
 	res.Header().Set("Content-Type", "application/problem+json")
-	if err := writeJSON(res, p.Status, p); err != nil {
-		s.logFailure(r.Context(), err)
-	}
+	return writeJSON(res, p.Status, p) == nil
 }
 
 func (s *server) logFailure(ctx context.Context, err error) {
