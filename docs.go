@@ -66,7 +66,7 @@ func redirectToDocs(w http.ResponseWriter, r *http.Request) error {
 // serveDocsFile serves a file of Swagger UI. The larger ones are embedded with gzip, and
 // unpacked for a client that does not ask for that.
 func serveDocsFile(w http.ResponseWriter, r *http.Request) error {
-	name := r.PathValue("file")
+	name := path.Base(r.URL.Path)
 	contentType := mime.TypeByExtension(path.Ext(name))
 	if name == "start.js" {
 		return writeBytes(w, contentType, []byte(docsStart))

@@ -131,7 +131,10 @@ func addRoutes(s *server, a *api, h *health) {
 		{"DELETE", "/users/{id}", a.deleteUser},
 
 		{"GET", "/docs", serveDocs},
-		{"GET", "/docs/{file}", serveDocsFile},
+		{"GET", "/docs/start.js", serveDocsFile},
+		{"GET", "/docs/swagger-ui-bundle.js", serveDocsFile},
+		{"GET", "/docs/swagger-ui.css", serveDocsFile},
+		{"GET", "/docs/favicon-32x32.png", serveDocsFile},
 		{"GET", "/openapi.json", serveOpenAPI},
 		{"GET", "/docs/{$}", redirectToDocs},
 		{"GET", "/schema", redirectToDocs},

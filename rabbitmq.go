@@ -52,6 +52,9 @@ func newRabbitMQ(s settings, log *slog.Logger, set *metrics.Set) *rabbitMQ {
 
 // parseRabbitURL returns text if it is a URL that can be dialled.
 func parseRabbitURL(text string) (string, error) {
+	if err := checkURL(text, "amqp", "amqps"); err != nil {
+		return "", err
+	}
 	_, err := amqp.ParseURI(text)
 	return text, err
 }

@@ -8,7 +8,9 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -99,6 +101,25 @@ func intBetween(low, high int) func(string) (int, error) {
 		}
 		return int(n), nil
 	}
+}
+
+// checkURL refuses what the drivers let pass. An "@" behind the host is the end of a
+// password that is not percent-encoded: it would be taken, and shown, as another part.
+func checkURL(text string, schemes ...string) error {
+	scheme, rest, ok := strings.Cut(text, "://")
+	u, err := url.Parse(text)
+	if err != nil || !ok || !slices.Contains(schemes, scheme) {
+		return errUnusable
+	}
+	if port := u.Port(); port != "" {
+		if _, err := intBetween(1, 65535)(port); err != nil {
+			return err
+		}
+	}
+	if end := strings.IndexAny(rest, "/?#"); end >= 0 && strings.Contains(rest[end:], "@") {
+		return errUnusable
+	}
+	return nil
 }
 
 func parseAppName(text string) (string, error) {

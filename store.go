@@ -25,6 +25,7 @@ const (
 	statementBudget  = 4 * time.Second // for a connection and an answer
 	statementTimeout = "3500ms"        // on the server, so that it gives up first
 	readyBudget      = 2 * time.Second
+	closeWait        = time.Second
 	defaultPoolSize  = 8
 	maxPoolSize      = 16 // a replica holds 20 connections at most, the relay's included
 	maxRetries       = 2
@@ -47,13 +48,14 @@ type postgres struct {
 
 // parseDatabaseURL returns text without a driver suffix, such as postgresql+asyncpg.
 func parseDatabaseURL(text string) (string, error) {
-	scheme, rest, _ := strings.Cut(text, "://")
+	scheme, rest, _ := strings.Cut(text, ":")
 	scheme, _, _ = strings.Cut(scheme, "+")
-	if scheme != "postgres" && scheme != "postgresql" {
-		return "", errUnusable
+	text = scheme + ":" + rest
+	if err := checkURL(text, "postgres", "postgresql"); err != nil {
+		return "", err
 	}
-	_, err := poolConfig(scheme+"://"+rest, "")
-	return scheme + "://" + rest, err
+	_, err := poolConfig(text, "")
+	return text, err
 }
 
 // poolConfig is what the URL says, and our defaults for what it does not.
@@ -132,7 +134,10 @@ func (s *postgres) applySchema(ctx context.Context, deadline time.Time) error {
 	})
 }
 
-func (s *postgres) close() { s.pool.Close() }
+// close does not wait for long: a database that is frozen says no goodbye.
+func (s *postgres) close() {
+	start(func(context.Context) { s.pool.Close() })(closeWait)
+}
 
 // ready says whether the database can take a write: "up", or "read-only" or "down".
 func (s *postgres) ready(ctx context.Context) string {

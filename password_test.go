@@ -1,0 +1,226 @@
+package main
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"io"
+	"net/http"
+	"regexp"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/crypto/argon2"
+)
+
+var phcPattern = regexp.MustCompile(
+	`^\$argon2id\$v=19\$m=12288,t=3,p=1\$([A-Za-z0-9+/]{22})\$([A-Za-z0-9+/]{43})$`)
+
+// verifies says whether hash is the PHC string of exactly these bytes.
+func verifies(t *testing.T, hash, password string) bool {
+	t.Helper()
+	fields := phcPattern.FindStringSubmatch(hash)
+	if fields == nil {
+		t.Fatalf("no PHC string: %s", hash)
+	}
+	salt, err := base64.RawStdEncoding.Strict().DecodeString(fields[1])
+	if err != nil || len(salt) != 16 {
+		t.Fatalf("the salt has %d bytes: %v", len(salt), err)
+	}
+	key := argon2.IDKey([]byte(password), salt, 3, 12288, 1, 32)
+	return fields[2] == base64.RawStdEncoding.EncodeToString(key)
+}
+
+func mustHash(t *testing.T, password string) string {
+	t.Helper()
+	hash, err := newHasher().hash(t.Context(), password)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return hash
+}
+
+func TestPasswordHash(t *testing.T) {
+	t.Parallel()
+	const composed, decomposed = "caf\u00e9 " + secret, "cafe\u0301 " + secret
+	for name, test := range map[string]struct {
+		password, verified string
+		want               bool
+	}{
+		"the same":         {secret, secret, true},
+		"another":          {secret, secret + "!", false},
+		"another case":     {secret, strings.ToUpper(secret), false},
+		"white space":      {" " + secret + " ", secret, false},
+		"composed":         {composed, composed, true},
+		"decomposed":       {decomposed, composed, true},
+		"not decomposed":   {composed, decomposed, false},
+		"compatible (NFC)": {"\ufb01" + secret, "fi" + secret, false},
+		"128 characters":   {strings.Repeat("𝄞", 128), strings.Repeat("𝄞", 128), true},
+	} {
+		if got := verifies(t, mustHash(t, test.password), test.verified); got != test.want {
+			t.Errorf("%s: verifies %v", name, got)
+		}
+	}
+	if mustHash(t, secret) == mustHash(t, secret) {
+		t.Error("two hashes have the same salt")
+	}
+}
+
+// TestPasswordIsStoredHashed follows a password from the request to the row.
+func TestPasswordIsStoredHashed(t *testing.T) {
+	t.Parallel()
+	s := startService(t, postgresSettings(t))
+	conn := connect(t, s.settings.databaseURL)
+	stored := func() string { return queryValue[string](t, conn, "SELECT password FROM users") }
+	s.createUser("John", "Doe")
+	if !verifies(t, stored(), secret) {
+		t.Error("POST stored another password")
+	}
+	s.do("PATCH", "/users/1", `{"password": " e\u0301 `+secret+`"}`)
+	if !verifies(t, stored(), " é "+secret) {
+		t.Error("PATCH stored another password")
+	}
+}
+
+func TestHasherSize(t *testing.T) {
+	t.Parallel()
+	h := newHasher()
+	cores := runtime.GOMAXPROCS(0)
+	if cap(h.working) != cores || cap(h.admitted) != cores*(1+hashQueue) {
+		t.Errorf("%d at work and %d admitted on %d cores", cap(h.working), cap(h.admitted), cores)
+	}
+}
+
+// TestHasherHoldsItsPlaces watches the places while more calls come than can be at work.
+func TestHasherHoldsItsPlaces(t *testing.T) {
+	t.Parallel()
+	h := &hasher{admitted: make(chan struct{}, 20), working: make(chan struct{}, 2)}
+	var group sync.WaitGroup
+	for range cap(h.admitted) {
+		group.Go(func() {
+			// Where the wait is too long, errBusy is the right answer.
+			if _, err := h.hash(context.Background(), secret); err != nil && !errors.Is(err, errBusy) {
+				t.Error(err)
+			}
+		})
+	}
+	eventually(t, "two at work, and others waiting", func() bool {
+		return len(h.working) == 2 && len(h.admitted) > 2
+	})
+	group.Wait()
+	if len(h.working) != 0 || len(h.admitted) != 0 {
+		t.Errorf("after all, %d are at work and %d admitted", len(h.working), len(h.admitted))
+	}
+}
+
+// TestHasherRefuses has a hasher whose places others hold, in the time of a bubble.
+func TestHasherRefuses(t *testing.T) {
+	t.Parallel()
+	type places struct{ admitted, working int } // taken by others, of 3 and 1
+	for name, test := range map[string]struct {
+		taken places
+		leave time.Duration // 0: the caller stays
+		free  time.Duration // 0: nobody makes room
+		want  error
+		after time.Duration
+	}{
+		"queue full":        {taken: places{3, 1}, want: errBusy},
+		"no turn in time":   {taken: places{2, 1}, want: errBusy, after: hashWait},
+		"turn in time":      {taken: places{2, 1}, free: hashWait / 2, after: hashWait / 2},
+		"caller leaves":     {taken: places{2, 1}, leave: hashWait / 2, want: context.DeadlineExceeded, after: hashWait / 2},
+		"nobody else there": {taken: places{0, 0}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				h := &hasher{admitted: make(chan struct{}, 3), working: make(chan struct{}, 1)}
+				for range test.taken.admitted {
+					h.admitted <- struct{}{}
+				}
+				for range test.taken.working {
+					h.working <- struct{}{}
+				}
+				ctx := t.Context()
+				if test.leave > 0 {
+					var cancel context.CancelFunc
+					ctx, cancel = context.WithTimeout(ctx, test.leave)
+					defer cancel()
+				}
+				if test.free > 0 {
+					test.taken.working--
+					time.AfterFunc(test.free, func() { <-h.working })
+				}
+				start := time.Now()
+				hash, err := h.hash(ctx, secret)
+				if !errors.Is(err, test.want) || (err == nil) != (hash != "") {
+					t.Errorf("hash is %q, %v", hash, err)
+				}
+				if waited := time.Since(start); waited != test.after {
+					t.Errorf("waited for %v, not %v", waited, test.after)
+				}
+				if left := (places{len(h.admitted), len(h.working)}); left != test.taken {
+					t.Errorf("left %+v, not %+v", left, test.taken)
+				}
+			})
+		})
+	}
+}
+
+// TestPasswordFlood sends more passwords than can be hashed in time.
+func TestPasswordFlood(t *testing.T) {
+	t.Parallel()
+	const requests = 300
+	s := startService(t, memorySettings())
+	statuses := make(chan int, requests)
+	var group sync.WaitGroup
+	for range requests {
+		group.Go(func() {
+			body := `{"name": "John", "surname": "Doe", "password": "` + secret + `"}`
+			response, err := client.Post(s.url+"/users", "application/json", strings.NewReader(body))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			io.Copy(io.Discard, response.Body)
+			response.Body.Close()
+			if response.StatusCode == http.StatusServiceUnavailable && response.Header.Get("Retry-After") == "" {
+				t.Error("503 without Retry-After")
+			}
+			statuses <- response.StatusCode
+		})
+	}
+	flood := make(chan struct{})
+	go func() {
+		group.Wait()
+		close(statuses)
+		close(flood)
+	}()
+	for over := false; !over; {
+		if a := s.do("GET", "/users", ""); a.status != http.StatusOK {
+			t.Errorf("GET during the flood: %d %s", a.status, a.body)
+		}
+		select {
+		case <-flood:
+			over = true
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	count := make(map[int]int)
+	for status := range statuses {
+		count[status]++
+	}
+	if count[201] == 0 || count[201]+count[503] != requests {
+		t.Errorf("statuses and their number: %v", count)
+	}
+	// A machine of many cores may take them all.
+	if tooMany := 2 * cap(newHasher().admitted); requests > tooMany && count[503] == 0 {
+		t.Errorf("nothing was refused: %v", count)
+	}
+	if total := s.do("GET", "/users?per_page=1", "").json(t, "total"); total != float64(count[201]) {
+		t.Errorf("%v users after %d answers 201", total, count[201])
+	}
+}

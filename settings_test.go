@@ -1,0 +1,245 @@
+package main
+
+import (
+	"errors"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+	"unicode"
+)
+
+// envOf is an environment that has one variable.
+func envOf(name, value string) func(string) string {
+	return func(asked string) string {
+		if asked == name {
+			return value
+		}
+		return ""
+	}
+}
+
+func defaultSettings() settings {
+	return settings{
+		exchange:          "user_events",
+		appName:           "user-service",
+		host:              "127.0.0.1",
+		port:              8000,
+		logLevel:          slog.LevelInfo,
+		passwordMinLength: 8,
+	}
+}
+
+func TestSettings(t *testing.T) {
+	t.Parallel()
+	database := func(url string) func(*settings) {
+		return func(s *settings) { s.databaseURL = url }
+	}
+	level := func(level slog.Level) func(*settings) {
+		return func(s *settings) { s.logLevel = level }
+	}
+	for _, test := range []struct {
+		name, value string
+		want        func(*settings)
+	}{
+		{"NOT_A_SETTING", "value", func(*settings) {}},
+		{"DATABASE_URL", "postgres://u:p@h:5433/d", database("postgres://u:p@h:5433/d")},
+		{"DATABASE_URL", "postgresql://u:p@h/d?sslmode=disable", database("postgresql://u:p@h/d?sslmode=disable")},
+		{"DATABASE_URL", "postgresql+asyncpg://u:p@h/d", database("postgresql://u:p@h/d")},
+		{"DATABASE_URL", "postgres+psycopg2://u:p@h/d", database("postgres://u:p@h/d")},
+		{"DATABASE_URL", "postgres://u:p@ss+w@h/d", database("postgres://u:p@ss+w@h/d")},
+		{"DATABASE_URL", "postgres://u@a:1,b:2/d?target_session_attrs=read-write",
+			database("postgres://u@a:1,b:2/d?target_session_attrs=read-write")},
+		{"RABBITMQ_URL", "amqp://u:p@h:5673/%2F", func(s *settings) { s.rabbitURL = "amqp://u:p@h:5673/%2F" }},
+		{"RABBITMQ_URL", "amqps://h", func(s *settings) { s.rabbitURL = "amqps://h" }},
+		{"APP_NAME", "ein Dienst für Leute", func(s *settings) { s.appName = "ein Dienst für Leute" }},
+		{"APP_NAME", strings.Repeat("a", 255), func(s *settings) { s.appName = strings.Repeat("a", 255) }},
+		{"HOST", "0.0.0.0", func(s *settings) { s.host = "0.0.0.0" }},
+		{"HOST", "::1", func(s *settings) { s.host = "::1" }},
+		{"HOST", "localhost", func(s *settings) { s.host = "localhost" }},
+		{"PORT", "0", func(s *settings) { s.port = 0 }},
+		{"PORT", "65535", func(s *settings) { s.port = 65535 }},
+		{"LOG_LEVEL", "DEBUG", level(slog.LevelDebug)},
+		{"LOG_LEVEL", "info", level(slog.LevelInfo)},
+		{"LOG_LEVEL", "WARNING", level(slog.LevelWarn)},
+		{"LOG_LEVEL", "Warn", level(slog.LevelWarn)},
+		{"LOG_LEVEL", "error", level(slog.LevelError)},
+		{"LOG_LEVEL", "critical", level(slog.LevelError)},
+		{"DEBUG", "true", level(slog.LevelDebug)},
+		{"DEBUG", "1", level(slog.LevelDebug)},
+		{"DEBUG", "False", level(slog.LevelInfo)},
+		{"PASSWORD_MIN_LENGTH", "1", func(s *settings) { s.passwordMinLength = 1 }},
+		{"PASSWORD_MIN_LENGTH", "128", func(s *settings) { s.passwordMinLength = 128 }},
+		{"SHUTDOWN_DELAY", "0s", func(*settings) {}},
+		{"SHUTDOWN_DELAY", "1m500ms", func(s *settings) { s.shutdownDelay = 60500 * time.Millisecond }},
+	} {
+		want := defaultSettings()
+		test.want(&want)
+		if got, err := loadSettings(envOf(test.name, test.value)); err != nil || got != want {
+			t.Errorf("%s=%s: %+v, %v", test.name, test.value, got, err)
+		}
+	}
+}
+
+func TestLogLevelBeatsDebug(t *testing.T) {
+	t.Parallel()
+	env := map[string]string{"DEBUG": "true", "LOG_LEVEL": "error"}
+	s, err := loadSettings(func(name string) string { return env[name] })
+	if err != nil || s.logLevel != slog.LevelError {
+		t.Errorf("level %v, %v", s.logLevel, err)
+	}
+}
+
+func TestSettingsRefuse(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		takes  string
+		values []string
+	}{
+		"DATABASE_URL": {"postgres://user:password@host:5432/database", []string{
+			"mysql://u:" + secret + "@h/d", "http://h/d", "h:5432/d",
+			"postgresql", "postgresql+asyncpg", "postgres:h", "postgres:/h/d", // no "://"
+			"POSTGRES://h/d", // as in libpq, which takes the prefix as it is
+			"host=localhost password=" + secret, "user=u dbname=d",
+			"postgres://u:" + secret + "@h:abc/d", "postgres://u:" + secret + "@h:0/d",
+			"postgres://u:" + secret + "@h:99999/d", "postgres://u:" + secret + "@h:1:2/d",
+			"postgres://u:%zz" + secret + "@h/d", "postgres://u:" + secret + "@h/d\n",
+			"postgres://u:" + secret + "@h/d?sslmode=unknown",
+			"postgres://u:" + secret + "@h/d?connect_timeout=x",
+			"postgres://u:" + secret + "@h/d?pool_max_conns=0",
+			// Passwords that ought to be percent-encoded: pgx takes them for the name of a
+			// database, say, which is in each of its errors.
+			"postgres://u:/" + secret + "@h/d", "postgres://u:1/" + secret + "@h/d",
+			"postgres://u:1?" + secret + "@h/d", "postgres://u:1#" + secret + "@h/d",
+		}},
+		"RABBITMQ_URL": {"amqp://user:password@host:5672/", []string{
+			"http://u:" + secret + "@h/", "amqps", "amqps:", "amqp+x://h/", "h:5672",
+			"amqp://u:" + secret + "@h:abc/", "amqp://u:" + secret + "@h:99999/",
+			"amqp://u:" + secret + "@h:0/", "amqp://u:%zz" + secret + "@h/",
+			"amqp://u:" + secret + "@h/a b", "amqp://u:" + secret + "@h/?heartbeat=x",
+		}},
+		"APP_NAME": {"1 to 255 bytes", []string{
+			strings.Repeat("a", 256), "two\nlines", "nul\x00byte", "half\xc3",
+		}},
+		"HOST": {"IP address or a host name", []string{
+			"[::1]", "127.0.0.1:80", ":8000", "two words", "http://h",
+		}},
+		"PORT": {"0 to 65535", []string{
+			"65536", "-1", "+1", "http", "80.0", "0x50", " 80", "99999999999999999999",
+		}},
+		"LOG_LEVEL": {"DEBUG, INFO, WARNING, ERROR or CRITICAL", []string{"TRACE", "-4", "INFO "}},
+		"DEBUG":     {"true or false", []string{"yes", "2", "on"}},
+		"PASSWORD_MIN_LENGTH": {"1 to 128", []string{
+			"0", "129", "-8", "eight", "4294967297",
+		}},
+		"SHUTDOWN_DELAY": {"a duration of 0 or more", []string{"-1s", "7", "soon", "7 s"}},
+	} {
+		for _, value := range test.values {
+			_, err := loadSettings(envOf(name, value))
+			refusal, ok := errors.AsType[*settingError](err)
+			if !ok || refusal.name != name {
+				t.Errorf("%s=%q is no error of this variable: %v", name, value, err)
+				continue
+			}
+			text := err.Error()
+			if !strings.HasPrefix(text, name+" must be ") || !strings.Contains(text, test.takes) {
+				t.Errorf("%s=%q: the error does not say what it takes: %s", name, value, text)
+			}
+			if strings.Contains(text, value) || strings.Contains(text, secret) {
+				t.Errorf("%s=%q: the error tells the value: %s", name, value, text)
+			}
+		}
+	}
+}
+
+func TestParseEnvFile(t *testing.T) {
+	t.Parallel()
+	type values = map[string]string
+	for content, want := range map[string]values{
+		"":                              {},
+		"A=1\nB=2":                      {"A": "1", "B": "2"},
+		"A=1\nA=2\n":                    {"A": "2"},
+		"# A=1\n\n  #B=2\n \t\nC=3\n":   {"C": "3"},
+		"A=1 # no comment\nB=#2\n":      {"A": "1 # no comment", "B": "#2"},
+		"export A=1\n export  B=2\n":    {"A": "1", "B": "2"},
+		"exported=1\n":                  {"exported": "1"},
+		"A=\"x y\"\nB=' z '\n":          {"A": "x y", "B": " z "},
+		"A=\"x\nB='\nC='x\"\nD=x'y'\n":  {"A": `"x`, "B": "'", "C": `'x"`, "D": "x'y'"},
+		"A=\"x\" \nB=\"\"\n":            {"A": "x", "B": ""},
+		"A=1\r\nB=\"2\"\r\n":            {"A": "1", "B": "2"},
+		"\ufeffA=1\n":                   {"A": "1"},
+		"  A=1\n\tB=2\n":                {"A": "1", "B": "2"},
+		"A= x \n":                       {"A": " x "},
+		"A=b=c==\n":                     {"A": "b=c=="},
+		"A=\n":                          {"A": ""},
+		"A\n":                           {"A": ""},
+		"A=" + strings.Repeat("x", 6e4): {"A": strings.Repeat("x", 6e4)},
+	} {
+		if got, err := parseEnvFile([]byte(content)); err != nil || !maps.Equal(got, want) {
+			t.Errorf("%.60q: %.60q, %v", content, got, err)
+		}
+	}
+	for content, want := range map[string]string{
+		"A=1\n# B\nDATABASE URL=" + secret: "line 3",
+		"A =" + secret:                     "line 1",
+		"A=1\r\n=" + secret:                "line 2",
+		"export =" + secret:                "line 1",
+		"A=" + strings.Repeat(secret, 4e3): "64 KiB",
+	} {
+		_, err := parseEnvFile([]byte(content))
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%.60q: the error does not name %s: %v", content, want, err)
+		} else if strings.Contains(err.Error(), secret) {
+			t.Errorf("%.60q: the error tells the value: %v", content, err)
+		}
+	}
+}
+
+func FuzzParseEnvFile(f *testing.F) {
+	for _, content := range []string{"", "A=1\r\nexport B='2'\n", "\ufeff# x\nA=\"", "A B=1", "=", "export "} {
+		f.Add([]byte(content))
+	}
+	f.Fuzz(func(t *testing.T, content []byte) {
+		values, err := parseEnvFile(content)
+		if (values == nil) == (err == nil) {
+			t.Errorf("values %v and the error %v", values, err)
+		}
+		for name := range values {
+			if name == "" || strings.Contains(name, "=") || strings.ContainsFunc(name, unicode.IsSpace) {
+				t.Errorf("a variable is named %q", name)
+			}
+		}
+	})
+}
+
+// TestGetenvWithFile has PATH for a variable that the real environment has, for the tests
+// are parallel and cannot set one.
+func TestGetenvWithFile(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	path := filepath.Join(dir, ".env")
+	getenv, err := getenvWithFile(path)
+	if err != nil || getenv("PATH") != os.Getenv("PATH") {
+		t.Errorf("without a file PATH is %q, %v", getenv("PATH"), err)
+	}
+	if err := os.WriteFile(path, []byte("PATH=file\nUS_TEST_ONLY_IN_FILE=file"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	getenv, err = getenvWithFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{
+		"PATH": os.Getenv("PATH"), "US_TEST_ONLY_IN_FILE": "file", "US_TEST_NOWHERE": "",
+	} {
+		if got := getenv(name); got != want {
+			t.Errorf("%s is %q, not %q", name, got, want)
+		}
+	}
+	if _, err := getenvWithFile(dir); err == nil || !strings.HasPrefix(err.Error(), dir+" must be ") {
+		t.Errorf("a directory as file: %v", err)
+	}
+}
