@@ -5,6 +5,7 @@ import (
 	"compress/gzip"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -104,7 +105,7 @@ func TestDocsInBrowser(t *testing.T) {
 	s.createUser("John", "Doe") // the user 1 of the examples
 	s.createUser("Zoë", "O'Neil")
 	b := startBrowser(t)
-	b.open(s.url, "/docs")
+	b.open(strings.Replace(s.url, "127.0.0.1", remoteHost, 1), "/docs")
 
 	const toggle = ".opblock-summary-control"
 	press := func(o *operation) (block string) {
@@ -167,7 +168,11 @@ type browserEvent struct {
 	}
 }
 
-// startBrowser opens an empty page that can reach nothing but this machine.
+// remoteHost is this machine by a name that the browser does not take for it: pages of
+// localhost may do more.
+const remoteHost = "users.test"
+
+// startBrowser opens an empty page that can reach nothing but remoteHost.
 func startBrowser(t *testing.T) *browser {
 	t.Helper()
 	path, err := findBrowser()
@@ -179,9 +184,9 @@ func startBrowser(t *testing.T) *browser {
 	cmd := exec.CommandContext(ctx, path, "--headless=new", "--remote-debugging-pipe",
 		"--user-data-dir="+home, "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
 		"--disable-background-networking", "--disable-component-update", "--disable-sync",
-		"--no-first-run", "--window-size=1280,3600",
-		"--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "about:blank")
-	cmd.Env = append(os.Environ(), "HOME="+home)
+		"--no-first-run", "--window-size=1280,1024",
+		"--host-resolver-rules=MAP "+remoteHost+" 127.0.0.1, MAP * ~NOTFOUND", "about:blank")
+	cmd.Env = append(os.Environ(), "HOME="+home, "TMPDIR="+home)
 	// Its processes are a group, so that they can be made to end together.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
@@ -197,9 +202,10 @@ func startBrowser(t *testing.T) *browser {
 	t.Cleanup(func() {
 		defer cancel()
 		time.AfterFunc(5*time.Second, cancel)
+		answersIn.SetReadDeadline(time.Now().Add(6 * time.Second))
 		b.session = ""
 		b.send("Browser.close", nil)
-		io.Copy(io.Discard, b.in) // until the last process has ended
+		io.Copy(io.Discard, b.in) // until its last process has ended
 		cmd.Wait()
 	})
 	t.Cleanup(b.explainFailure)
@@ -217,16 +223,12 @@ func startBrowser(t *testing.T) *browser {
 }
 
 func findBrowser() (path string, err error) {
-	for _, name := range []string{"google-chrome", "chromium-browser", "chromium"} {
-		var found string
-		if found, err = exec.LookPath(name); err == nil {
-			path = found
+	for _, name := range []string{"chromium", "chromium-browser", "google-chrome"} {
+		if path, err = exec.LookPath(name); err == nil {
+			return path, nil
 		}
 	}
-	if path != "" {
-		return path, nil
-	}
-	return "", err
+	return "", errors.New("no chromium, chromium-browser or google-chrome in PATH")
 }
 
 func newPipe(t *testing.T) (in, out *os.File) {
@@ -346,10 +348,16 @@ func (b *browser) text(selector string) string {
 	return fmt.Sprint(b.evaluate(find(selector) + ".innerText"))
 }
 
+// screenshot writes a picture of the whole page, as PNG.
 func (b *browser) screenshot(file string) {
 	b.t.Helper()
+	var metrics struct{ CSSContentSize map[string]float64 }
+	b.call("Page.getLayoutMetrics", nil, &metrics)
+	clip := metrics.CSSContentSize
+	clip["scale"] = 1
 	var picture struct{ Data []byte }
-	b.call("Page.captureScreenshot", nil, &picture)
+	b.call("Page.captureScreenshot",
+		map[string]any{"captureBeyondViewport": true, "clip": clip}, &picture)
 	if err := os.WriteFile(file, picture.Data, 0o644); err != nil {
 		b.t.Error(err)
 	}

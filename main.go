@@ -86,7 +86,7 @@ func run(ctx context.Context, s settings, log *slog.Logger) error {
 	health := &health{store: store, broker: broker, metrics: set}
 	api := &api{store: store, hasher: newHasher(), passwordMinLength: s.passwordMinLength}
 	server := &server{mux: http.NewServeMux(), log: log, metrics: set}
-	addRoutes(server, api, health)
+	server.addRoutes(routes(api, health))
 
 	listener, err := net.Listen("tcp", net.JoinHostPort(s.host, strconv.Itoa(s.port)))
 	if err != nil {
@@ -115,12 +115,9 @@ func run(ctx context.Context, s settings, log *slog.Logger) error {
 	return err
 }
 
-// addRoutes is the list of what the service answers to.
-func addRoutes(s *server, a *api, h *health) {
-	routes := []struct {
-		method, path string
-		handler      handler
-	}{
+// routes is the list of what the service answers to.
+func routes(a *api, h *health) []route {
+	return []route{
 		{"GET", "/users", a.listUsers},
 		{"POST", "/users", a.createUser},
 		{"GET", "/users/{$}", a.listUsers},
@@ -144,18 +141,6 @@ func addRoutes(s *server, a *api, h *health) {
 		{"GET", "/readyz", h.ready},
 		{"GET", "/metrics", h.prometheus},
 	}
-	allow := make(map[string]string)
-	for _, route := range routes {
-		s.handle(route.method+" "+route.path, route.handler)
-		if allow[route.path] != "" {
-			allow[route.path] += ", "
-		}
-		allow[route.path] += strings.Replace(route.method, "GET", "GET, HEAD", 1)
-	}
-	for path, methods := range allow {
-		s.handle(path, methodNotAllowed(methods))
-	}
-	s.handle("/", func(http.ResponseWriter, *http.Request) error { return errNoRoute })
 }
 
 func openStore(ctx context.Context, s settings, log *slog.Logger) (store, error) {

@@ -35,6 +35,28 @@ type server struct {
 	metrics *metrics.Set
 }
 
+// route is a method of a path, and what answers it.
+type route struct {
+	method, path string
+	handler      handler
+}
+
+// addRoutes registers routes, and what answers to anything else.
+func (s *server) addRoutes(routes []route) {
+	allow := make(map[string]string)
+	for _, r := range routes {
+		s.handle(r.method+" "+r.path, r.handler)
+		if allow[r.path] != "" {
+			allow[r.path] += ", "
+		}
+		allow[r.path] += strings.Replace(r.method, "GET", "GET, HEAD", 1)
+	}
+	for path, methods := range allow {
+		s.handle(path, methodNotAllowed(methods))
+	}
+	s.handle("/", func(http.ResponseWriter, *http.Request) error { return errNoRoute })
+}
+
 // handle registers h. Its error reaches ServeHTTP in the response.
 func (s *server) handle(pattern string, h handler) {
 	s.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
@@ -52,7 +74,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	method, path := slog.String("method", r.Method), slog.String("path", r.URL.Path)
 
 	s.log.LogAttrs(r.Context(), slog.LevelInfo, "Request started", method, path)
-	s.route(res, r)
+	s.dispatch(res, r)
 	answered := res.err == nil || s.fail(res, r)
 
 	elapsed := time.Since(start)
@@ -71,8 +93,8 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// route runs the handler of r. A panic in it becomes the error of the response.
-func (s *server) route(res *response, r *http.Request) {
+// dispatch runs the handler of r. A panic in it becomes the error of the response.
+func (s *server) dispatch(res *response, r *http.Request) {
 	defer func() {
 		if v := recover(); v != nil {
 			res.err = &panicError{value: v, stack: debug.Stack()}
