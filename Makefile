@@ -21,7 +21,7 @@ build: ## build ./user-service, a static binary
 test: lint ## lint, then all tests with the race detector against real services
 	exports=$$(.ci/services); eval "$$exports"; \
 	REQUIRE_SERVICES=1 $(GOTESTSUM) --format pkgname-and-test-fails --hide-summary output \
-		--jsonfile $(TEST_LOG) -- -race -count=1 ./...
+		--jsonfile $(TEST_LOG) -- -race -count=1 -parallel 8 ./...
 	@! grep -E '"Action":"skip".*"Test":' $(TEST_LOG) || { echo "skipped tests count as failed"; exit 1; }
 
 lint: ## go vet, staticcheck, gofmt

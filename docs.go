@@ -5,7 +5,6 @@ import (
 	"compress/gzip"
 	_ "embed"
 	"io"
-	"mime"
 	"net/http"
 	"path"
 	"strconv"
@@ -39,9 +38,16 @@ const docsStart = `SwaggerUIBundle({
   dom_id: "#swagger-ui",
   deepLinking: true,
   tryItOutEnabled: true,
-  validatorUrl: null,
+  defaultModelsExpandDepth: 0,
 });
 `
+
+// docsTypes does not depend on what the machine knows of media types.
+var docsTypes = map[string]string{
+	".css": "text/css; charset=utf-8",
+	".js":  "text/javascript; charset=utf-8",
+	".png": "image/png",
+}
 
 // docsPolicy lets the page load what this service serves, and send requests to it.
 // Swagger UI writes style attributes and draws with data: images.
@@ -67,7 +73,7 @@ func redirectToDocs(w http.ResponseWriter, r *http.Request) error {
 // unpacked for a client that does not ask for that.
 func serveDocsFile(w http.ResponseWriter, r *http.Request) error {
 	name := path.Base(r.URL.Path)
-	contentType := mime.TypeByExtension(path.Ext(name))
+	contentType := docsTypes[path.Ext(name)]
 	if name == "start.js" {
 		return writeBytes(w, contentType, []byte(docsStart))
 	}

@@ -65,7 +65,7 @@ func TestPasswordHash(t *testing.T) {
 			t.Errorf("%s: verifies %v", name, got)
 		}
 	}
-	if mustHash(t, secret) == mustHash(t, secret) {
+	if first, second := mustHash(t, secret), mustHash(t, secret); first == second {
 		t.Error("two hashes have the same salt")
 	}
 }
