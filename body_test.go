@@ -42,6 +42,9 @@ func TestBodyNamesWhatIsWrong(t *testing.T) {
 		`{"name": "\\ud83d"` + rest:                        nil, // an escaped backslash
 		`{"name": "\\\\\udc00"` + rest:                     {"#/name"},
 		`{"name": "\ud83d"` + rest:                         {"#/name"},
+		`{"name": "\uD83D"` + rest:                         {"#/name"},
+		`{"name": "\uDFFF"` + rest:                         {"#/name"},
+		`{"name": "\udBfF\uDc00"` + rest:                   nil,
 		`{"name": "\ud83dx"` + rest:                        {"#/name"},
 		`{"name": "\ude00"` + rest:                         {"#/name"},
 		`{"name": "x\udfff"` + rest:                        {"#/name"},

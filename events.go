@@ -46,6 +46,8 @@ type outbox interface {
 	// lead waits until this process is the one that relays. The backlog is its own until
 	// it is closed or fails.
 	lead(ctx context.Context) (backlog, error)
+	// size counts the events that are pending, and how long the oldest has been.
+	size(ctx context.Context) (pending int64, oldest time.Duration, err error)
 	// changed receives soon after a change of this process was committed.
 	changed() <-chan struct{}
 }
@@ -348,9 +350,9 @@ func (l *connectionLog) restored() {
 	l.failures = 0
 }
 
-// backoff waits with full jitter below a bound that doubles from 0.25 s to 10 s.
+// backoff waits with full jitter below a bound that doubles from 0.25 s to 5 s.
 func (l *connectionLog) backoff(ctx context.Context) {
-	bound := min(250*time.Millisecond<<min(l.failures, 6), 10*time.Second)
+	bound := min(250*time.Millisecond<<min(l.failures, 5), 5*time.Second)
 	sleep(ctx, rand.N(bound))
 }
 

@@ -244,6 +244,7 @@ func startService(t *testing.T, s settings) *service {
 	go func() { ended <- run(ctx, s, newLogger(log, s.logLevel)) }()
 	svc := &service{t: t, settings: s, log: log}
 	svc.stop = sync.OnceValue(func() error {
+		client.CloseIdleConnections() // the service would wait for their next request
 		cancel()
 		select {
 		case err := <-ended:

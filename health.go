@@ -12,12 +12,17 @@ import (
 	"github.com/VictoriaMetrics/metrics"
 )
 
+type healthStore interface {
+	ready(ctx context.Context) string
+	size(ctx context.Context) (pending int64, oldest time.Duration, err error)
+}
+
 // health has the handlers for those who run the service.
 type health struct {
-	store    interface{ ready(context.Context) string }
+	store    healthStore
 	broker   interface{ status() string }
 	metrics  *metrics.Set
-	draining atomic.Bool
+	draining *atomic.Bool
 }
 
 func (h *health) live(w http.ResponseWriter, r *http.Request) error {
@@ -43,6 +48,10 @@ func (h *health) ready(w http.ResponseWriter, r *http.Request) error {
 func (h *health) prometheus(w http.ResponseWriter, r *http.Request) error {
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	h.metrics.WritePrometheus(w)
+	if pending, oldest, err := h.store.size(r.Context()); err == nil {
+		metrics.WriteGaugeUint64(w, "outbox_pending", uint64(pending))
+		metrics.WriteGaugeFloat64(w, "outbox_oldest_seconds", oldest.Seconds())
+	}
 	metrics.WriteProcessMetrics(w)
 	return nil
 }

@@ -201,9 +201,15 @@ func TestMetrics(t *testing.T) {
 		var samples map[string]float64
 		eventually(t, "two consumed events", func() bool {
 			samples = s.samples()
-			return samples["events_published_total"] == 2 && samples["events_consumed_total"] == 2
+			return samples["events_published_total"] == 2 && samples["events_consumed_total"] == 2 &&
+				samples["outbox_pending"] == 0
 		})
 		for series, want := range map[string]float64{
+			"outbox_pending":        0,
+			"outbox_oldest_seconds": 0,
+			"events_returned_total": 0,
+			"relay_leader":          1,
+			"broker_connected":      1,
 			`http_requests_total{route="POST /users",status="201"}`:               2,
 			`http_requests_total{route="GET /users/{id}",status="200"}`:           2,
 			`http_requests_total{route="GET /users/{id}",status="404"}`:           1,
@@ -211,7 +217,7 @@ func TestMetrics(t *testing.T) {
 			`http_request_duration_seconds_count{route="POST /users"}`:            2,
 			`http_request_duration_seconds_bucket{route="POST /users",le="+Inf"}`: 2,
 		} {
-			if got := samples[series]; got != want {
+			if got, ok := samples[series]; got != want || !ok {
 				t.Errorf("%s is %v, not %v", series, got, want)
 			}
 		}

@@ -14,6 +14,7 @@ import (
 	"os/signal"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -22,7 +23,8 @@ import (
 
 // The bounds of a stop. Together they stay below 10 s.
 const (
-	drainRequests = 6 * time.Second            // for requests under way
+	drainIdle     = 500 * time.Millisecond     // for connections that are kept alive
+	drainRequests = 5500 * time.Millisecond    // for requests under way
 	drainEvents   = relayDrain + time.Second/2 // for events that are committed
 	drainConsumer = time.Second                // for the event in hand
 )
@@ -83,9 +85,9 @@ func run(ctx context.Context, s settings, log *slog.Logger) error {
 	}
 	defer store.close()
 	broker := newBroker(s, log, set)
-	health := &health{store: store, broker: broker, metrics: set}
 	api := &api{store: store, hasher: newHasher(), passwordMinLength: s.passwordMinLength}
 	server := &server{mux: http.NewServeMux(), log: log, metrics: set}
+	health := &health{store: store, broker: broker, metrics: set, draining: &server.draining}
 	server.addRoutes(routes(api, health))
 
 	listener, err := net.Listen("tcp", net.JoinHostPort(s.host, strconv.Itoa(s.port)))
@@ -105,9 +107,9 @@ func run(ctx context.Context, s settings, log *slog.Logger) error {
 	case err = <-served: // only a listener that broke ends it before its Shutdown
 	case <-ctx.Done():
 		log.Info("Service stopping")
-		health.draining.Store(true)
+		server.draining.Store(true)
 		time.Sleep(s.shutdownDelay)
-		err = shutDown(httpServer)
+		err = httpServer.shutDown(listener)
 	}
 	stopRelay(drainEvents)
 	stopConsumer(drainConsumer)
@@ -152,15 +154,29 @@ func openStore(ctx context.Context, s settings, log *slog.Logger) (store, error)
 }
 
 func newBroker(s settings, log *slog.Logger, set *metrics.Set) broker {
-	if s.rabbitURL == "" {
-		return newInProcess()
+	var b broker = newInProcess()
+	if s.rabbitURL != "" {
+		b = newRabbitMQ(s, log, set)
 	}
-	return newRabbitMQ(s, log, set)
+	set.GetOrCreateCounter("events_returned_total") // none is, in process
+	set.NewGauge("broker_connected", func() float64 {
+		if b.status() == "down" {
+			return 0
+		}
+		return 1
+	})
+	return b
+}
+
+// httpServer is an http.Server that knows how many connections it has.
+type httpServer struct {
+	http.Server
+	open atomic.Int64
 }
 
 // newHTTPServer bounds what a client may take: zero would mean without end.
-func newHTTPServer(h http.Handler, log *slog.Logger) *http.Server {
-	return &http.Server{
+func newHTTPServer(h http.Handler, log *slog.Logger) *httpServer {
+	s := &httpServer{Server: http.Server{
 		Handler:                      h,
 		ReadHeaderTimeout:            3 * time.Second,
 		ReadTimeout:                  10 * time.Second,
@@ -169,12 +185,26 @@ func newHTTPServer(h http.Handler, log *slog.Logger) *http.Server {
 		MaxHeaderBytes:               8 << 10,
 		DisableGeneralOptionsHandler: true,
 		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}}
+	s.ConnState = func(_ net.Conn, state http.ConnState) {
+		switch state {
+		case http.StateNew:
+			s.open.Add(1)
+		case http.StateClosed:
+			s.open.Add(-1)
+		}
 	}
+	return s
 }
 
-// shutDown lets requests under way finish, and cuts off what takes too long.
-func shutDown(s *http.Server) error {
-	s.SetKeepAlivesEnabled(false)
+// shutDown closes the listener, lets requests under way finish, and cuts off what takes
+// too long. A connection that is idle is not closed at once: its client may be sending
+// just now, and is told with its next answer that it was the last.
+func (s *httpServer) shutDown(listener net.Listener) error {
+	listener.Close()
+	for end := time.Now().Add(drainIdle); s.open.Load() > 0 && time.Now().Before(end); {
+		time.Sleep(10 * time.Millisecond)
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), drainRequests)
 	defer cancel()
 	err := s.Shutdown(ctx)

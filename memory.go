@@ -16,6 +16,9 @@ type memory struct {
 	users  []memoryUser // in the order of ids
 	events []event      // committed and not yet published, oldest first
 	poke   chan struct{}
+
+	byKey     map[string]memoryUser // as created under an idempotency key
+	keysByAge []string              // the keys of byKey, oldest first
 }
 
 type memoryUser struct {
@@ -24,19 +27,46 @@ type memoryUser struct {
 }
 
 func newMemory() *memory {
-	return &memory{poke: make(chan struct{}, 1)}
+	return &memory{poke: make(chan struct{}, 1), byKey: make(map[string]memoryUser)}
 }
 
-func (m *memory) createUser(ctx context.Context, in userInput) (User, error) {
+func (m *memory) createUser(ctx context.Context, in userInput, key string) (User, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.forgetKeys()
+	if _, used := m.byKey[key]; used {
+		return User{}, errKeyUsed
+	}
 	m.lastID++
 	now := timestamp{time.Now().Truncate(time.Microsecond)}
 	u := User{ID: m.lastID, Name: *in.name, Surname: *in.surname, Version: 1,
 		CreatedAt: now, UpdatedAt: now}
 	m.users = append(m.users, memoryUser{u, *in.password})
+	if key != "" {
+		m.byKey[key] = memoryUser{u, *in.password}
+		m.keysByAge = append(m.keysByAge, key)
+	}
 	m.record(ctx, userCreated, u)
 	return u, nil
+}
+
+func (m *memory) creationUnder(_ context.Context, key string) (User, string, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.forgetKeys()
+	u, ok := m.byKey[key]
+	if !ok {
+		return User{}, "", errNotFound
+	}
+	return u.User, u.password, nil
+}
+
+// forgetKeys drops the keys that are too old. The lock is the caller's.
+func (m *memory) forgetKeys() {
+	for len(m.keysByAge) > 0 && time.Since(m.byKey[m.keysByAge[0]].CreatedAt.Time) >= keyLifetime {
+		delete(m.byKey, m.keysByAge[0])
+		m.keysByAge = m.keysByAge[1:]
+	}
 }
 
 func (m *memory) getUser(_ context.Context, id int64) (User, error) {
@@ -152,6 +182,15 @@ func (m *memory) close() {}
 
 // lead needs no lock: there is no other process.
 func (m *memory) lead(context.Context) (backlog, error) { return memoryBacklog{m}, nil }
+
+func (m *memory) size(context.Context) (int64, time.Duration, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if len(m.events) == 0 {
+		return 0, 0, nil
+	}
+	return int64(len(m.events)), time.Since(m.events[0].OccurredAt.Time), nil
+}
 
 func (m *memory) changed() <-chan struct{} { return m.poke }
 

@@ -12,6 +12,7 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
@@ -30,9 +31,10 @@ type handler func(w http.ResponseWriter, r *http.Request) error
 // server is the outermost http.Handler: what is the same for all routes happens in its
 // ServeHTTP, in that order.
 type server struct {
-	mux     *http.ServeMux
-	log     *slog.Logger
-	metrics *metrics.Set
+	mux      *http.ServeMux
+	log      *slog.Logger
+	metrics  *metrics.Set
+	draining atomic.Bool // when set, each answer is the last of its connection
 }
 
 // route is a method of a path, and what answers it.
@@ -71,6 +73,9 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	res := &response{ResponseWriter: w, gone: r.Context().Done(),
 		head: r.Method == http.MethodHead}
 	res.Header().Set("X-Trace-Id", id)
+	if s.draining.Load() {
+		res.Header().Set("Connection", "close")
+	}
 	method, path := slog.String("method", r.Method), slog.String("path", r.URL.Path)
 
 	s.log.LogAttrs(r.Context(), slog.LevelInfo, "Request started", method, path)

@@ -75,7 +75,7 @@ func serveHandler(t *testing.T, h handler) *service {
 	server := &server{mux: http.NewServeMux(), log: logger, metrics: metrics.NewSet()}
 	server.handle("/", h)
 	web := httptest.NewUnstartedServer(nil)
-	web.Config = newHTTPServer(server, logger)
+	web.Config = &newHTTPServer(server, logger).Server
 	web.Start()
 	t.Cleanup(func() {
 		web.Close()

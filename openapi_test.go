@@ -187,6 +187,7 @@ func TestOpenAPIAnswers(t *testing.T) {
 
 func testAnswers(t *testing.T, doc *document, s *service) {
 	valid := fmt.Sprintf(`{"name": " Ann ", "surname": "Lee", "password": %q}`, secret)
+	other := strings.Replace(valid, "Ann", "Eve", 1)
 	invalid := `{"name": "", "surname": null, "age/years": 7}`
 	large := `{"name": "` + strings.Repeat("x", maxBodyBytes) + `"}`
 	form := "Content-Type: application/x-www-form-urlencoded"
@@ -216,6 +217,10 @@ func testAnswers(t *testing.T, doc *document, s *service) {
 		{operation: "createUser", path: "/users", body: `[]`, want: 400},
 		{operation: "createUser", path: "/users", body: large, want: 413},
 		{operation: "createUser", path: "/users", body: "name=Ann", header: form, want: 415},
+		{operation: "createUser", path: "/users", body: valid, header: "Idempotency-Key: k", want: 201},
+		{operation: "createUser", path: "/users", body: valid, header: "Idempotency-Key: k", want: 201},
+		{operation: "createUser", path: "/users", body: other, header: "Idempotency-Key: k", want: 422},
+		{operation: "createUser", path: "/users", body: valid, header: "Idempotency-Key:  k k", want: 400},
 		{operation: "getUser", path: "/users/1", want: 200},
 		{operation: "getUser", path: "/users/1", header: `If-None-Match: W/"1"`, want: 304},
 		{operation: "getUser", path: "/users/999", want: 404},
@@ -293,6 +298,13 @@ func testFaults(t *testing.T, doc *document) {
 			o.check(t, a)
 		}
 	}
+	create := doc.operations()["createUser"]
+	body := strings.NewReader(create.exampleBody(t, "application/json"))
+	a := ask(newFaultyServer(faultyStore{}, false), "POST", "/users", body, "Idempotency-Key: running")
+	if a.status != 409 {
+		t.Errorf("createUser, running key: status %d", a.status)
+	}
+	create.check(t, a)
 	readyz := doc.operations()["readyz"]
 	for _, test := range []struct {
 		state    string
@@ -442,7 +454,7 @@ func TestOpenAPIEvents(t *testing.T) {
 	doc := readDocument(t)
 	eachStoreAlone(t, func(t *testing.T, s store) {
 		ctx := withTraceID(t.Context(), newUUIDv4())
-		u, err := s.createUser(ctx, input("John", "Doe", "hash"))
+		u, err := s.createUser(ctx, input("John", "Doe", "hash"), "")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -490,31 +502,43 @@ type faultyStore struct {
 	state string
 }
 
-func (s faultyStore) createUser(context.Context, userInput) (User, error) { return User{}, s.err }
-func (s faultyStore) getUser(context.Context, int64) (User, error)        { return User{}, s.err }
+func (s faultyStore) createUser(context.Context, userInput, string) (User, error) {
+	return User{}, s.err
+}
+func (s faultyStore) creationUnder(context.Context, string) (User, string, error) {
+	return User{}, "", s.err
+}
+func (s faultyStore) getUser(context.Context, int64) (User, error) { return User{}, s.err }
 func (s faultyStore) listUsers(context.Context, int64, int64, int64) ([]User, int64, error) {
 	return nil, 0, s.err
 }
 func (s faultyStore) updateUser(context.Context, int64, userInput, []int64) (User, error) {
 	return User{}, s.err
 }
-func (s faultyStore) deleteUser(context.Context, int64, []int64) error { return s.err }
-func (s faultyStore) ready(context.Context) string                     { return s.state }
+func (s faultyStore) deleteUser(context.Context, int64, []int64) error   { return s.err }
+func (s faultyStore) size(context.Context) (int64, time.Duration, error) { return 0, 0, s.err }
+func (s faultyStore) ready(context.Context) string                       { return s.state }
 
 // newFaultyServer has the routes of the service, without anything behind them that works.
 func newFaultyServer(s faultyStore, draining bool) *server {
 	server := &server{mux: http.NewServeMux(), log: slog.New(slog.DiscardHandler),
 		metrics: metrics.NewSet()}
-	h := &health{store: s, broker: newInProcess(), metrics: server.metrics}
-	h.draining.Store(draining)
-	server.addRoutes(routes(&api{store: s, hasher: newHasher(), passwordMinLength: 8}, h))
+	h := &health{store: s, broker: newInProcess(), metrics: server.metrics, draining: &server.draining}
+	server.draining.Store(draining)
+	api := &api{store: s, hasher: newHasher(), passwordMinLength: 8}
+	api.creating.Store("running", true)
+	server.addRoutes(routes(api, h))
 	return server
 }
 
 // ask sends a request to a server in this process.
-func ask(server *server, method, target string, body io.Reader) answer {
+func ask(server *server, method, target string, body io.Reader, headers ...string) answer {
 	request := httptest.NewRequest(method, target, body)
 	request.Header.Set("Content-Type", "application/json")
+	for _, header := range headers {
+		name, value, _ := strings.Cut(header, ": ")
+		request.Header.Set(name, value)
+	}
 	recorder := httptest.NewRecorder()
 	server.ServeHTTP(recorder, request)
 	return answer{recorder.Code, recorder.Header(), recorder.Body.String()}

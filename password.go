@@ -3,10 +3,13 @@ package main
 import (
 	"context"
 	"crypto/rand"
+	"crypto/subtle"
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"regexp"
 	"runtime"
+	"strconv"
 	"time"
 
 	"golang.org/x/crypto/argon2"
@@ -20,6 +23,9 @@ const (
 	argonThreads = 1
 	argonSalt    = 16 // bytes
 	argonKey     = 32 // bytes
+
+	maxArgonMemory = 64 << 10 // KiB, of a stored string
+	maxArgonTime   = 10
 )
 
 const (
@@ -44,14 +50,14 @@ func newHasher() *hasher {
 	}
 }
 
-// hash returns the PHC string of the NFC form of password. It fails with errBusy, or with
-// the context's error when the caller leaves before its turn.
-func (h *hasher) hash(ctx context.Context, password string) (string, error) {
+// do runs f, which hashes, in its turn. It fails with errBusy, or with the context's error
+// when the caller leaves before that.
+func (h *hasher) do(ctx context.Context, f func()) error {
 	select {
 	case h.admitted <- struct{}{}:
 		defer func() { <-h.admitted }()
 	default:
-		return "", errBusy
+		return errBusy
 	}
 	timer := time.NewTimer(hashWait)
 	defer timer.Stop()
@@ -59,19 +65,51 @@ func (h *hasher) hash(ctx context.Context, password string) (string, error) {
 	case h.working <- struct{}{}:
 		defer func() { <-h.working }()
 	case <-timer.C:
-		return "", errBusy
+		return errBusy
 	case <-ctx.Done():
-		return "", ctx.Err()
+		return ctx.Err()
 	}
-	return hashPassword(password), nil
+	f()
+	return nil
 }
 
-func hashPassword(password string) string {
-	salt := make([]byte, argonSalt)
-	rand.Read(salt) // never fails, says its documentation
-	key := argon2.IDKey(norm.NFC.Bytes([]byte(password)), salt,
-		argonTime, argonMemory, argonThreads, argonKey)
-	return fmt.Sprintf("$argon2id$v=%d$m=%d,t=%d,p=%d$%s$%s", argon2.Version,
-		argonMemory, argonTime, argonThreads,
-		base64.RawStdEncoding.EncodeToString(salt), base64.RawStdEncoding.EncodeToString(key))
+// hash returns the PHC string of the NFC form of password. Its errors are those of do.
+func (h *hasher) hash(ctx context.Context, password string) (phc string, err error) {
+	err = h.do(ctx, func() {
+		salt := make([]byte, argonSalt)
+		rand.Read(salt) // never fails, says its documentation
+		key := argon2.IDKey(norm.NFC.Bytes([]byte(password)), salt,
+			argonTime, argonMemory, argonThreads, argonKey)
+		phc = fmt.Sprintf("$argon2id$v=%d$m=%d,t=%d,p=%d$%s$%s", argon2.Version,
+			argonMemory, argonTime, argonThreads,
+			base64.RawStdEncoding.EncodeToString(salt), base64.RawStdEncoding.EncodeToString(key))
+	})
+	return phc, err
+}
+
+var phcPattern = regexp.MustCompile(
+	`^\$argon2id\$v=19\$m=(\d{1,5}),t=(\d{1,2}),p=(\d{1,2})\$([A-Za-z0-9+/]+)\$([A-Za-z0-9+/]+)$`)
+
+// verify says whether phc was made of password. A string that is not of argon2id, or would
+// cost more than 64 MiB or ten passes, is not computed and an error.
+func (h *hasher) verify(ctx context.Context, password, phc string) (same bool, err error) {
+	fields := phcPattern.FindStringSubmatch(phc)
+	if fields == nil {
+		return false, errors.New("not a PHC string of argon2id")
+	}
+	memory, _ := strconv.Atoi(fields[1]) // digits, says the pattern
+	passes, _ := strconv.Atoi(fields[2])
+	threads, _ := strconv.Atoi(fields[3])
+	salt, saltErr := base64.RawStdEncoding.DecodeString(fields[4])
+	want, keyErr := base64.RawStdEncoding.DecodeString(fields[5])
+	if saltErr != nil || keyErr != nil || memory > maxArgonMemory || passes < 1 ||
+		passes > maxArgonTime || threads < 1 || len(want) > 2*argonKey {
+		return false, errors.New("a PHC string with parameters out of bounds")
+	}
+	err = h.do(ctx, func() {
+		got := argon2.IDKey(norm.NFC.Bytes([]byte(password)), salt,
+			uint32(passes), uint32(memory), uint8(threads), uint32(len(want)))
+		same = subtle.ConstantTimeCompare(got, want) == 1
+	})
+	return same, err
 }

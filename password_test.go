@@ -17,13 +17,13 @@ import (
 	"golang.org/x/crypto/argon2"
 )
 
-var phcPattern = regexp.MustCompile(
+var phcFormat = regexp.MustCompile(
 	`^\$argon2id\$v=19\$m=12288,t=3,p=1\$([A-Za-z0-9+/]{22})\$([A-Za-z0-9+/]{43})$`)
 
 // verifies says whether hash is the PHC string of exactly these bytes.
 func verifies(t *testing.T, hash, password string) bool {
 	t.Helper()
-	fields := phcPattern.FindStringSubmatch(hash)
+	fields := phcFormat.FindStringSubmatch(hash)
 	if fields == nil {
 		t.Fatalf("no PHC string: %s", hash)
 	}

@@ -37,17 +37,13 @@ type rabbitMQ struct {
 }
 
 func newRabbitMQ(s settings, log *slog.Logger, set *metrics.Set) *rabbitMQ {
-	b := &rabbitMQ{
+	return &rabbitMQ{
 		url:      s.rabbitURL,
 		appName:  s.appName,
 		exchange: s.exchange,
 		log:      log,
-		returned: set.NewCounter("events_returned_total"),
+		returned: set.GetOrCreateCounter("events_returned_total"),
 	}
-	set.NewGauge("broker_connected", func() float64 {
-		return float64(b.connections.Load() / 2)
-	})
-	return b
 }
 
 // parseRabbitURL returns text if it is a URL that can be dialled.

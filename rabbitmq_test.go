@@ -405,6 +405,16 @@ func TestBrokerThatNeverAnswers(t *testing.T) {
 	if a := svc.do("GET", "/readyz", ""); a.status != 200 || a.json(t, "rabbitmq") != "down" {
 		t.Errorf("%d %s", a.status, a.body)
 	}
+	samples := svc.samples()
+	for series, want := range map[string]float64{"outbox_pending": 1, "broker_connected": 0,
+		"relay_leader": 0, "events_published_total": 0, "events_returned_total": 0} {
+		if got, ok := samples[series]; got != want || !ok {
+			t.Errorf("%s is %v", series, got)
+		}
+	}
+	if samples["outbox_oldest_seconds"] <= 0 {
+		t.Errorf("outbox_oldest_seconds is %v", samples["outbox_oldest_seconds"])
+	}
 	if err := svc.stop(); err != nil {
 		t.Error(err)
 	}

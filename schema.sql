@@ -29,6 +29,18 @@ CREATE TABLE IF NOT EXISTS outbox (
     autovacuum_vacuum_cost_delay   = 0
 );
 
+-- What was created under an Idempotency-Key, as the request said it: a repetition must say
+-- the same. Kept for 24 hours.
+CREATE TABLE IF NOT EXISTS idempotency_keys (
+    key        text        PRIMARY KEY,
+    user_id    bigint      NOT NULL,
+    name       text        NOT NULL,
+    surname    text        NOT NULL,
+    password   text        NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE INDEX IF NOT EXISTS idempotency_keys_age ON idempotency_keys (created_at);
+
 -- The number of users is the sum of n, so that a list need not count the table. Triggers
 -- keep it, whoever writes to users; the shards keep writers from waiting for each other.
 CREATE TABLE IF NOT EXISTS user_counts (

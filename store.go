@@ -162,22 +162,60 @@ func (u *User) scanInto() []any {
 	return []any{&u.ID, &u.Name, &u.Surname, &u.Version, &u.CreatedAt.Time, &u.UpdatedAt.Time}
 }
 
-func (s *postgres) createUser(ctx context.Context, in userInput) (User, error) {
+const createdWithEvent = `
+	RETURNING ` + userColumns + `
+), event AS (
+	INSERT INTO outbox (event_id, event_type, user_id, version, trace_id, occurred_at)
+	SELECT $4, 'user.created', id, version, $5, updated_at FROM created
+)
+SELECT ` + userColumns + ` FROM created`
+
+func (s *postgres) createUser(ctx context.Context, in userInput, key string) (User, error) {
 	var u User
+	sql := `
+		WITH created AS (
+			INSERT INTO users (name, surname, password) VALUES ($1, $2, $3)` + createdWithEvent
+	args := []any{in.name, in.surname, in.password, newUUIDv7(), traceID(ctx)}
+	if key != "" {
+		// The key waits here for a transaction that is just using it, and then has no row.
+		sql = `
+			WITH forgotten AS (
+				DELETE FROM idempotency_keys WHERE key IN (
+					SELECT key FROM idempotency_keys
+					WHERE created_at <= now() - $7::interval AND key <> $6
+					ORDER BY created_at LIMIT 10 FOR UPDATE SKIP LOCKED)
+			), claimed AS (
+				INSERT INTO idempotency_keys AS k (key, user_id, name, surname, password)
+				VALUES ($6, nextval('users_id_seq'), $1, $2, $3)
+				ON CONFLICT (key) DO UPDATE SET user_id = excluded.user_id, name = excluded.name,
+					surname = excluded.surname, password = excluded.password, created_at = now()
+				WHERE k.created_at <= now() - $7::interval
+				RETURNING user_id
+			), created AS (
+				INSERT INTO users (id, name, surname, password)
+				SELECT user_id, $1, $2, $3 FROM claimed` + createdWithEvent
+		args = append(args, key, keyLifetime)
+	}
 	err := s.write(ctx, "inserting a user", func(ctx context.Context, conn *pgxpool.Conn) error {
-		return conn.QueryRow(ctx, `
-			WITH created AS (
-				INSERT INTO users (name, surname, password) VALUES ($1, $2, $3)
-				RETURNING `+userColumns+`
-			), event AS (
-				INSERT INTO outbox (event_id, event_type, user_id, version, trace_id, occurred_at)
-				SELECT $4, 'user.created', id, version, $5, updated_at FROM created
-			)
-			SELECT `+userColumns+` FROM created`,
-			in.name, in.surname, in.password, newUUIDv7(), traceID(ctx),
-		).Scan(u.scanInto()...)
+		return conn.QueryRow(ctx, sql, args...).Scan(u.scanInto()...)
 	})
+	if errors.Is(err, errNotFound) {
+		err = errKeyUsed
+	}
 	return u, err
+}
+
+func (s *postgres) creationUnder(ctx context.Context, key string) (User, string, error) {
+	var u User
+	var password string
+	err := s.read(ctx, "selecting a creation", func(ctx context.Context, conn *pgxpool.Conn) error {
+		return conn.QueryRow(ctx, `
+			SELECT user_id, name, surname, 1, created_at, created_at, password
+			FROM idempotency_keys
+			WHERE key = $1 AND created_at > now() - $2::interval`, key, keyLifetime,
+		).Scan(append(u.scanInto(), &password)...)
+	})
+	return u, password, err
 }
 
 // getUser shares its statement with the calls that come while another one runs: what a
@@ -396,6 +434,15 @@ func (s *postgres) sentinel(err error, lost, harmless bool) error {
 	return err
 }
 
+func (s *postgres) size(ctx context.Context) (pending int64, oldest time.Duration, err error) {
+	err = s.read(ctx, "counting events", func(ctx context.Context, conn *pgxpool.Conn) error {
+		return conn.QueryRow(ctx, `
+			SELECT count(*), coalesce(clock_timestamp() - min(occurred_at), '0') FROM outbox`,
+		).Scan(&pending, &oldest)
+	})
+	return pending, oldest, err
+}
+
 func (s *postgres) changed() <-chan struct{} { return s.poke }
 
 // postgresBacklog has the lead as long as its connection lasts. It is not one of the
@@ -432,10 +479,17 @@ func (s *postgres) lead(ctx context.Context) (backlog, error) {
 	}
 }
 
+// tryLock fails where the database is read-only: events could be published there, again
+// and again, but not removed.
 func (b *postgresBacklog) tryLock(ctx context.Context) (leads bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, statementBudget)
 	defer cancel()
-	err = b.conn.QueryRow(ctx, "SELECT pg_try_advisory_lock($1)", relayLock).Scan(&leads)
+	var readOnly bool
+	err = b.conn.QueryRow(ctx, `SELECT pg_try_advisory_lock($1),
+		current_setting('transaction_read_only')::bool`, relayLock).Scan(&leads, &readOnly)
+	if err == nil && readOnly {
+		err = errors.New("the database is read-only")
+	}
 	return leads, err
 }
 

@@ -46,7 +46,7 @@ func input(name, surname, password string) userInput {
 
 func mustCreate(t *testing.T, s store, name string) User {
 	t.Helper()
-	u, err := s.createUser(t.Context(), input(name, "Doe", "hash"))
+	u, err := s.createUser(t.Context(), input(name, "Doe", "hash"), "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -72,7 +72,7 @@ func TestStoreKeepsUsers(t *testing.T) {
 	t.Parallel()
 	eachStoreAlone(t, func(t *testing.T, s store) {
 		ctx := withTraceID(t.Context(), "trace-1")
-		created, err := s.createUser(ctx, input("John", "Doe", "hash"))
+		created, err := s.createUser(ctx, input("John", "Doe", "hash"), "")
 		if err != nil || created.ID != 1 || created.Name != "John" || created.Surname != "Doe" ||
 			created.Version != 1 || !created.CreatedAt.Equal(created.UpdatedAt.Time) ||
 			time.Since(created.CreatedAt.Time).Abs() > time.Minute {
@@ -301,7 +301,7 @@ func TestStoreCountsExactly(t *testing.T) {
 		for range 16 {
 			group.Go(func() {
 				for range 10 {
-					u, err := s.createUser(context.Background(), input("John", "Doe", "hash"))
+					u, err := s.createUser(context.Background(), input("John", "Doe", "hash"), "")
 					if err == nil && u.ID%3 == 0 {
 						err = s.deleteUser(context.Background(), u.ID, nil)
 					}
@@ -349,7 +349,7 @@ func TestPostgresAppliesSchemaTogether(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
 	conn := connect(t, url)
-	_, err := conn.Exec(t.Context(), `DROP TABLE users, outbox, user_counts; DROP FUNCTION count_users`)
+	_, err := conn.Exec(t.Context(), `DROP TABLE users, outbox, user_counts, idempotency_keys; DROP FUNCTION count_users`)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -498,7 +498,7 @@ func TestPostgresReady(t *testing.T) {
 		}
 		eventually(t, "readiness "+step.want, func() bool { return s.ready(t.Context()) == step.want })
 		if step.want == "read-only" {
-			if _, err := s.createUser(t.Context(), input("John", "Doe", "hash")); !errors.Is(err, errUnavailable) {
+			if _, err := s.createUser(t.Context(), input("John", "Doe", "hash"), ""); !errors.Is(err, errUnavailable) {
 				t.Errorf("a write to a read-only database: %v", err)
 			}
 		}

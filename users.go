@@ -8,9 +8,12 @@ import (
 	"math"
 	"net/http"
 	"net/url"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"time"
 	"unicode"
 	"unicode/utf8"
 )
@@ -18,6 +21,8 @@ import (
 const (
 	maxNameLength     = 255 // code points
 	maxPasswordLength = 128 // code points
+	maxKeyLength      = 255 // characters of an idempotency key
+	keyLifetime       = 24 * time.Hour
 	maxPerPage        = 100
 	defaultPerPage    = 10
 	maxOffset         = 100_000 // rows that a page may skip
@@ -45,8 +50,12 @@ type userInput struct {
 // not nil, lists the versions that the change may be made to. Every method also fails
 // with errUnavailable, and the context's error where the caller left before the work began.
 type userStore interface {
-	// createUser takes an input that says everything.
-	createUser(ctx context.Context, in userInput) (User, error)
+	// createUser takes an input that says everything. With a key, which may be "", it
+	// fails with errKeyUsed where another user was created under it.
+	createUser(ctx context.Context, in userInput, key string) (User, error)
+	// creationUnder returns the user created under a key within keyLifetime, as it was
+	// then, and its password's hash. It fails with errNotFound.
+	creationUnder(ctx context.Context, key string) (User, string, error)
 	// getUser fails with errNotFound.
 	getUser(ctx context.Context, id int64) (User, error)
 	// listUsers returns up to limit users with ids above after, in the order of ids and
@@ -63,6 +72,7 @@ type userStore interface {
 var (
 	errNotFound        = errors.New("user not found")
 	errVersionMismatch = errors.New("version does not match")
+	errKeyUsed         = errors.New("idempotency key used")
 	errInvalidValue    = errors.New("value cannot be stored")
 	errUnavailable     = errors.New("store unavailable, nothing changed")
 	errOutcomeUnknown  = errors.New("store lost, outcome unknown")
@@ -73,6 +83,7 @@ type api struct {
 	store             userStore
 	hasher            *hasher
 	passwordMinLength int
+	creating          sync.Map // the idempotency keys of requests under way
 }
 
 func (a *api) listUsers(w http.ResponseWriter, r *http.Request) error {
@@ -92,19 +103,63 @@ func (a *api) listUsers(w http.ResponseWriter, r *http.Request) error {
 }
 
 func (a *api) createUser(w http.ResponseWriter, r *http.Request) error {
+	key, err := idempotencyKey(r.Header)
+	if err != nil {
+		return err
+	}
 	in, err := a.readUser(w, r, []string{"name", "surname", "password"}, "application/json")
 	if err != nil {
 		return err
 	}
-	if err := a.hashPassword(r.Context(), &in); err != nil {
-		return err
-	}
-	u, err := a.store.createUser(r.Context(), in)
+	u, err := a.createOnce(r.Context(), in, key)
 	if err != nil {
 		return err
 	}
 	w.Header().Set("Location", fmt.Sprintf("/users/%d", u.ID))
 	return writeUser(w, http.StatusCreated, u)
+}
+
+// createOnce creates a user, or returns the one that was created under the key before.
+func (a *api) createOnce(ctx context.Context, in userInput, key string) (User, error) {
+	if key != "" {
+		if _, running := a.creating.LoadOrStore(key, true); running {
+			return User{}, newProblem(http.StatusConflict,
+				"A request with this Idempotency-Key is still running")
+		}
+		defer a.creating.Delete(key)
+		u, err := a.replay(ctx, in, key)
+		if !errors.Is(err, errNotFound) {
+			return u, err
+		}
+	}
+	hashed := in
+	if err := a.hashPassword(ctx, &hashed); err != nil {
+		return User{}, err
+	}
+	u, err := a.store.createUser(ctx, hashed, key)
+	if errors.Is(err, errKeyUsed) { // another replica was faster
+		return a.replay(ctx, in, key)
+	}
+	return u, err
+}
+
+// replay returns the user that was created under the key, if in is what created it.
+func (a *api) replay(ctx context.Context, in userInput, key string) (User, error) {
+	u, hash, err := a.store.creationUnder(ctx, key)
+	if err != nil {
+		return User{}, err
+	}
+	same := u.Name == *in.name && u.Surname == *in.surname
+	if same {
+		if same, err = a.hasher.verify(ctx, *in.password, hash); err != nil {
+			return User{}, err
+		}
+	}
+	if !same {
+		return User{}, newProblem(http.StatusUnprocessableEntity,
+			"This Idempotency-Key was used with another body")
+	}
+	return u, nil
 }
 
 func (a *api) getUser(w http.ResponseWriter, r *http.Request) error {
@@ -266,6 +321,32 @@ func (a *api) hashPassword(ctx context.Context, in *userInput) error {
 	hash, err := a.hasher.hash(ctx, *in.password)
 	in.password = &hash
 	return err
+}
+
+var (
+	// A string of RFC 8941, section 3.3.3.
+	quotedKey = regexp.MustCompile(`^"((?:[ !#-\[\]-~]|\\["\\])*)"$`)
+	bareKey   = regexp.MustCompile(`^[!#-~]+$`)
+	unescape  = strings.NewReplacer(`\"`, `"`, `\\`, `\`)
+)
+
+// idempotencyKey is "" where the header is missing. Its error is a 400.
+func idempotencyKey(h http.Header) (string, error) {
+	lines, given := h["Idempotency-Key"]
+	if !given {
+		return "", nil
+	}
+	var key string
+	if quoted := quotedKey.FindStringSubmatch(lines[0]); quoted != nil {
+		key = unescape.Replace(quoted[1])
+	} else if bareKey.MatchString(lines[0]) {
+		key = lines[0]
+	}
+	if len(lines) > 1 || key == "" || len(key) > maxKeyLength {
+		return "", newProblem(http.StatusBadRequest, fmt.Sprintf(
+			"Idempotency-Key must be one string of 1 to %d printable ASCII characters", maxKeyLength))
+	}
+	return key, nil
 }
 
 // entityTag is the strong ETag of a version.

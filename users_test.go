@@ -296,6 +296,26 @@ func TestPasswordRules(t *testing.T) {
 	})
 }
 
+// TestPasswordIsTakenAsReceived sends what a careless service would trim, fold or drop.
+func TestPasswordIsTakenAsReceived(t *testing.T) {
+	t.Parallel()
+	s := startService(t, postgresSettings(t))
+	conn := connect(t, s.settings.databaseURL)
+	password := " \u3000\u0130" + strings.ToUpper(secret) + "\x1b\u0085 "
+	for _, target := range []string{"POST /users", "PUT /users/1", "PATCH /users/1"} {
+		method, path, _ := strings.Cut(target, " ")
+		body := `{"name": "John", "surname": "Doe", "password": ` + quote(password) + `}`
+		if a := s.do(method, path, body); a.status/100 != 2 {
+			t.Fatalf("%s: %d %s", target, a.status, a.body)
+		}
+		stored := queryValue[string](t, conn, "SELECT password FROM users")
+		if !verifies(t, stored, password) {
+			t.Errorf("%s stored another password", target)
+		}
+		password += target // so that the next is another
+	}
+}
+
 func TestPasswordMinLength(t *testing.T) {
 	t.Parallel()
 	settings := memorySettings()

@@ -1,0 +1,224 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func TestIdempotencyKey(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *service) {
+		first := s.do("POST", "/users", john, "Idempotency-Key: key-1")
+		s.do("PUT", "/users/1", `{"name": "Jane"}`)
+		for name, test := range map[string]struct {
+			body, key string
+			want      int
+		}{
+			"the same":              {john, "key-1", 201},
+			"the same, as a string": {john, `"key-1"`, 201},
+			"the same in meaning":   {strings.Replace(john, ` "John"`, `"\u004aohn  "`, 1), "key-1", 201},
+			"another name":          {strings.Replace(john, "John", "Jane", 1), "key-1", 422},
+			"another surname":       {strings.Replace(john, "Doe", "Roe", 1), "key-1", 422},
+			"another password":      {strings.Replace(john, secret, secret+"!", 1), "key-1", 422},
+			"an invalid body":       {`{}`, "key-1", 400},
+		} {
+			a := s.do("POST", "/users/", test.body, "Idempotency-Key: "+test.key)
+			if a.status != test.want {
+				t.Errorf("%s: %d %s", name, a.status, a.body)
+			}
+			if test.want == 201 && (a.body != first.body || a.header.Get("Location") != "/users/1" ||
+				a.header.Get("ETag") != `"1"`) {
+				t.Errorf("%s: %s %v, not the first answer", name, a.body, a.header)
+			}
+		}
+		s.do("DELETE", "/users/1", "")
+		if a := s.do("POST", "/users", john, "Idempotency-Key: key-1"); a.body != first.body {
+			t.Errorf("after the user is deleted: %d %s", a.status, a.body)
+		}
+		for i, headers := range [][]string{{}, {"Idempotency-Key: key-2"}, {"Idempotency-Key: KEY-1"}} {
+			a := s.do("POST", "/users", john, headers...)
+			if got := a.json(t, "id"); fmt.Sprint(got) != fmt.Sprint(i+2) {
+				t.Errorf("with %v: id %v", headers, got)
+			}
+		}
+		if total := s.do("GET", "/users", "").json(t, "total"); total != 3.0 {
+			t.Errorf("total is %v", total)
+		}
+	})
+}
+
+func TestIdempotencyKeyIsParsed(t *testing.T) {
+	t.Parallel()
+	long := strings.Repeat("k", 255)
+	for name, test := range map[string]struct {
+		lines []string
+		want  string // "": refused
+	}{
+		"bare":                 {[]string{"8e03978e-40d5-43dd-bc93-6894a57f9324"}, "8e03978e-40d5-43dd-bc93-6894a57f9324"},
+		"bare with signs":      {[]string{"a/b+c=d;e,f"}, "a/b+c=d;e,f"},
+		"a string":             {[]string{`"a b"`}, "a b"},
+		"a string with quotes": {[]string{`"\"\\"`}, `"\`},
+		"the longest":          {[]string{long}, long},
+		"the longest string":   {[]string{`"` + long + `"`}, long},
+		"too long":             {[]string{long + "k"}, ""},
+		"a string too long":    {[]string{`"k` + long + `"`}, ""},
+		"empty":                {[]string{""}, ""},
+		"an empty string":      {[]string{`""`}, ""},
+		"half a string":        {[]string{`"a`}, ""},
+		"another escape":       {[]string{`"\n"`}, ""},
+		"a space":              {[]string{"a b"}, ""},
+		"behind a string":      {[]string{`"a";b`}, ""},
+		"no ASCII":             {[]string{"clé"}, ""},
+		"a control character":  {[]string{"\"a\tb\""}, ""},
+		"two lines":            {[]string{"a", "a"}, ""},
+	} {
+		got, err := idempotencyKey(map[string][]string{"Idempotency-Key": test.lines})
+		if got != test.want || (err == nil) != (test.want != "") {
+			t.Errorf("%s: %q, %v", name, got, err)
+		}
+	}
+	if key, err := idempotencyKey(nil); key != "" || err != nil {
+		t.Errorf("no header: %q, %v", key, err)
+	}
+}
+
+// TestIdempotencyKeyRace sends one request many times at once, to two replicas: one user
+// comes of it, and whoever gets a 201 gets that user.
+func TestIdempotencyKeyRace(t *testing.T) {
+	t.Parallel()
+	settings := postgresSettings(t)
+	replicas := []*service{startService(t, settings), startService(t, settings)}
+	for round := range 5 {
+		key := fmt.Sprint("Idempotency-Key: round-", round)
+		answers := make(chan answer, 12)
+		var group sync.WaitGroup
+		for i := range cap(answers) {
+			group.Go(func() { answers <- replicas[i%2].do("POST", "/users", john, key) })
+		}
+		group.Wait()
+		close(answers)
+		created := make(map[string]int)
+		for a := range answers {
+			switch a.status {
+			case 201:
+				created[a.body]++
+			case 409:
+			default:
+				t.Errorf("%d %s", a.status, a.body)
+			}
+		}
+		if len(created) != 1 {
+			t.Errorf("one key made %d users", len(created))
+		}
+	}
+	if total := replicas[0].do("GET", "/users", "").json(t, "total"); total != 5.0 {
+		t.Errorf("5 keys made %v users", total)
+	}
+}
+
+// TestIdempotencyKeyWhileRunning repeats a request whose first run waits for a lock.
+func TestIdempotencyKeyWhileRunning(t *testing.T) {
+	t.Parallel()
+	settings := postgresSettings(t)
+	s, conn := startService(t, settings), connect(t, settings.databaseURL)
+	if _, err := conn.Exec(t.Context(), "BEGIN; LOCK TABLE users"); err != nil {
+		t.Fatal(err)
+	}
+	first := make(chan answer)
+	go func() { first <- s.do("POST", "/users", john, "Idempotency-Key: key-1") }()
+	watcher := connect(t, settings.databaseURL)
+	eventually(t, "a request that waits for the lock", func() bool {
+		return queryValue[bool](t, watcher, "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)")
+	})
+	if a := s.do("POST", "/users", john, "Idempotency-Key: key-1"); a.status != 409 {
+		t.Errorf("while the first is running: %d %s", a.status, a.body)
+	}
+	if _, err := conn.Exec(t.Context(), "COMMIT"); err != nil {
+		t.Fatal(err)
+	}
+	if a := <-first; a.status != 201 {
+		t.Errorf("the first: %d %s", a.status, a.body)
+	}
+	if a := s.do("POST", "/users", john, "Idempotency-Key: key-1"); a.status != 201 {
+		t.Errorf("after the first: %d %s", a.status, a.body)
+	}
+}
+
+func TestPostgresForgetsKeys(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s, conn := openTestPostgres(t, url), connect(t, url)
+	in := input("John", "Doe", "hash")
+	for _, key := range []string{"old-1", "old-2", "young"} {
+		if _, err := s.createUser(t.Context(), in, key); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, err := conn.Exec(t.Context(), `UPDATE idempotency_keys SET created_at = created_at
+		- interval '1 day' + interval '1 minute' * (key = 'young')::int`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := s.creationUnder(t.Context(), "old-1"); !errors.Is(err, errNotFound) {
+		t.Errorf("an old key: %v", err)
+	}
+	if u, hash, err := s.creationUnder(t.Context(), "young"); err != nil || u.ID != 3 || hash != "hash" {
+		t.Errorf("a young key: %+v, %q, %v", u, hash, err)
+	}
+	if u, err := s.createUser(t.Context(), in, "old-1"); err != nil || u.Version != 1 {
+		t.Errorf("an old key, used again: %+v, %v", u, err)
+	}
+	if _, err := s.createUser(t.Context(), in, "young"); !errors.Is(err, errKeyUsed) {
+		t.Errorf("a young key, used again: %v", err)
+	}
+	const left = "SELECT string_agg(key, ' ' ORDER BY key) FROM idempotency_keys"
+	if got := queryValue[string](t, conn, left); got != "old-1 young" {
+		t.Errorf("the keys that are left: %s", got)
+	}
+}
+
+func TestMemoryForgetsKeys(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory()
+		in := input("John", "Doe", "hash")
+		for i, step := range []struct {
+			wait time.Duration
+			want error
+		}{{0, nil}, {keyLifetime - time.Second, errKeyUsed}, {time.Second, nil}, {0, errKeyUsed}} {
+			time.Sleep(step.wait)
+			if _, err := m.createUser(t.Context(), in, "key"); !errors.Is(err, step.want) {
+				t.Errorf("step %d: %v", i, err)
+			}
+		}
+		if len(m.byKey) != 1 || len(m.keysByAge) != 1 || len(m.users) != 2 {
+			t.Errorf("%d keys, %d ages, %d users", len(m.byKey), len(m.keysByAge), len(m.users))
+		}
+	})
+}
+
+func TestVerify(t *testing.T) {
+	t.Parallel()
+	h := newHasher()
+	phc := mustHash(t, secret)
+	for password, want := range map[string]bool{secret: true, secret + "!": false, "": false} {
+		if got, err := h.verify(t.Context(), password, phc); got != want || err != nil {
+			t.Errorf("%q: %t, %v", password, got, err)
+		}
+	}
+	for _, bad := range []string{
+		"", "hash", strings.Replace(phc, "argon2id", "argon2i", 1),
+		strings.Replace(phc, "m=12288", "m=65537", 1), strings.Replace(phc, "m=12288", "m=4294967295", 1),
+		strings.Replace(phc, "t=3", "t=11", 1), strings.Replace(phc, "t=3", "t=0", 1),
+		strings.Replace(phc, "p=1", "p=0", 1), phc + strings.Repeat("A", 100),
+	} {
+		if same, err := h.verify(t.Context(), secret, bad); same || err == nil {
+			t.Errorf("computed %q", bad)
+		}
+	}
+}
