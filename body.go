@@ -19,8 +19,8 @@ import (
 
 const maxBodyBytes = 64 << 10
 
-// errNoObject is the 400 for a body that is no JSON object; %s says why.
-func errNoObject(reason string) *problem {
+// noObject is the 400 for a body that is no JSON object; %s says why.
+func noObject(reason string) *problem {
 	return newProblem(http.StatusBadRequest, "The body must be one JSON object: "+reason)
 }
 
@@ -74,10 +74,10 @@ func parseObject(body []byte) ([]member, error) {
 	decoder := json.NewDecoder(bytes.NewReader(body))
 	start, err := decoder.Token()
 	if errors.Is(err, io.EOF) {
-		return nil, errNoObject("it is empty")
+		return nil, noObject("it is empty")
 	}
 	if err == nil && start != json.Delim('{') {
-		return nil, errNoObject("it begins as another type")
+		return nil, noObject("it begins as another type")
 	}
 	var members []member
 	for err == nil && decoder.More() {
@@ -92,10 +92,10 @@ func parseObject(body []byte) ([]member, error) {
 		_, err = decoder.Token() // the closing brace
 	}
 	if err != nil {
-		return nil, errNoObject("its syntax is wrong")
+		return nil, noObject("its syntax is wrong")
 	}
 	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
-		return nil, errNoObject("something follows it")
+		return nil, noObject("something follows it")
 	}
 	return members, nil
 }

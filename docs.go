@@ -13,34 +13,14 @@ import (
 	"github.com/swaggest/swgui/v5/static"
 )
 
-//go:embed openapi.json
-var openAPI []byte
-
-const docsPage = `<!DOCTYPE html>
-<html lang="en">
-<head>
-  <meta charset="utf-8">
-  <meta name="viewport" content="width=device-width, initial-scale=1">
-  <title>User service</title>
-  <link rel="stylesheet" href="/docs/swagger-ui.css">
-  <link rel="icon" type="image/png" href="/docs/favicon-32x32.png">
-</head>
-<body>
-  <div id="swagger-ui"></div>
-  <script src="/docs/swagger-ui-bundle.js"></script>
-  <script src="/docs/start.js"></script>
-</body>
-</html>
-`
-
-const docsStart = `SwaggerUIBundle({
-  url: "/openapi.json",
-  dom_id: "#swagger-ui",
-  deepLinking: true,
-  tryItOutEnabled: true,
-  defaultModelsExpandDepth: 0,
-});
-`
+var (
+	//go:embed openapi.json
+	openAPI []byte
+	//go:embed docs.html
+	docsPage []byte
+	//go:embed docs.js
+	docsStart []byte
+)
 
 // docsTypes does not depend on what the machine knows of media types.
 var docsTypes = map[string]string{
@@ -61,7 +41,7 @@ func serveOpenAPI(w http.ResponseWriter, r *http.Request) error {
 
 func serveDocs(w http.ResponseWriter, r *http.Request) error {
 	w.Header().Set("Content-Security-Policy", docsPolicy)
-	return writeBytes(w, "text/html; charset=utf-8", []byte(docsPage))
+	return writeBytes(w, "text/html; charset=utf-8", docsPage)
 }
 
 func redirectToDocs(w http.ResponseWriter, r *http.Request) error {
@@ -75,7 +55,7 @@ func serveDocsFile(w http.ResponseWriter, r *http.Request) error {
 	name := path.Base(r.URL.Path)
 	contentType := docsTypes[path.Ext(name)]
 	if name == "start.js" {
-		return writeBytes(w, contentType, []byte(docsStart))
+		return writeBytes(w, contentType, docsStart)
 	}
 	body, err := static.FS.ReadFile(name)
 	if err == nil && path.Ext(name) == ".png" {

@@ -22,6 +22,7 @@ const (
 	relayWindow   = 500 // events that are published before their confirms are awaited
 	relayPoll     = 100 * time.Millisecond
 	relayDrain    = 2 * time.Second
+	leadInterval  = 500 * time.Millisecond // between two attempts to take the lead
 	maxEventBytes = 64 << 10
 )
 
@@ -43,9 +44,8 @@ type eventData struct {
 
 // outbox is where the relay gets the events of committed changes.
 type outbox interface {
-	// lead waits until this process is the one that relays. The backlog is its own until
-	// it is closed or fails.
-	lead(ctx context.Context) (backlog, error)
+	// open connects to the backlog, which is the caller's to close.
+	open(ctx context.Context) (backlog, error)
 	// size counts the events that are pending, and how long the oldest has been.
 	size(ctx context.Context) (pending int64, oldest time.Duration, err error)
 	// changed receives soon after a change of this process was committed.
@@ -54,6 +54,9 @@ type outbox interface {
 
 // backlog holds the events that were not removed yet: what is in it is pending.
 type backlog interface {
+	// lead says whether this process is the one that relays. If so, it is until the
+	// backlog fails or is closed.
+	lead(ctx context.Context) (bool, error)
 	// pending returns up to limit events, for each user in the order of versions.
 	pending(ctx context.Context, limit int) ([]event, error)
 	remove(ctx context.Context, events []event) error
@@ -76,10 +79,12 @@ type publisher interface {
 	// publish returns how many events, from the first on, the broker has for certain.
 	// After an error the publisher is of no more use.
 	publish(ctx context.Context, events []event) (int, error)
-	// lost is closed when the connection is.
-	lost() <-chan struct{}
+	// closed says whether the connection is gone.
+	closed() bool
 	close()
 }
+
+var errBrokerGone = errors.New("the broker closed the connection")
 
 type messageHandler func(ctx context.Context, body []byte) error
 
@@ -118,56 +123,70 @@ func (r *relay) run(ctx context.Context) {
 	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	context.AfterFunc(ctx, func() { time.AfterFunc(relayDrain, cancel) })
-	line := connectionLog{log: r.log, name: "relay"}
-	for ctx.Err() == nil {
-		err := r.session(ctx, work, &line)
-		if ctx.Err() == nil {
-			line.lost(err)
-		}
-		line.backoff(ctx)
-	}
+	keepUp(ctx, r.log, "relay", func(restored func()) error {
+		return r.session(ctx, work, restored)
+	})
 }
 
-// session relays over one connection to the broker and one hold of the lead. It returns
-// nil only when ctx has ended and nothing is pending.
-func (r *relay) session(ctx, work context.Context, line *connectionLog) error {
+// session relays over one connection to the broker and one to the outbox. It returns nil
+// only when ctx has ended and nothing is pending.
+func (r *relay) session(ctx, work context.Context, restored func()) error {
 	p, err := r.broker.publisher(ctx)
 	if err != nil {
 		return fmt.Errorf("connecting to the broker: %w", err)
 	}
 	defer p.close()
-	b, err := r.outbox.lead(ctx)
+	b, err := r.outbox.open(ctx)
 	if err != nil {
-		return fmt.Errorf("taking the lead: %w", err)
+		return fmt.Errorf("connecting to the outbox: %w", err)
 	}
 	defer b.close()
+	if err := waitForLead(ctx, p, b); err != nil {
+		return fmt.Errorf("taking the lead: %w", err)
+	}
 	r.leads.Set(1)
 	defer r.leads.Set(0)
 	for {
-		n, err := r.relayWindow(work, p, b)
+		n, err := r.relayOnce(work, p, b)
 		if err != nil {
 			return err
 		}
-		line.restored()
+		restored()
+		if n == 0 && ctx.Err() != nil {
+			return nil
+		}
+		if p.closed() {
+			return errBrokerGone
+		}
 		if n == relayWindow {
 			continue
 		}
-		if ctx.Err() != nil && n == 0 {
-			return nil
-		}
 		select {
 		case <-ctx.Done():
-		case <-p.lost():
-			return errors.New("the broker closed the connection")
 		case <-r.outbox.changed():
 		case <-time.After(relayPoll):
 		}
 	}
 }
 
-// relayWindow publishes the oldest events and removes those that the broker has: the
-// longest run from the first on, so that no event is passed over.
-func (r *relay) relayWindow(ctx context.Context, p publisher, b backlog) (int, error) {
+// waitForLead asks again and again instead of waiting in the lock: a statement that waits
+// keeps vacuum from the rows that died since.
+func waitForLead(ctx context.Context, p publisher, b backlog) error {
+	for ; ctx.Err() == nil; sleep(ctx, leadInterval) {
+		leads, err := b.lead(ctx)
+		if leads || err != nil {
+			return err
+		}
+		if p.closed() {
+			return errBrokerGone
+		}
+	}
+	return ctx.Err()
+}
+
+// relayOnce publishes the oldest events and removes those that the broker has: the longest
+// run from the first on, so that no event is passed over.
+func (r *relay) relayOnce(ctx context.Context, p publisher, b backlog) (int, error) {
 	events, err := b.pending(ctx, relayWindow)
 	if err != nil || len(events) == 0 {
 		return 0, err
@@ -182,16 +201,14 @@ func (r *relay) relayWindow(ctx context.Context, p publisher, b backlog) (int, e
 
 // consumer logs the events that it has not seen.
 type consumer struct {
-	broker   broker
 	log      *slog.Logger
 	consumed *metrics.Counter
 	skipped  *metrics.Counter
 	seen     versions
 }
 
-func newConsumer(b broker, log *slog.Logger, set *metrics.Set) *consumer {
+func newConsumer(log *slog.Logger, set *metrics.Set) *consumer {
 	return &consumer{
-		broker:   b,
 		log:      log,
 		consumed: set.NewCounter("events_consumed_total"),
 		skipped:  set.NewCounter("events_skipped_total"),
@@ -199,15 +216,10 @@ func newConsumer(b broker, log *slog.Logger, set *metrics.Set) *consumer {
 }
 
 // run consumes until ctx ends.
-func (c *consumer) run(ctx context.Context) {
-	line := connectionLog{log: c.log, name: "consumer"}
-	for ctx.Err() == nil {
-		err := c.broker.consume(ctx, line.restored, c.handle)
-		if ctx.Err() == nil {
-			line.lost(err)
-		}
-		line.backoff(ctx)
-	}
+func (c *consumer) run(ctx context.Context, b broker) {
+	keepUp(ctx, c.log, "consumer", func(restored func()) error {
+		return b.consume(ctx, restored, c.handle)
+	})
 }
 
 // handle writes the event's line out before it returns nil.
@@ -278,82 +290,63 @@ func (v *versions) add(d eventData) {
 	v.newer[d.UserID] = d.Version
 }
 
-// inProcess is the broker of a service without RabbitMQ. The consumer hands over its
-// handler for each message, so what is published has been handled.
+// inProcess is the broker of a service without RabbitMQ: what it has published has been
+// handled.
 type inProcess struct {
-	handlers chan messageHandler
+	handle messageHandler
 }
 
-func newInProcess() *inProcess {
-	return &inProcess{handlers: make(chan messageHandler)}
-}
+func (b inProcess) publisher(context.Context) (publisher, error) { return b, nil }
 
-func (b *inProcess) publisher(context.Context) (publisher, error) { return b, nil }
-
-func (b *inProcess) publish(ctx context.Context, events []event) (int, error) {
+func (b inProcess) publish(ctx context.Context, events []event) (int, error) {
 	for i, e := range events {
 		body, err := json.Marshal(e)
-		if err != nil {
-			return i, fmt.Errorf("encoding an event: %w", err)
-		}
-		select {
-		case handle := <-b.handlers:
-			err = handle(ctx, body)
-		case <-ctx.Done():
-			err = ctx.Err()
+		if err == nil {
+			err = b.handle(ctx, body)
 		}
 		if err != nil {
-			return i, err
+			return i, fmt.Errorf("handing over an event: %w", err)
 		}
 	}
 	return len(events), nil
 }
 
-func (b *inProcess) consume(ctx context.Context, connected func(), handle messageHandler) error {
+// consume has nothing to do: publish calls the handler.
+func (b inProcess) consume(ctx context.Context, connected func(), _ messageHandler) error {
 	connected()
-	for {
-		select {
-		case b.handlers <- handle:
-		case <-ctx.Done():
-			return nil
+	<-ctx.Done()
+	return nil
+}
+
+func (b inProcess) closed() bool { return false }
+
+func (b inProcess) close() {}
+
+func (b inProcess) status() string { return "in-process" }
+
+// keepUp runs a session again whenever it ends, until ctx does. The log has one line when
+// a session fails and one when the next is restored; between attempts it waits with full
+// jitter, below a bound that doubles from 0.25 s to 5 s.
+func keepUp(ctx context.Context, log *slog.Logger, name string, session func(restored func()) error) {
+	failures := 0
+	restored := func() {
+		if failures > 0 {
+			log.Info("Event connection restored", "connection", name)
 		}
+		failures = 0
 	}
-}
-
-func (b *inProcess) lost() <-chan struct{} { return nil }
-
-func (b *inProcess) close() {}
-
-func (b *inProcess) status() string { return "in-process" }
-
-// connectionLog says once that a connection is lost and once that it is back, and makes
-// each attempt wait longer than the last.
-type connectionLog struct {
-	log      *slog.Logger
-	name     string
-	failures int
-}
-
-func (l *connectionLog) lost(err error) {
-	level := slog.LevelDebug
-	if l.failures++; l.failures == 1 {
-		level = slog.LevelWarn
+	for ctx.Err() == nil {
+		err := session(restored)
+		if ctx.Err() != nil {
+			return
+		}
+		level := slog.LevelDebug
+		if failures++; failures == 1 {
+			level = slog.LevelWarn
+		}
+		log.Log(ctx, level, "Event connection lost", "connection", name, "error", err)
+		sleep(ctx, rand.N(min(250*time.Millisecond<<min(failures, 5), 5*time.Second)))
 	}
-	l.log.LogAttrs(context.Background(), level, "Event connection lost",
-		slog.String("connection", l.name), slog.Any("error", err))
-}
-
-func (l *connectionLog) restored() {
-	if l.failures > 0 {
-		l.log.Info("Event connection restored", "connection", l.name)
-	}
-	l.failures = 0
-}
-
-// backoff waits with full jitter below a bound that doubles from 0.25 s to 5 s.
-func (l *connectionLog) backoff(ctx context.Context) {
-	bound := min(250*time.Millisecond<<min(l.failures, 5), 5*time.Second)
-	sleep(ctx, rand.N(bound))
 }
 
 func sleep(ctx context.Context, d time.Duration) {

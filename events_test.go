@@ -91,9 +91,9 @@ func (b *fakeBroker) publisher(context.Context) (publisher, error) { return b, n
 func (b *fakeBroker) consume(context.Context, func(), messageHandler) error {
 	return errors.New("not in this test")
 }
-func (b *fakeBroker) status() string        { return "up" }
-func (b *fakeBroker) lost() <-chan struct{} { return nil }
-func (b *fakeBroker) close()                {}
+func (b *fakeBroker) status() string { return "up" }
+func (b *fakeBroker) closed() bool   { return false }
+func (b *fakeBroker) close()         {}
 
 func (b *fakeBroker) publish(_ context.Context, events []event) (int, error) {
 	b.mu.Lock()
@@ -203,7 +203,7 @@ func TestRelayDrains(t *testing.T) {
 }
 
 func newTestConsumer(log *logBuffer) *consumer {
-	return newConsumer(nil, newLogger(log, slog.LevelDebug), metrics.NewSet())
+	return newConsumer(newLogger(log, slog.LevelDebug), metrics.NewSet())
 }
 
 func TestConsumerSkipsDuplicates(t *testing.T) {
@@ -259,7 +259,7 @@ func (brokenWriter) Write([]byte) (int, error) { return 0, errors.New("disk full
 // event must be tried again, not acknowledged.
 func TestConsumerKeepsWhatItCannotLog(t *testing.T) {
 	t.Parallel()
-	c := newConsumer(nil, newLogger(brokenWriter{}, 0), metrics.NewSet())
+	c := newConsumer(newLogger(brokenWriter{}, 0), metrics.NewSet())
 	body := encode(t, newEvent(userCreated, 1, 1))
 	for range 2 {
 		if err := c.handle(t.Context(), body); err == nil || errors.Is(err, errUnreadable) {

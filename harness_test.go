@@ -193,6 +193,10 @@ func newExchange(t *testing.T) string {
 			t.Error(err)
 			return
 		}
+		// RabbitMQ 3.10 loses its supervisor of at-least-once dead letters, for all queues
+		// and until it is started again, when such a queue is deleted within milliseconds of
+		// its declaration.
+		time.Sleep(300 * time.Millisecond)
 		ch.QueueDelete(b.queue(), false, false, false)
 		ch.QueueDelete(b.deadLetterQueue(), false, false, false)
 		ch.ExchangeDelete(b.exchange, false, false)

@@ -75,33 +75,23 @@ func noneMatchFails(h http.Header, version int64) bool {
 	})
 }
 
+const entityTagPattern = `(?:W/)?"[^\x00-\x20"\x7f]*"`
+
+var (
+	entityTags    = regexp.MustCompile(entityTagPattern)
+	entityTagList = regexp.MustCompile(
+		`^` + entityTagPattern + `(?:[ \t]*,[ \t,]*` + entityTagPattern + `)*$`)
+)
+
 // parseEntityTags reads a list by RFC 9110, section 8.8.3, or a lone "*". It returns
 // nothing where the lines are neither.
 func parseEntityTags(lines []string) []string {
-	rest := strings.Trim(strings.Join(lines, ","), " \t,")
-	if rest == "*" {
+	list := strings.Trim(strings.Join(lines, ","), " \t,")
+	if list == "*" {
 		return []string{"*"}
 	}
-	var tags []string
-	for rest != "" {
-		opaque := strings.TrimPrefix(rest, "W/")
-		weak := len(rest) - len(opaque)
-		if opaque == "" || opaque[0] != '"' {
-			return nil
-		}
-		length := strings.IndexFunc(opaque[1:], func(c rune) bool {
-			return c == '"' || c <= ' ' || c == 0x7f
-		})
-		if length < 0 || opaque[1+length] != '"' {
-			return nil
-		}
-		end := weak + length + 2
-		tags = append(tags, rest[:end])
-		next := strings.TrimLeft(rest[end:], " \t")
-		if next != "" && next[0] != ',' {
-			return nil
-		}
-		rest = strings.TrimLeft(next, " \t,")
+	if !entityTagList.MatchString(list) {
+		return nil
 	}
-	return tags
+	return entityTags.FindAllString(list, -1)
 }

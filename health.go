@@ -58,19 +58,13 @@ func (h *health) prometheus(w http.ResponseWriter, r *http.Request) error {
 
 // checkHealth is the command of the image's HEALTHCHECK: it asks the service that runs
 // with the same settings.
-func checkHealth(ctx context.Context, s settings) error {
+func checkHealth(s settings) error {
 	host := s.host
 	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
 		host = "127.0.0.1" // an image without /etc/hosts has no localhost
 	}
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
-	defer cancel()
 	url := "http://" + net.JoinHostPort(host, strconv.Itoa(s.port)) + "/healthz"
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-	if err != nil {
-		return err
-	}
-	response, err := http.DefaultClient.Do(request)
+	response, err := (&http.Client{Timeout: 3 * time.Second}).Get(url)
 	if err != nil {
 		return err
 	}

@@ -87,6 +87,19 @@ func TestIdempotencyKeyIsParsed(t *testing.T) {
 	}
 }
 
+func TestIdempotencyKeyIsCheckedLast(t *testing.T) {
+	t.Parallel()
+	s := startService(t, memorySettings())
+	for want, headers := range map[int][]string{
+		415: {"Idempotency-Key: two words", "Content-Type: text/plain"},
+		400: {"Idempotency-Key: two words"},
+	} {
+		if a := s.do("POST", "/users", john, headers...); a.status != want {
+			t.Errorf("%v: %d %s", headers, a.status, a.body)
+		}
+	}
+}
+
 // TestIdempotencyKeyRace sends one request many times at once, to two replicas: one user
 // comes of it, and whoever gets a 201 gets that user.
 func TestIdempotencyKeyRace(t *testing.T) {
@@ -175,6 +188,9 @@ func TestPostgresForgetsKeys(t *testing.T) {
 	}
 	if _, err := s.createUser(t.Context(), in, "young"); !errors.Is(err, errKeyUsed) {
 		t.Errorf("a young key, used again: %v", err)
+	}
+	if allPending(t, s); len(allPending(t, s)) != 4 { // the first of them forgets old keys
+		t.Error("not one event for each user")
 	}
 	const left = "SELECT string_agg(key, ' ' ORDER BY key) FROM idempotency_keys"
 	if got := queryValue[string](t, conn, left); got != "old-1 young" {

@@ -1,5 +1,5 @@
-// Command user-service is a REST API for users over PostgreSQL that tells RabbitMQ of
-// every change, and of no other.
+// Command user-service is a REST API for users over PostgreSQL that publishes every change,
+// and nothing but changes, as an event on RabbitMQ.
 package main
 
 import (
@@ -21,12 +21,12 @@ import (
 	"github.com/VictoriaMetrics/metrics"
 )
 
-// The bounds of a stop. Together they stay below 10 s.
+// The bounds of a stop. Together with closeWait they stay below 10 s.
 const (
 	drainIdle     = 500 * time.Millisecond     // for connections that are kept alive
 	drainRequests = 5500 * time.Millisecond    // for requests under way
 	drainEvents   = relayDrain + time.Second/2 // for events that are committed
-	drainConsumer = time.Second                // for the event in hand
+	drainConsumer = 500 * time.Millisecond     // for the event in hand
 )
 
 func main() {
@@ -52,7 +52,7 @@ func command(ctx context.Context, args []string, stdout io.Writer) int {
 	case "":
 		err = run(ctx, s, newLogger(stdout, s.logLevel))
 	case "healthcheck":
-		err = checkHealth(ctx, s)
+		err = checkHealth(s)
 	default:
 		log.Error("Unknown command", "error", "the commands are none, to serve, and healthcheck")
 		return 2
@@ -84,7 +84,8 @@ func run(ctx context.Context, s settings, log *slog.Logger) error {
 		return err
 	}
 	defer store.close()
-	broker := newBroker(s, log, set)
+	consumer := newConsumer(log, set)
+	broker := newBroker(s, consumer.handle, log, set)
 	api := &api{store: store, hasher: newHasher(), passwordMinLength: s.passwordMinLength}
 	server := &server{mux: http.NewServeMux(), log: log, metrics: set}
 	health := &health{store: store, broker: broker, metrics: set, draining: &server.draining}
@@ -94,7 +95,7 @@ func run(ctx context.Context, s settings, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("listening on HOST and PORT: %w", err)
 	}
-	stopConsumer := start(newConsumer(broker, log, set).run)
+	stopConsumer := start(func(ctx context.Context) { consumer.run(ctx, broker) })
 	stopRelay := start(newRelay(store, broker, log, set).run)
 	httpServer := newHTTPServer(server, log)
 	served := make(chan error, 1)
@@ -153,8 +154,9 @@ func openStore(ctx context.Context, s settings, log *slog.Logger) (store, error)
 	return openPostgres(ctx, s.databaseURL, s.appName, log)
 }
 
-func newBroker(s settings, log *slog.Logger, set *metrics.Set) broker {
-	var b broker = newInProcess()
+// newBroker is where handle gets its messages from.
+func newBroker(s settings, handle messageHandler, log *slog.Logger, set *metrics.Set) broker {
+	var b broker = inProcess{handle}
 	if s.rabbitURL != "" {
 		b = newRabbitMQ(s, log, set)
 	}

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -173,25 +174,15 @@ func (p *program) beginPost() (finish func() int) {
 	}
 }
 
-// occupiedPort is a port that somebody else listens on, until the test ends.
-func occupiedPort(t *testing.T) (port string) {
-	t.Helper()
-	_, port, err := net.SplitHostPort(silentAddress(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return port
-}
-
-// silentAddress takes connections and never says a word.
-func silentAddress(t *testing.T) string {
+// occupiedPort is one that takes connections until the test ends, and never says a word.
+func occupiedPort(t *testing.T) int {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { listener.Close() })
-	return listener.Addr().String()
+	return listener.Addr().(*net.TCPAddr).Port
 }
 
 // Nothing listens on port 1. The password must be in no line, which the harness checks.
@@ -290,7 +281,7 @@ func TestProgramReadsEnvFile(t *testing.T) {
 func TestProgramCannotListen(t *testing.T) {
 	t.Parallel()
 	for name, env := range map[string]string{
-		"a port in use":        "PORT=" + occupiedPort(t),
+		"a port in use":        fmt.Sprint("PORT=", occupiedPort(t)),
 		"an address elsewhere": "HOST=192.0.2.1", // TEST-NET-1, which no machine has
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -313,7 +304,8 @@ func TestProgramCannotListen(t *testing.T) {
 // to listen, it would end.
 func TestProgramWaitsForDatabase(t *testing.T) {
 	t.Parallel()
-	p := newProgram(t, "DATABASE_URL="+deadDatabaseURL, "LOG_LEVEL=DEBUG", "PORT="+occupiedPort(t))
+	p := newProgram(t, "DATABASE_URL="+deadDatabaseURL, "LOG_LEVEL=DEBUG",
+		fmt.Sprint("PORT=", occupiedPort(t)))
 	p.start()
 	eventually(t, "two attempts", func() bool { return len(p.log.lines("Waiting for the database")) == 2 })
 	p.signal(syscall.SIGTERM)
@@ -330,13 +322,14 @@ func TestProgramWaitsForDatabase(t *testing.T) {
 // TestRunGivesUpOnDatabase waits a minute of a bubble's time.
 func TestRunGivesUpOnDatabase(t *testing.T) {
 	t.Parallel()
+	s := memorySettings()
+	s.databaseURL, s.port = deadDatabaseURL, occupiedPort(t)
 	synctest.Test(t, func(t *testing.T) {
-		s := memorySettings()
-		s.databaseURL = deadDatabaseURL
 		log := &logBuffer{}
 		start := time.Now()
 		err := run(t.Context(), s, newLogger(log, slog.LevelDebug))
-		if err == nil || strings.Contains(err.Error(), secret) {
+		if err == nil || !strings.Contains(err.Error(), "opening the database") ||
+			strings.Contains(err.Error(), secret) {
 			t.Errorf("run: %v", err)
 		}
 		if waited := time.Since(start); waited < 55*time.Second || waited > time.Minute {
@@ -371,7 +364,7 @@ func TestProgramWithoutRabbitMQ(t *testing.T) {
 	t.Parallel()
 	for name, url := range map[string]string{
 		"nothing listens": deadRabbitURL,
-		"never answers":   "amqp://john:" + secret + "@" + silentAddress(t) + "/",
+		"never answers":   fmt.Sprintf("amqp://john:%s@127.0.0.1:%d/", secret, occupiedPort(t)),
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -406,7 +399,9 @@ func TestProgramDelaysItsEnd(t *testing.T) {
 	if readiness.json(t, "status") != "not ready" {
 		t.Errorf("GET /readyz: %s", readiness.body)
 	}
-	p.createUser("John", "Doe")
+	if a := p.do("GET", "/users", ""); a.status != 200 {
+		t.Errorf("GET during the delay: %d %s", a.status, a.body)
+	}
 	if !p.listens() {
 		t.Error("new connections are refused during the delay")
 	}
@@ -512,42 +507,40 @@ func TestProgramSecondSignal(t *testing.T) {
 // TestProgramLogsLastEvents stops the program at the very moment of its last answer.
 func TestProgramLogsLastEvents(t *testing.T) {
 	t.Parallel()
-	const users = 50
-	p := startProgram(t)
-	for i := range users {
-		p.createUser(fmt.Sprint("user ", i), "Doe")
-	}
-	p.signal(syscall.SIGTERM)
-	p.checkEnd()
-	for id := range users {
-		event := fmt.Sprintf("Received event user.created with user_id=%d", id+1)
-		if n := len(p.log.lines(event)); n != 1 {
-			t.Errorf("%d lines %q", n, event)
-		}
+	for name, database := range map[string]string{"memory": "", "postgres": newDatabase(t)} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			const updates = 50
+			p := startProgram(t, "DATABASE_URL="+database)
+			p.createUser("John", "Doe")
+			for i := range updates {
+				p.do("PATCH", "/users/1", fmt.Sprintf(`{"name": "John %d"}`, i))
+			}
+			p.signal(syscall.SIGTERM)
+			p.checkEnd()
+			if n := len(p.log.lines("Received event user.updated with user_id=1")); n != updates {
+				t.Errorf("%d events of %d updates", n, updates)
+			}
+		})
 	}
 }
 
 func TestHealthcheck(t *testing.T) {
 	t.Parallel()
-	failing := &http.Server{Handler: http.NotFoundHandler()}
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	go failing.Serve(listener)
-	t.Cleanup(func() { failing.Close() })
-	_, failingPort, _ := net.SplitHostPort(listener.Addr().String())
+	failing := httptest.NewServer(http.NotFoundHandler())
+	t.Cleanup(failing.Close)
+	running := func(env ...string) (port string) { return portOf(startProgram(t, env...).url) }
 	for name, test := range map[string]struct {
 		env  []string
 		want int
 	}{
-		"loopback":        {[]string{"HOST=127.0.0.1", runningPort(t, "HOST=127.0.0.1")}, 0},
-		"every interface": {[]string{"HOST=0.0.0.0", runningPort(t, "HOST=0.0.0.0")}, 0},
-		"a host name":     {[]string{"HOST=localhost", runningPort(t, "HOST=localhost")}, 0},
-		"a bad database":  {[]string{"DATABASE_URL=" + deadDatabaseURL, runningPort(t)}, 0},
+		"loopback":        {[]string{"HOST=127.0.0.1", running("HOST=127.0.0.1")}, 0},
+		"every interface": {[]string{"HOST=0.0.0.0", running("HOST=0.0.0.0")}, 0},
+		"a host name":     {[]string{"HOST=localhost", running("HOST=localhost")}, 0},
+		"a bad database":  {[]string{"DATABASE_URL=" + deadDatabaseURL, running()}, 0},
 		"nothing there":   {[]string{"PORT=1"}, 1},
-		"another status":  {[]string{"PORT=" + failingPort}, 1},
-		"no answer":       {[]string{"PORT=" + occupiedPort(t)}, 1},
+		"another status":  {[]string{portOf(failing.URL)}, 1},
+		"no answer":       {[]string{fmt.Sprint("PORT=", occupiedPort(t))}, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -564,14 +557,9 @@ func TestHealthcheck(t *testing.T) {
 	}
 }
 
-// runningPort is the PORT of a service that runs until the test ends.
-func runningPort(t *testing.T, env ...string) string {
-	t.Helper()
-	_, port, err := net.SplitHostPort(strings.TrimPrefix(startProgram(t, env...).url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return "PORT=" + port
+// portOf is the PORT of a service at a URL.
+func portOf(url string) string {
+	return "PORT=" + url[strings.LastIndex(url, ":")+1:]
 }
 
 // TestProgramRestricted takes from the program what its container takes from it: a

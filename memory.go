@@ -116,7 +116,7 @@ func (m *memory) updateUser(ctx context.Context, id int64, in userInput, match [
 		return u.User, nil
 	}
 	u.Version++
-	u.UpdatedAt = after(u.UpdatedAt)
+	u.UpdatedAt = nowAfter(u.UpdatedAt)
 	m.users[i] = u
 	m.record(ctx, userUpdated, u.User)
 	return u.User, nil
@@ -132,13 +132,13 @@ func (m *memory) deleteUser(ctx context.Context, id int64, match []int64) error 
 	u := m.users[i].User
 	m.users = slices.Delete(m.users, i, i+1)
 	u.Version++
-	u.UpdatedAt = after(u.UpdatedAt)
+	u.UpdatedAt = nowAfter(u.UpdatedAt)
 	m.record(ctx, userDeleted, u)
 	return nil
 }
 
-// after is now, but later than t.
-func after(t timestamp) timestamp {
+// nowAfter is now, but later than t.
+func nowAfter(t timestamp) timestamp {
 	now := timestamp{time.Now().Truncate(time.Microsecond)}
 	if next := t.Add(time.Microsecond); now.Before(next) {
 		return timestamp{next}
@@ -180,8 +180,7 @@ func (m *memory) ready(context.Context) string { return "memory" }
 
 func (m *memory) close() {}
 
-// lead needs no lock: there is no other process.
-func (m *memory) lead(context.Context) (backlog, error) { return memoryBacklog{m}, nil }
+func (m *memory) open(context.Context) (backlog, error) { return memoryBacklog{m}, nil }
 
 func (m *memory) size(context.Context) (int64, time.Duration, error) {
 	m.mu.RLock()
@@ -195,6 +194,9 @@ func (m *memory) size(context.Context) (int64, time.Duration, error) {
 func (m *memory) changed() <-chan struct{} { return m.poke }
 
 type memoryBacklog struct{ *memory }
+
+// lead needs no lock: there is no other process.
+func (b memoryBacklog) lead(context.Context) (bool, error) { return true, nil }
 
 func (b memoryBacklog) pending(_ context.Context, limit int) ([]event, error) {
 	b.mu.RLock()

@@ -523,7 +523,7 @@ func (s faultyStore) ready(context.Context) string                       { retur
 func newFaultyServer(s faultyStore, draining bool) *server {
 	server := &server{mux: http.NewServeMux(), log: slog.New(slog.DiscardHandler),
 		metrics: metrics.NewSet()}
-	h := &health{store: s, broker: newInProcess(), metrics: server.metrics, draining: &server.draining}
+	h := &health{store: s, broker: inProcess{}, metrics: server.metrics, draining: &server.draining}
 	server.draining.Store(draining)
 	api := &api{store: s, hasher: newHasher(), passwordMinLength: 8}
 	api.creating.Store("running", true)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,8 +19,9 @@ import (
 const (
 	brokerTimeout    = 5 * time.Second  // to connect, and to shake hands
 	brokerWrite      = 3 * time.Second  // for one write to the socket
+	brokerGoodbye    = time.Second      // to close a connection in good order
 	brokerHeartbeat  = 10 * time.Second // a frozen broker is noticed after one and a half
-	confirmWait      = 10 * time.Second // less than idle_session_timeout of the lead
+	publishWait      = 10 * time.Second // for a window; less than idle_session_timeout of the lead
 	topologyInterval = 2 * time.Second
 	consumerPrefetch = 64
 )
@@ -27,13 +29,13 @@ const (
 // rabbitMQ is the broker of a service with a RABBITMQ_URL. All names in it derive from
 // that of the exchange.
 type rabbitMQ struct {
-	url         string
-	appName     string
-	exchange    string
-	log         *slog.Logger
-	returned    *metrics.Counter
-	connections atomic.Int32 // 2 when both the relay's and the consumer's are open
-	told        sync.Map     // what the log named as foreign
+	url       string
+	appName   string
+	exchange  string
+	log       *slog.Logger
+	returned  *metrics.Counter
+	consuming atomic.Bool // every replica is connected as a consumer, whoever relays
+	told      sync.Map    // what the log has named as foreign, on whatever connection
 }
 
 func newRabbitMQ(s settings, log *slog.Logger, set *metrics.Set) *rabbitMQ {
@@ -60,37 +62,40 @@ func (b *rabbitMQ) deadLetterExchange() string { return b.exchange + ".dlx" }
 func (b *rabbitMQ) deadLetterQueue() string    { return b.exchange + ".dead" }
 
 func (b *rabbitMQ) status() string {
-	if b.connections.Load() < 2 {
-		return "down"
+	if b.consuming.Load() {
+		return "up"
 	}
-	return "up"
+	return "down"
 }
 
-// dial opens a connection to a broker that has the topology. It is the caller's to hang
-// up, with the function that comes with it.
+// dial opens a connection to a broker that has the topology, unless ctx ends before. It is
+// the caller's to hang up, with the function that comes with it.
 func (b *rabbitMQ) dial(ctx context.Context, purpose string) (*amqp.Connection, func(), error) {
 	properties := amqp.NewConnectionProperties()
 	properties.SetClientConnectionName(b.appName + " " + purpose)
+	var socket net.Conn
+	unwatch := func() bool { return true }
+	defer func() { unwatch() }()
 	conn, err := amqp.DialConfig(b.url, amqp.Config{
 		Heartbeat:  brokerHeartbeat,
 		Properties: properties,
-		Dial: func(network, address string) (net.Conn, error) {
+		Dial: func(network, address string) (c net.Conn, err error) {
 			dialer := net.Dialer{Timeout: brokerTimeout}
-			c, err := dialer.DialContext(ctx, network, address)
-			if err != nil {
+			if socket, err = dialer.DialContext(ctx, network, address); err != nil {
 				return nil, err
 			}
-			return writeDeadlineConn{c}, c.SetDeadline(time.Now().Add(brokerTimeout))
+			unwatch = context.AfterFunc(ctx, func() { socket.Close() })
+			return writeDeadlineConn{socket}, socket.SetDeadline(time.Now().Add(brokerTimeout))
 		},
 	})
 	if err != nil {
 		return nil, nil, err
 	}
-	b.connections.Add(1)
 	hangUp := func() {
-		b.connections.Add(-1)
-		// The plain Close waits for ever where the broker has stopped to read.
-		conn.CloseDeadline(time.Now().Add(time.Second))
+		// The plain Close waits for ever where the broker has stopped to read, and
+		// CloseDeadline for as long as it sends heartbeats.
+		defer time.AfterFunc(brokerGoodbye, func() { socket.Close() }).Stop()
+		conn.CloseDeadline(time.Now().Add(brokerGoodbye))
 	}
 	if err := b.declareTopology(conn, make(map[string]bool)); err != nil {
 		hangUp()
@@ -152,7 +157,11 @@ func (b *rabbitMQ) topology() []declaration {
 	}
 }
 
-// declareTopology declares what is missing. What exists with other properties is named in
+// foreignCodes are the refusals of what exists with other properties, or of a user who may
+// not declare it.
+var foreignCodes = []int{amqp.PreconditionFailed, amqp.AccessRefused, amqp.ResourceLocked}
+
+// declareTopology declares what is missing. What RabbitMQ refuses to change is named in
 // the log, and from then on, being in foreign, left as it is.
 func (b *rabbitMQ) declareTopology(conn *amqp.Connection, foreign map[string]bool) error {
 	ch, err := conn.Channel()
@@ -168,12 +177,12 @@ func (b *rabbitMQ) declareTopology(conn *amqp.Connection, foreign map[string]boo
 			continue
 		}
 		refusal, ok := errors.AsType[*amqp.Error](err)
-		if !ok || refusal.Code != amqp.PreconditionFailed {
+		if !ok || !slices.Contains(foreignCodes, refusal.Code) {
 			return err
 		}
 		foreign[d.name] = true
 		if _, again := b.told.LoadOrStore(d.name, true); !again {
-			b.log.Warn("RabbitMQ has it with other properties, which stay",
+			b.log.Warn("RabbitMQ keeps this as it is, not as the service declares it",
 				"what", d.name, "error", refusal.Reason)
 		}
 		if ch, err = conn.Channel(); err != nil { // a refusal closes the channel
@@ -189,7 +198,6 @@ type rabbitPublisher struct {
 	broker  *rabbitMQ
 	channel *amqp.Channel
 	returns chan amqp.Return
-	closed  chan struct{}
 	hangUp  func()
 }
 
@@ -198,7 +206,7 @@ func (b *rabbitMQ) publisher(ctx context.Context) (publisher, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &rabbitPublisher{broker: b, closed: make(chan struct{}), hangUp: hangUp}
+	p := &rabbitPublisher{broker: b, hangUp: hangUp}
 	if p.channel, err = conn.Channel(); err == nil {
 		err = p.channel.Confirm(false)
 	}
@@ -207,19 +215,19 @@ func (b *rabbitMQ) publisher(ctx context.Context) (publisher, error) {
 		return nil, err
 	}
 	p.returns = p.channel.NotifyReturn(make(chan amqp.Return, relayWindow))
-	closing := p.channel.NotifyClose(make(chan *amqp.Error, 1))
-	go func() { // ends with the channel, which hangUp closes
-		<-closing
-		close(p.closed)
-	}()
 	return p, nil
 }
 
-func (p *rabbitPublisher) lost() <-chan struct{} { return p.closed }
+func (p *rabbitPublisher) closed() bool { return p.channel.IsClosed() }
 
 func (p *rabbitPublisher) close() { p.hangUp() }
 
+// publish sends all events and then waits for their confirms. Where no queue takes an
+// event and a queue is bound before the next one of its user is sent, the two arrive in
+// reverse; that takes somebody who deletes queues, and their content.
 func (p *rabbitPublisher) publish(ctx context.Context, events []event) (int, error) {
+	ctx, cancel := context.WithTimeout(ctx, publishWait)
+	defer cancel()
 	var confirms []*amqp.DeferredConfirmation
 	var publishErr error
 	for _, e := range events {
@@ -230,7 +238,7 @@ func (p *rabbitPublisher) publish(ctx context.Context, events []event) (int, err
 		}
 		confirms = append(confirms, confirm)
 	}
-	n, err := p.countConfirmed(ctx, confirms)
+	n, err := countConfirmed(ctx, confirms)
 	if publishErr != nil {
 		err = publishErr
 	}
@@ -262,10 +270,7 @@ func (p *rabbitPublisher) send(ctx context.Context, e event) (*amqp.DeferredConf
 }
 
 // countConfirmed counts the confirms from the first on that the broker has given.
-func (p *rabbitPublisher) countConfirmed(ctx context.Context,
-	confirms []*amqp.DeferredConfirmation) (int, error) {
-	ctx, cancel := context.WithTimeout(ctx, confirmWait)
-	defer cancel()
+func countConfirmed(ctx context.Context, confirms []*amqp.DeferredConfirmation) (int, error) {
 	for i, confirm := range confirms {
 		acknowledged, err := confirm.WaitContext(ctx)
 		if err != nil {
@@ -312,6 +317,8 @@ func (b *rabbitMQ) consume(ctx context.Context, connected func(), handle message
 		return fmt.Errorf("subscribing to %s: %w", b.queue(), err)
 	}
 	connected()
+	b.consuming.Store(true)
+	defer b.consuming.Store(false)
 	foreign := make(map[string]bool)
 	tick := time.NewTicker(topologyInterval)
 	defer tick.Stop()

@@ -234,7 +234,7 @@ func TestForeignQueue(t *testing.T) {
 	svc.createUser("John", "Doe")
 	svc.waitForLine("Received event user.created with user_id=1")
 	time.Sleep(2 * topologyInterval) // as long as it takes to declare all of it twice
-	const warning = "RabbitMQ has it with other properties, which stay"
+	const warning = "RabbitMQ keeps this as it is, not as the service declares it"
 	if n := len(svc.log.lines(warning)); n != 1 {
 		t.Errorf("%d warnings of one foreign queue", n)
 	}

@@ -39,7 +39,6 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
     password   text        NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now()
 );
-CREATE INDEX IF NOT EXISTS idempotency_keys_age ON idempotency_keys (created_at);
 
 -- The number of users is the sum of n, so that a list need not count the table. Triggers
 -- keep it, whoever writes to users; the shards keep writers from waiting for each other.

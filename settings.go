@@ -1,8 +1,6 @@
 package main
 
 import (
-	"bufio"
-	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -134,18 +132,21 @@ func parseHost(text string) (string, error) {
 	return text, err
 }
 
+var levels = map[string]slog.Level{
+	"DEBUG":    slog.LevelDebug,
+	"INFO":     slog.LevelInfo,
+	"WARNING":  slog.LevelWarn,
+	"WARN":     slog.LevelWarn,
+	"ERROR":    slog.LevelError,
+	"CRITICAL": slog.LevelError,
+}
+
 func parseLevel(text string) (slog.Level, error) {
-	switch strings.ToUpper(text) {
-	case "DEBUG":
-		return slog.LevelDebug, nil
-	case "INFO":
-		return slog.LevelInfo, nil
-	case "WARNING", "WARN":
-		return slog.LevelWarn, nil
-	case "ERROR", "CRITICAL":
-		return slog.LevelError, nil
+	level, ok := levels[strings.ToUpper(text)]
+	if !ok {
+		return 0, errUnusable
 	}
-	return 0, errUnusable
+	return level, nil
 }
 
 func parseDelay(text string) (time.Duration, error) {
@@ -166,7 +167,7 @@ func getenvWithFile(path string) (func(string) string, error) {
 	if err != nil {
 		return nil, &settingError{path, "a readable file of NAME=value lines"}
 	}
-	file, err := parseEnvFile(content)
+	file, err := parseEnvFile(string(content))
 	if err != nil {
 		return nil, &settingError{path, err.Error()}
 	}
@@ -180,11 +181,13 @@ func getenvWithFile(path string) (func(string) string, error) {
 
 // parseEnvFile reads what `docker run --env-file` reads, plus an optional "export " in
 // front of a name and optional quotes around a value. A name without "=" sets nothing.
-func parseEnvFile(content []byte) (map[string]string, error) {
+func parseEnvFile(content string) (map[string]string, error) {
 	values := make(map[string]string)
-	lines := bufio.NewScanner(bytes.NewReader(bytes.TrimPrefix(content, []byte("\ufeff"))))
-	for number := 1; lines.Scan(); number++ {
-		line := strings.TrimLeftFunc(lines.Text(), unicode.IsSpace)
+	number := 0
+	for line := range strings.Lines(strings.TrimPrefix(content, "\ufeff")) {
+		number++
+		line = strings.TrimSuffix(strings.TrimSuffix(line, "\n"), "\r")
+		line = strings.TrimLeftFunc(line, unicode.IsSpace)
 		if line == "" || strings.HasPrefix(line, "#") {
 			continue
 		}
@@ -194,9 +197,6 @@ func parseEnvFile(content []byte) (map[string]string, error) {
 			return nil, fmt.Errorf("NAME=value lines, which line %d is not", number)
 		}
 		values[name] = unquote(value)
-	}
-	if lines.Err() != nil {
-		return nil, errors.New("NAME=value lines of less than 64 KiB")
 	}
 	return values, nil
 }

@@ -116,7 +116,7 @@ func TestSettingsRefuse(t *testing.T) {
 			"postgres://u:1?" + secret + "@h/d", "postgres://u:1#" + secret + "@h/d",
 		}},
 		"RABBITMQ_URL": {"amqp://user:password@host:5672/", []string{
-			"http://u:" + secret + "@h/", "amqps", "amqps:", "amqp+x://h/", "h:5672",
+			"http://u:" + secret + "@h/", "amqps", "amqps:", "amqp+x://h/", "AMQP://h/", "h:5672",
 			"amqp://u:" + secret + "@h:abc/", "amqp://u:" + secret + "@h:99999/",
 			"amqp://u:" + secret + "@h:0/", "amqp://u:%zz" + secret + "@h/",
 			"amqp://u:" + secret + "@h/a b", "amqp://u:" + secret + "@h/?heartbeat=x",
@@ -176,9 +176,9 @@ func TestParseEnvFile(t *testing.T) {
 		"A=b=c==\n":                     {"A": "b=c=="},
 		"A=\n":                          {"A": ""},
 		"A\n":                           {"A": ""},
-		"A=" + strings.Repeat("x", 6e4): {"A": strings.Repeat("x", 6e4)},
+		"A=" + strings.Repeat("x", 9e4): {"A": strings.Repeat("x", 9e4)},
 	} {
-		if got, err := parseEnvFile([]byte(content)); err != nil || !maps.Equal(got, want) {
+		if got, err := parseEnvFile(content); err != nil || !maps.Equal(got, want) {
 			t.Errorf("%.60q: %.60q, %v", content, got, err)
 		}
 	}
@@ -187,9 +187,8 @@ func TestParseEnvFile(t *testing.T) {
 		"A =" + secret:                     "line 1",
 		"A=1\r\n=" + secret:                "line 2",
 		"export =" + secret:                "line 1",
-		"A=" + strings.Repeat(secret, 4e3): "64 KiB",
 	} {
-		_, err := parseEnvFile([]byte(content))
+		_, err := parseEnvFile(content)
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%.60q: the error does not name %s: %v", content, want, err)
 		} else if strings.Contains(err.Error(), secret) {
@@ -203,7 +202,7 @@ func FuzzParseEnvFile(f *testing.F) {
 		f.Add([]byte(content))
 	}
 	f.Fuzz(func(t *testing.T, content []byte) {
-		values, err := parseEnvFile(content)
+		values, err := parseEnvFile(string(content))
 		if (values == nil) == (err == nil) {
 			t.Errorf("values %v and the error %v", values, err)
 		}

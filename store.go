@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/url"
 	"slices"
 	"strings"
 	"time"
@@ -22,12 +21,13 @@ var schema string
 const (
 	databaseWait     = 60 * time.Second // at start, for a database that does not answer
 	databaseRetry    = time.Second
+	connectWait      = 2 * time.Second
 	statementBudget  = 4 * time.Second // for a connection and an answer
 	statementTimeout = "3500ms"        // on the server, so that it gives up first
 	readyBudget      = 2 * time.Second
-	closeWait        = time.Second
+	closeWait        = 500 * time.Millisecond
 	defaultPoolSize  = 8
-	maxPoolSize      = 16 // a replica holds 20 connections at most, the relay's included
+	maxPoolSize      = 16 // and one for the relay: a replica may hold 20
 	maxRetries       = 2
 )
 
@@ -37,13 +37,11 @@ const (
 	relayLock  = 7_301_951_002
 )
 
-const leadInterval = 500 * time.Millisecond // between two attempts to take the lead
-
 // postgres is the store in PostgreSQL, and its outbox.
 type postgres struct {
 	pool  *pgxpool.Pool
 	poke  chan struct{}
-	users Group[int64, User] // reads by id
+	reads Group[int64, User] // by id
 }
 
 // parseDatabaseURL returns text without a driver suffix, such as postgresql+asyncpg.
@@ -60,20 +58,18 @@ func parseDatabaseURL(text string) (string, error) {
 
 // poolConfig is what the URL says, and our defaults for what it does not.
 func poolConfig(databaseURL, appName string) (*pgxpool.Config, error) {
-	u, err := url.Parse(databaseURL)
-	if err != nil {
-		return nil, err
-	}
 	config, err := pgxpool.ParseConfig(databaseURL)
 	if err != nil {
 		return nil, err
 	}
-	if !u.Query().Has("pool_max_conns") {
+	if !strings.Contains(databaseURL, "pool_max_conns=") {
 		config.MaxConns = defaultPoolSize
 	}
 	config.MaxConns = min(config.MaxConns, maxPoolSize)
 	config.PingTimeout = time.Second
-	config.ConnConfig.ConnectTimeout = min(config.ConnConfig.ConnectTimeout, statementBudget)
+	if t := &config.ConnConfig.ConnectTimeout; *t == 0 || *t > connectWait { // 0 is without end
+		*t = connectWait
+	}
 	for name, value := range map[string]string{
 		"application_name":  appName,
 		"statement_timeout": statementTimeout,
@@ -98,7 +94,7 @@ func openPostgres(ctx context.Context, databaseURL, appName string, log *slog.Lo
 		return nil, err
 	}
 	s := &postgres{pool: pool, poke: make(chan struct{}, 1)}
-	s.users.run, s.users.patience = s.selectUsers, statementBudget
+	s.reads.run, s.reads.patience = s.selectUsers, statementBudget
 	for deadline := time.Now().Add(databaseWait); ; sleep(ctx, databaseRetry) {
 		if err := s.applySchema(ctx, deadline); err == nil {
 			return s, nil
@@ -141,7 +137,7 @@ func (s *postgres) close() {
 
 // ready says whether the database can take a write: "up", or "read-only" or "down".
 func (s *postgres) ready(ctx context.Context) string {
-	ctx, cancel := context.WithTimeout(ctx, readyBudget)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readyBudget)
 	defer cancel()
 	var readOnly bool
 	err := s.pool.QueryRow(ctx, `SELECT pg_is_in_recovery()
@@ -162,42 +158,30 @@ func (u *User) scanInto() []any {
 	return []any{&u.ID, &u.Name, &u.Surname, &u.Version, &u.CreatedAt.Time, &u.UpdatedAt.Time}
 }
 
-const createdWithEvent = `
-	RETURNING ` + userColumns + `
-), event AS (
-	INSERT INTO outbox (event_id, event_type, user_id, version, trace_id, occurred_at)
-	SELECT $4, 'user.created', id, version, $5, updated_at FROM created
-)
-SELECT ` + userColumns + ` FROM created`
-
 func (s *postgres) createUser(ctx context.Context, in userInput, key string) (User, error) {
 	var u User
-	sql := `
-		WITH created AS (
-			INSERT INTO users (name, surname, password) VALUES ($1, $2, $3)` + createdWithEvent
-	args := []any{in.name, in.surname, in.password, newUUIDv7(), traceID(ctx)}
-	if key != "" {
-		// The key waits here for a transaction that is just using it, and then has no row.
-		sql = `
-			WITH forgotten AS (
-				DELETE FROM idempotency_keys WHERE key IN (
-					SELECT key FROM idempotency_keys
-					WHERE created_at <= now() - $7::interval AND key <> $6
-					ORDER BY created_at LIMIT 10 FOR UPDATE SKIP LOCKED)
-			), claimed AS (
+	err := s.write(ctx, "inserting a user", func(ctx context.Context, conn *pgxpool.Conn) error {
+		// A key waits here for a transaction that is just using it, and then claims nothing.
+		return conn.QueryRow(ctx, `
+			WITH claimed AS (
 				INSERT INTO idempotency_keys AS k (key, user_id, name, surname, password)
-				VALUES ($6, nextval('users_id_seq'), $1, $2, $3)
+				SELECT $6::text, nextval('users_id_seq'), $1, $2, $3 WHERE $6 <> ''
 				ON CONFLICT (key) DO UPDATE SET user_id = excluded.user_id, name = excluded.name,
 					surname = excluded.surname, password = excluded.password, created_at = now()
 				WHERE k.created_at <= now() - $7::interval
 				RETURNING user_id
 			), created AS (
 				INSERT INTO users (id, name, surname, password)
-				SELECT user_id, $1, $2, $3 FROM claimed` + createdWithEvent
-		args = append(args, key, keyLifetime)
-	}
-	err := s.write(ctx, "inserting a user", func(ctx context.Context, conn *pgxpool.Conn) error {
-		return conn.QueryRow(ctx, sql, args...).Scan(u.scanInto()...)
+				SELECT coalesce((SELECT user_id FROM claimed), nextval('users_id_seq')), $1, $2, $3
+				WHERE $6 = '' OR EXISTS (SELECT FROM claimed)
+				RETURNING `+userColumns+`
+			), event AS (
+				INSERT INTO outbox (event_id, event_type, user_id, version, trace_id, occurred_at)
+				SELECT $4, 'user.created', id, version, $5, updated_at FROM created
+			)
+			SELECT `+userColumns+` FROM created`,
+			in.name, in.surname, in.password, newUUIDv7(), traceID(ctx), key, keyLifetime,
+		).Scan(u.scanInto()...)
 	})
 	if errors.Is(err, errNotFound) {
 		err = errKeyUsed
@@ -221,7 +205,7 @@ func (s *postgres) creationUnder(ctx context.Context, key string) (User, string,
 // getUser shares its statement with the calls that come while another one runs: what a
 // read costs is the statement, hardly the row.
 func (s *postgres) getUser(ctx context.Context, id int64) (User, error) {
-	u, ok, err := s.users.Do(ctx, id)
+	u, ok, err := s.reads.Do(ctx, id)
 	if errors.Is(err, context.DeadlineExceeded) {
 		err = fmt.Errorf("waiting to select a user: %w: %w", errUnavailable, err)
 	}
@@ -234,12 +218,10 @@ func (s *postgres) getUser(ctx context.Context, id int64) (User, error) {
 func (s *postgres) selectUsers(ctx context.Context, ids []int64) (map[int64]User, error) {
 	users := make(map[int64]User, len(ids))
 	err := s.read(ctx, "selecting users", func(ctx context.Context, conn *pgxpool.Conn) error {
-		rows, err := conn.Query(ctx, `SELECT `+userColumns+` FROM users WHERE id = ANY ($1)`, ids)
-		if err != nil {
-			return err
-		}
 		var u User
-		_, err = pgx.ForEachRow(rows, u.scanInto(), func() error {
+		// An error of Query is one of its rows too.
+		rows, _ := conn.Query(ctx, `SELECT `+userColumns+` FROM users WHERE id = ANY ($1)`, ids)
+		_, err := pgx.ForEachRow(rows, u.scanInto(), func() error {
 			users[u.ID] = u
 			return nil
 		})
@@ -250,11 +232,10 @@ func (s *postgres) selectUsers(ctx context.Context, ids []int64) (map[int64]User
 
 func (s *postgres) listUsers(ctx context.Context, after, offset, limit int64) ([]User, int64, error) {
 	var users []User
-	var total int64
 	err := s.read(ctx, "selecting a page of users", func(ctx context.Context, conn *pgxpool.Conn) error {
-		users = make([]User, 0, limit)
-		// One statement sees one state. Its first row is the total, as a user of id 0.
-		rows, err := conn.Query(ctx, `
+		// One statement sees one state. Its first row is the total, as the version of a
+		// user of id 0.
+		rows, _ := conn.Query(ctx, `
 			SELECT 0 AS id, '' AS name, '' AS surname, sum(n)::bigint AS version,
 				now() AS created_at, now() AS updated_at
 			FROM user_counts
@@ -262,21 +243,16 @@ func (s *postgres) listUsers(ctx context.Context, after, offset, limit int64) ([
 				SELECT `+userColumns+` FROM users WHERE id > $1 ORDER BY id LIMIT $3 OFFSET $2
 			)
 			ORDER BY id`, after, offset, limit)
-		if err != nil {
-			return err
-		}
-		var u User
-		_, err = pgx.ForEachRow(rows, u.scanInto(), func() error {
-			if u.ID == 0 {
-				total = u.Version
-			} else {
-				users = append(users, u)
-			}
-			return nil
+		var err error
+		users, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (u User, err error) {
+			return u, row.Scan(u.scanInto()...)
 		})
 		return err
 	})
-	return users, total, err
+	if err != nil {
+		return nil, 0, err
+	}
+	return users[1:], users[0].Version, nil
 }
 
 func (s *postgres) updateUser(ctx context.Context, id int64, in userInput, match []int64) (User, error) {
@@ -342,29 +318,23 @@ func (s *postgres) deleteUser(ctx context.Context, id int64, match []int64) erro
 	return err
 }
 
-// statement is one round trip on a connection.
+// statement does one round trip.
 type statement func(ctx context.Context, conn *pgxpool.Conn) error
 
 // read runs f, which changes nothing. What says in an error what f was about.
 func (s *postgres) read(ctx context.Context, what string, f statement) error {
-	if err := s.do(ctx, f, true); err != nil {
-		return fmt.Errorf("%s: %w", what, err)
-	}
-	return nil
+	return s.do(ctx, what, f, true)
 }
 
 // write runs f once at most, and then tells the relay that there may be an event.
 func (s *postgres) write(ctx context.Context, what string, f statement) error {
-	if err := s.do(ctx, f, false); err != nil {
-		return fmt.Errorf("%s: %w", what, err)
-	}
-	poke(s.poke)
-	return nil
+	defer poke(s.poke)
+	return s.do(ctx, what, f, false)
 }
 
 // do runs f within the budget, and again where that cannot change anything twice. It fails
 // with the context's error where the caller left before there was a connection.
-func (s *postgres) do(ctx context.Context, f statement, readOnly bool) error {
+func (s *postgres) do(ctx context.Context, what string, f statement, readOnly bool) error {
 	// A statement that was begun is not cut off when its client leaves: that would cost
 	// the connection.
 	budget, cancel := context.WithTimeout(context.WithoutCancel(ctx), statementBudget)
@@ -372,7 +342,7 @@ func (s *postgres) do(ctx context.Context, f statement, readOnly bool) error {
 	for retries := 0; ; retries++ {
 		conn, err := s.acquire(ctx, budget)
 		if err != nil {
-			return err
+			return fmt.Errorf("%s: %w", what, err)
 		}
 		err = f(budget, conn)
 		lost := conn.Conn().IsClosed()
@@ -380,10 +350,13 @@ func (s *postgres) do(ctx context.Context, f statement, readOnly bool) error {
 		if err == nil {
 			return nil
 		}
+		if lost {
+			s.pool.Reset() // the others are as old
+		}
 		harmless := readOnly || pgconn.SafeToRetry(err)
 		again := lost && harmless || isConflict(err)
 		if !again || retries == maxRetries || budget.Err() != nil {
-			return s.sentinel(err, lost, harmless)
+			return fmt.Errorf("%s: %w", what, s.sentinel(err, lost, harmless))
 		}
 	}
 }
@@ -405,23 +378,29 @@ func (s *postgres) acquire(ctx, budget context.Context) (*pgxpool.Conn, error) {
 
 // isConflict tells a serialization failure or a deadlock: nothing was changed.
 func isConflict(err error) bool {
-	refusal, ok := errors.AsType[*pgconn.PgError](err)
-	return ok && (refusal.Code == "40001" || refusal.Code == "40P01")
+	code := sqlState(err)
+	return code == "40001" || code == "40P01"
+}
+
+// sqlState is "" where err is not what the server said.
+func sqlState(err error) string {
+	if refusal, ok := errors.AsType[*pgconn.PgError](err); ok {
+		return refusal.Code
+	}
+	return ""
 }
 
 // sentinel wraps err in what the handlers know. Of the server's words only the SQLSTATE
 // counts.
 func (s *postgres) sentinel(err error, lost, harmless bool) error {
-	var code string
-	if refusal, ok := errors.AsType[*pgconn.PgError](err); ok {
-		code = refusal.Code
-	}
+	code := sqlState(err)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
 		return errNotFound
 	case lost && !harmless:
 		return fmt.Errorf("%w: %w", errOutcomeUnknown, err)
-	case lost, strings.HasPrefix(code, "53"), // no resources
+	case lost, errors.Is(err, context.DeadlineExceeded),
+		strings.HasPrefix(code, "53"),    // no resources
 		code == "57014", code == "55P03", // timeouts of a statement and of a lock
 		isConflict(err):
 		return fmt.Errorf("%w: %w", errUnavailable, err)
@@ -445,43 +424,29 @@ func (s *postgres) size(ctx context.Context) (pending int64, oldest time.Duratio
 
 func (s *postgres) changed() <-chan struct{} { return s.poke }
 
-// postgresBacklog has the lead as long as its connection lasts. It is not one of the
-// pool's: a lock of the session holds it.
+// postgresBacklog has a connection of its own, not one of the pool's: a lock of the session
+// holds the lead.
 type postgresBacklog struct {
-	conn *pgx.Conn
+	conn  *pgx.Conn
+	swept time.Time // when idempotency keys were last looked through
 }
 
-// lead asks for the lock again and again instead of waiting in it: a statement that waits
-// keeps vacuum from the rows that died since.
-func (s *postgres) lead(ctx context.Context) (backlog, error) {
+func (s *postgres) open(ctx context.Context) (backlog, error) {
 	config := s.pool.Config().ConnConfig
-	// A frozen replica loses the lead; a lost DELETE only means a message sent twice.
+	// Whatever the URL says: a frozen replica loses the lead, and a lost DELETE only means
+	// a message sent twice.
 	config.RuntimeParams["idle_session_timeout"] = "15s"
 	config.RuntimeParams["synchronous_commit"] = "off"
 	config.RuntimeParams["tcp_keepalives_idle"] = "5"
 	config.RuntimeParams["tcp_keepalives_interval"] = "2"
 	config.RuntimeParams["tcp_keepalives_count"] = "3"
 	conn, err := pgx.ConnectConfig(ctx, config)
-	if err != nil {
-		return nil, err
-	}
-	b := &postgresBacklog{conn}
-	for {
-		leads, err := b.tryLock(ctx)
-		if err != nil {
-			b.close()
-			return nil, err
-		}
-		if leads {
-			return b, nil
-		}
-		sleep(ctx, leadInterval)
-	}
+	return &postgresBacklog{conn: conn}, err
 }
 
-// tryLock fails where the database is read-only: events could be published there, again
-// and again, but not removed.
-func (b *postgresBacklog) tryLock(ctx context.Context) (leads bool, err error) {
+// lead fails where the database is read-only: events could be published there, again and
+// again, but not removed.
+func (b *postgresBacklog) lead(ctx context.Context) (leads bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, statementBudget)
 	defer cancel()
 	var readOnly bool
@@ -496,23 +461,28 @@ func (b *postgresBacklog) tryLock(ctx context.Context) (leads bool, err error) {
 func (b *postgresBacklog) pending(ctx context.Context, limit int) ([]event, error) {
 	ctx, cancel := context.WithTimeout(ctx, statementBudget)
 	defer cancel()
-	rows, err := b.conn.Query(ctx, `
+	b.forgetKeys(ctx)
+	rows, _ := b.conn.Query(ctx, `
 		SELECT id, event_id, event_type, user_id, version, trace_id, occurred_at
 		FROM outbox ORDER BY id LIMIT $1`, limit)
-	if err != nil {
-		return nil, fmt.Errorf("selecting events: %w", err)
-	}
-	var events []event
-	var e event
-	_, err = pgx.ForEachRow(rows, []any{&e.outboxID, &e.ID, &e.Type, &e.Data.UserID,
-		&e.Data.Version, &e.TraceID, &e.OccurredAt.Time}, func() error {
-		events = append(events, e)
-		return nil
+	events, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (e event, err error) {
+		return e, row.Scan(&e.outboxID, &e.ID, &e.Type, &e.Data.UserID, &e.Data.Version,
+			&e.TraceID, &e.OccurredAt.Time)
 	})
 	if err != nil {
 		return nil, fmt.Errorf("selecting events: %w", err)
 	}
 	return events, nil
+}
+
+// forgetKeys deletes old idempotency keys once an hour. That is a thing for one replica,
+// and the one that leads is one. It may fail: there is a next hour.
+func (b *postgresBacklog) forgetKeys(ctx context.Context) {
+	if time.Since(b.swept) < time.Hour {
+		return
+	}
+	b.swept = time.Now()
+	b.conn.Exec(ctx, "DELETE FROM idempotency_keys WHERE created_at <= now() - $1::interval", keyLifetime)
 }
 
 func (b *postgresBacklog) remove(ctx context.Context, events []event) error {

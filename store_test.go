@@ -53,15 +53,21 @@ func mustCreate(t *testing.T, s store, name string) User {
 	return u
 }
 
-// allPending takes the lead for a moment and reads the outbox.
-func allPending(t *testing.T, s store) []event {
+// openBacklog takes the lead until the test ends, or another's close.
+func openBacklog(t *testing.T, s store) backlog {
 	t.Helper()
-	b, err := s.lead(t.Context())
+	b, err := s.open(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer b.close()
-	events, err := b.pending(t.Context(), 1_000_000)
+	t.Cleanup(b.close)
+	return b
+}
+
+// allPending reads the outbox, without the lead.
+func allPending(t *testing.T, s store) []event {
+	t.Helper()
+	events, err := openBacklog(t, s).pending(t.Context(), 1_000_000)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -374,6 +380,30 @@ func TestPostgresAppliesSchemaTogether(t *testing.T) {
 	}
 }
 
+// TestPoolConfigBoundsConnecting has no URL without a time to connect in: zero would be
+// without end.
+func TestPoolConfigBoundsConnecting(t *testing.T) {
+	t.Parallel()
+	for query, want := range map[string]time.Duration{
+		"":                    connectWait,
+		"?connect_timeout=0":  connectWait,
+		"?connect_timeout=1":  time.Second,
+		"?connect_timeout=60": connectWait,
+	} {
+		config, err := poolConfig("postgres://u@h/d"+query, "test")
+		if err != nil || config.ConnConfig.ConnectTimeout != want {
+			t.Errorf("%q: %v, %v", query, config.ConnConfig.ConnectTimeout, err)
+		}
+	}
+	for query, want := range map[string]int32{
+		"": defaultPoolSize, "?pool_max_conns=3": 3, "?pool_max_conns=99": maxPoolSize,
+	} {
+		if config, err := poolConfig("postgres://u@h/d"+query, "test"); err != nil || config.MaxConns != want {
+			t.Errorf("%q: %d connections, %v", query, config.MaxConns, err)
+		}
+	}
+}
+
 func TestPostgresGivesUpOnLockedTable(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
@@ -509,30 +539,34 @@ func TestPostgresReady(t *testing.T) {
 func TestLeadIsOne(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
-	first, err := openTestPostgres(t, url).lead(t.Context())
+	first := openBacklog(t, openTestPostgres(t, url))
+	second := openBacklog(t, openTestPostgres(t, url))
+	leads := func(b backlog) bool {
+		leads, err := b.lead(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return leads
+	}
+	if !leads(first) || leads(second) || !leads(first) {
+		t.Error("not only the first leads")
+	}
+	first.close()
+	eventually(t, "the second leads", func() bool { return leads(second) })
+}
+
+// TestLeadNeedsWrites asks for the lead of a database that takes no writes.
+func TestLeadNeedsWrites(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s, conn := openTestPostgres(t, url), connect(t, url)
+	_, err := conn.Exec(t.Context(), "ALTER DATABASE "+conn.Config().Database+
+		" SET default_transaction_read_only = on")
 	if err != nil {
 		t.Fatal(err)
 	}
-	took := make(chan backlog, 1)
-	other := openTestPostgres(t, url)
-	go func() {
-		b, err := other.lead(context.Background())
-		if err != nil {
-			t.Error(err)
-		}
-		took <- b
-	}()
-	select {
-	case <-took:
-		t.Fatal("two replicas have the lead")
-	case <-time.After(1500 * time.Millisecond):
-	}
-	first.close()
-	select {
-	case b := <-took:
-		b.close()
-	case <-time.After(5 * time.Second):
-		t.Fatal("nobody took over")
+	if leads, err := openBacklog(t, s).lead(t.Context()); leads && err == nil {
+		t.Error("leads what it cannot change")
 	}
 }
 

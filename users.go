@@ -36,8 +36,9 @@ type userInput struct {
 }
 
 // userStore holds the users. Each change commits together with its event, and match, if
-// not nil, lists the versions that the change may be made to. Every method also fails
-// with errUnavailable, and the context's error where the caller left before the work began.
+// not nil, lists the versions that the change may be made to. Every method also fails with
+// errUnavailable, and with the context's error where the caller left before the work began;
+// a change also with errOutcomeUnknown, and with errInvalidValue for what slipped through.
 type userStore interface {
 	// createUser takes an input that says everything. With a key, which may be "", it
 	// fails with errKeyUsed where another user was created under it.
@@ -92,11 +93,11 @@ func (a *api) listUsers(w http.ResponseWriter, r *http.Request) error {
 }
 
 func (a *api) createUser(w http.ResponseWriter, r *http.Request) error {
-	key, err := idempotencyKey(r.Header)
+	in, err := a.readUser(w, r, []string{"name", "surname", "password"}, "application/json")
 	if err != nil {
 		return err
 	}
-	in, err := a.readUser(w, r, []string{"name", "surname", "password"}, "application/json")
+	key, err := idempotencyKey(r.Header)
 	if err != nil {
 		return err
 	}
