@@ -141,7 +141,7 @@ func (r *relay) session(ctx, work context.Context, restored func()) error {
 		return fmt.Errorf("connecting to the outbox: %w", err)
 	}
 	defer b.close()
-	if err := waitForLead(ctx, p, b); err != nil {
+	if err := waitForLead(ctx, p, b, restored); err != nil {
 		return fmt.Errorf("taking the lead: %w", err)
 	}
 	r.leads.Set(1)
@@ -171,7 +171,7 @@ func (r *relay) session(ctx, work context.Context, restored func()) error {
 
 // waitForLead asks again and again instead of waiting in the lock: a statement that waits
 // keeps vacuum from the rows that died since.
-func waitForLead(ctx context.Context, p publisher, b backlog) error {
+func waitForLead(ctx context.Context, p publisher, b backlog, restored func()) error {
 	for ; ctx.Err() == nil; sleep(ctx, leadInterval) {
 		leads, err := b.lead(ctx)
 		if leads || err != nil {
@@ -180,6 +180,7 @@ func waitForLead(ctx context.Context, p publisher, b backlog) error {
 		if p.closed() {
 			return errBrokerGone
 		}
+		restored()
 	}
 	return ctx.Err()
 }
