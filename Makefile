@@ -7,7 +7,7 @@ GOTESTSUM   := go run gotest.tools/gotestsum@v1.13.0
 
 TEST_LOG := test-log.json
 
-.PHONY: help run build test lint services clean
+.PHONY: help run build test drill lint services clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 12
@@ -23,6 +23,9 @@ test: lint ## lint, then all tests with the race detector against real services
 	REQUIRE_SERVICES=1 $(GOTESTSUM) --format pkgname-and-test-fails --hide-summary output \
 		--jsonfile $(TEST_LOG) -- -race -count=1 -parallel 8 ./...
 	@! grep -E '"Action":"skip".*"Test":' $(TEST_LOG) || { echo "skipped tests count as failed"; exit 1; }
+
+drill: ## run the service under every fault that the README lists, and print what became of it
+	go test -count=1 -timeout 60m -run '^TestDrill$$' -v . -drill
 
 lint: ## go vet, staticcheck, gofmt
 	go vet ./...

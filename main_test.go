@@ -174,6 +174,16 @@ func (p *program) beginPost() (finish func() int) {
 	}
 }
 
+// goDo sends a request and does not wait for its answer.
+func (p *program) goDo(method, path, body string) <-chan answer {
+	answered := make(chan answer, 1)
+	go func() {
+		defer close(answered) // also where do ends the goroutine
+		answered <- p.do(method, path, body)
+	}()
+	return answered
+}
+
 // occupiedPort is one that takes connections until the test ends, and never says a word.
 func occupiedPort(t *testing.T) int {
 	t.Helper()
@@ -368,8 +378,10 @@ func TestProgramWithoutRabbitMQ(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
+			p := newProgram(t, "RABBITMQ_URL="+url, "LOG_LEVEL=DEBUG")
 			begin := time.Now()
-			p := startProgram(t, "RABBITMQ_URL="+url, "LOG_LEVEL=DEBUG")
+			p.start()
+			p.waitUntilStarted()
 			if took := time.Since(begin); took >= brokerTimeout {
 				t.Errorf("the start took %v", took)
 			}
@@ -413,10 +425,11 @@ func TestProgramDelaysItsEnd(t *testing.T) {
 
 func TestProgramFinishesRequests(t *testing.T) {
 	t.Parallel()
-	p := startProgram(t)
+	p := startProgram(t, "DATABASE_URL="+newDatabase(t))
 	finish := p.beginPost()
 	p.signal(syscall.SIGTERM)
 	eventually(t, "a closed listener", func() bool { return !p.listens() })
+	time.Sleep(2 * drainIdle) // idle connections are closed by now
 	if status := finish(); status != 201 {
 		t.Errorf("POST that the end came upon: %d", status)
 	}
@@ -436,8 +449,7 @@ func TestProgramFinishesStatements(t *testing.T) {
 	if _, err := locker.Exec(t.Context(), "BEGIN; SELECT FROM users FOR UPDATE"); err != nil {
 		t.Fatal(err)
 	}
-	answered := make(chan answer, 1)
-	go func() { answered <- p.do("PATCH", "/users/1", `{"name": "Jane"}`) }()
+	answered := p.goDo("PATCH", "/users/1", `{"name": "Jane"}`)
 	eventually(t, "an update that waits for the lock", func() bool {
 		return queryValue[bool](t, watcher, `SELECT EXISTS (SELECT FROM pg_stat_activity
 			WHERE $1 = ANY (pg_blocking_pids(pid)))`, locker.PgConn().PID())
@@ -475,8 +487,7 @@ func TestProgramEndsWithoutDatabase(t *testing.T) {
 	p := startProgram(t, "DATABASE_URL="+through)
 	p.createUser("John", "Doe")
 	freeze()
-	answered := make(chan answer, 1)
-	go func() { answered <- p.do("PATCH", "/users/1", `{"name": "Jane"}`) }()
+	answered := p.goDo("PATCH", "/users/1", `{"name": "Jane"}`)
 	p.waitForLine("Request started", "method", "PATCH")
 	begin := time.Now()
 	p.signal(syscall.SIGTERM)
@@ -507,21 +518,84 @@ func TestProgramSecondSignal(t *testing.T) {
 // TestProgramLogsLastEvents stops the program at the very moment of its last answer.
 func TestProgramLogsLastEvents(t *testing.T) {
 	t.Parallel()
-	for name, database := range map[string]string{"memory": "", "postgres": newDatabase(t)} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			const updates = 50
-			p := startProgram(t, "DATABASE_URL="+database)
-			p.createUser("John", "Doe")
-			for i := range updates {
-				p.do("PATCH", "/users/1", fmt.Sprintf(`{"name": "John %d"}`, i))
-			}
-			p.signal(syscall.SIGTERM)
-			p.checkEnd()
-			if n := len(p.log.lines("Received event user.updated with user_id=1")); n != updates {
-				t.Errorf("%d events of %d updates", n, updates)
-			}
-		})
+	const updates = 50
+	p := startProgram(t)
+	p.createUser("John", "Doe")
+	for i := range updates {
+		p.do("PATCH", "/users/1", fmt.Sprintf(`{"name": "John %d"}`, i))
+	}
+	p.signal(syscall.SIGTERM)
+	p.checkEnd()
+	if n := len(p.log.lines("Received event user.updated with user_id=1")); n != updates {
+		t.Errorf("%d events of %d updates", n, updates)
+	}
+}
+
+// TestProgramDrainsEvents holds the relay up, in the removal of its first event, until
+// everything else has ended. Then it has to do the rest.
+func TestProgramDrainsEvents(t *testing.T) {
+	t.Parallel()
+	const updates = 10
+	url := newDatabase(t)
+	conn := connect(t, url)
+	mustExec := func(sql string) {
+		if _, err := conn.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mustExec(`
+		CREATE FUNCTION wait_for_test() RETURNS trigger LANGUAGE plpgsql AS
+			'BEGIN PERFORM pg_advisory_xact_lock_shared(1); RETURN OLD; END';
+		CREATE TRIGGER wait_for_test BEFORE DELETE ON outbox
+			FOR EACH ROW EXECUTE FUNCTION wait_for_test();
+		SELECT pg_advisory_lock(1)`)
+	p := startProgram(t, "DATABASE_URL="+url)
+	p.createUser("John", "Doe")
+	p.waitForLine("Received event user.created with user_id=1")
+	for i := range updates {
+		p.do("PATCH", "/users/1", fmt.Sprintf(`{"name": "John %d"}`, i))
+	}
+	p.signal(syscall.SIGTERM)
+	eventually(t, "a closed listener", func() bool { return !p.listens() })
+	time.Sleep(2 * drainIdle) // the connections are closed after one
+	mustExec("SELECT pg_advisory_unlock(1)")
+	p.checkEnd()
+	if n := len(p.log.lines("Received event user.updated with user_id=1")); n != updates {
+		t.Errorf("%d events of %d updates", n, updates)
+	}
+	if n := queryValue[int](t, conn, "SELECT count(*) FROM outbox"); n != 0 {
+		t.Errorf("%d events are left", n)
+	}
+}
+
+// lateListener is slow to tell its server that it was closed.
+type lateListener struct{ net.Listener }
+
+func (l lateListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		time.Sleep(2 * drainIdle)
+	}
+	return conn, err
+}
+
+// TestShutDownBeforeServeReturns is about a race: net/http closes the listener once more
+// if its Serve has not returned yet.
+func TestShutDownBeforeServeReturns(t *testing.T) {
+	t.Parallel()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newHTTPServer(http.NotFoundHandler(), slog.New(slog.DiscardHandler))
+	go s.Serve(lateListener{listener})
+	response, err := client.Get("http://" + listener.Addr().String()) // now it serves
+	if err != nil {
+		t.Fatal(err)
+	}
+	response.Body.Close()
+	if err := s.shutDown(listener); err != nil {
+		t.Error(err)
 	}
 }
 

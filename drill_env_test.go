@@ -1,0 +1,739 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"os/signal"
+	"os/user"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	amqp "github.com/rabbitmq/amqp091-go"
+)
+
+// servers are a PostgreSQL and a RabbitMQ that only the drill has, so that it may treat
+// them as it likes. They are in a directory of their own and gone when the test ends.
+type servers struct {
+	dir      string
+	postgres *daemon
+	rabbit   *daemon
+	epmd     *daemon // where Erlang nodes find each other; not the one of the machine
+
+	postgresPort, rabbitPort string
+	rabbitEnv                []string
+	rabbitmqctl              string
+	databases                int
+
+	mu     sync.Mutex
+	others []*os.Process // what else must not outlive the test
+	frozen []int         // processes of PostgreSQL
+}
+
+// daemon is a process in a process group of its own, which can be started again.
+type daemon struct {
+	command func() *exec.Cmd
+	answers func() error
+
+	mu      sync.Mutex
+	process *os.Process
+	ended   chan struct{}
+}
+
+func (s *daemon) start() error {
+	if err := s.launch(); err != nil {
+		return err
+	}
+	var err error
+	for deadline := time.Now().Add(60 * time.Second); time.Now().Before(deadline); {
+		if err = s.answers(); err == nil {
+			return nil
+		}
+		select {
+		case <-s.ended:
+			return fmt.Errorf("%s ended at its start: %w", s.command().Path, err)
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+	return fmt.Errorf("%s does not answer: %w", s.command().Path, err)
+}
+
+func (s *daemon) launch() error {
+	cmd := s.command()
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	cmd.SysProcAttr.Setpgid = true
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	ended := make(chan struct{})
+	s.process, s.ended = cmd.Process, ended
+	go func() {
+		cmd.Wait()
+		close(ended)
+	}()
+	return nil
+}
+
+// signal goes to the whole process group.
+func (s *daemon) signal(signal syscall.Signal) {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.process != nil {
+		syscall.Kill(-s.process.Pid, signal)
+	}
+}
+
+// end sends a signal to the first process, waits, and leaves nothing of the group.
+func (s *daemon) end(signal syscall.Signal) {
+	if s == nil || s.process == nil {
+		return
+	}
+	s.signal(syscall.SIGCONT)
+	s.process.Signal(signal)
+	select {
+	case <-s.ended:
+	case <-time.After(10 * time.Second):
+	}
+	s.signal(syscall.SIGKILL)
+	<-s.ended
+}
+
+// findProgram looks where Debian keeps what is not for every user, then in PATH.
+func findProgram(name string, patterns ...string) (string, error) {
+	for _, pattern := range patterns {
+		if paths, _ := filepath.Glob(filepath.Join(pattern, name)); len(paths) > 0 {
+			return paths[len(paths)-1], nil
+		}
+	}
+	return exec.LookPath(name)
+}
+
+// freePort is one that nobody listens on. It is below those that the system hands out, so
+// that it stays free while a server restarts.
+func freePort() string {
+	for {
+		port := 10000 + int(time.Now().UnixNano()/1000+serial.Add(1)*7919)%20000
+		listener, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(port))
+		if err == nil {
+			listener.Close()
+			return strconv.Itoa(port)
+		}
+	}
+}
+
+// startServers starts both servers, or ends the test where they are not installed.
+func startServers(t *testing.T) *servers {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "drill")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &servers{dir: dir, postgresPort: freePort(), rabbitPort: freePort()}
+	s.removeAtEnd(t)
+	initdb, err := s.preparePostgres()
+	if err != nil {
+		missing(t, "PostgreSQL's server", err)
+	}
+	if err := s.prepareRabbitMQ(); err != nil {
+		missing(t, "RabbitMQ's server", err)
+	}
+	failed := make(chan error)
+	go func() {
+		output, err := initdb.CombinedOutput()
+		if err != nil {
+			err = fmt.Errorf("initdb: %w\n%s", err, output)
+		} else {
+			err = s.postgres.start()
+		}
+		failed <- err
+	}()
+	go func() { failed <- errors.Join(s.epmd.start(), s.rabbit.start()) }()
+	if err := errors.Join(<-failed, <-failed); err != nil {
+		t.Fatalf("%v\n%s%s", err, s.tail("postgres.log"), s.tail("rabbit.log"))
+	}
+	s.sql(t, "CREATE ROLE drill LOGIN", "CREATE ROLE filler LOGIN")
+	return s
+}
+
+// removeAtEnd kills the servers and removes their directory when the test ends: also when
+// it runs out of time, or is interrupted.
+func (s *servers) removeAtEnd(t *testing.T) {
+	remove := sync.OnceFunc(func() {
+		s.killOthers()
+		s.thawPostgres()
+		s.postgres.end(syscall.SIGQUIT) // killed, it would leave shared memory behind
+		s.rabbit.end(syscall.SIGKILL)
+		s.epmd.end(syscall.SIGKILL)
+		os.RemoveAll(s.dir)
+	})
+	t.Cleanup(remove)
+	deadline, ok := t.Deadline()
+	if !ok {
+		deadline = time.Now().Add(24 * time.Hour)
+	}
+	outOfTime := time.NewTimer(time.Until(deadline) - 20*time.Second)
+	interrupt := make(chan os.Signal, 1)
+	signal.Notify(interrupt, syscall.SIGINT, syscall.SIGTERM)
+	t.Cleanup(func() { signal.Stop(interrupt) })
+	go func() {
+		select {
+		case <-t.Context().Done(): // just before the cleanup
+			return
+		case <-outOfTime.C:
+		case <-interrupt:
+		}
+		remove()
+		fmt.Println("The drill was interrupted, or had no time left")
+		os.Exit(1)
+	}()
+}
+
+func (s *servers) killAtEnd(p *os.Process) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.others = append(s.others, p)
+}
+
+func (s *servers) killOthers() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, p := range s.others {
+		p.Kill()
+	}
+}
+
+func (s *servers) log(name string) *os.File {
+	file, err := os.OpenFile(filepath.Join(s.dir, name), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		panic(err)
+	}
+	return file
+}
+
+func (s *servers) tail(name string) string {
+	content, _ := os.ReadFile(filepath.Join(s.dir, name))
+	return string(content[max(0, len(content)-2000):])
+}
+
+// preparePostgres returns the command that has to run before the server. PostgreSQL
+// refuses to run as root, so there it is somebody else's.
+func (s *servers) preparePostgres() (initdb *exec.Cmd, err error) {
+	const debian = "/usr/lib/postgresql/*/bin"
+	initdbPath, err := findProgram("initdb", debian)
+	if err != nil {
+		return nil, err
+	}
+	postgresPath, err := findProgram("postgres", debian)
+	if err != nil {
+		return nil, err
+	}
+	data := filepath.Join(s.dir, "postgres")
+	if err := errors.Join(os.Chmod(s.dir, 0o755), os.Mkdir(data, 0o700)); err != nil {
+		return nil, err
+	}
+	var attributes syscall.SysProcAttr
+	if os.Getuid() == 0 {
+		owner, err := user.Lookup("postgres")
+		if err != nil {
+			owner, err = user.Lookup("nobody")
+		}
+		if err != nil {
+			return nil, err
+		}
+		uid, _ := strconv.Atoi(owner.Uid)
+		gid, _ := strconv.Atoi(owner.Gid)
+		if err := os.Chown(data, uid, gid); err != nil {
+			return nil, err
+		}
+		attributes.Credential = &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
+	}
+	command := func(path string, args ...string) *exec.Cmd {
+		cmd := exec.Command(path, args...)
+		own := attributes
+		cmd.Dir, cmd.SysProcAttr = data, &own
+		cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "LC_ALL=C"}
+		return cmd
+	}
+	s.postgres = &daemon{
+		command: func() *exec.Cmd {
+			cmd := command(postgresPath, "-D", data, "-p", s.postgresPort, "-c", "listen_addresses=127.0.0.1",
+				"-c", "unix_socket_directories="+data, "-c", "max_connections=60", "-c", "fsync=on")
+			cmd.Stderr = s.log("postgres.log")
+			return cmd
+		},
+		answers: func() error {
+			return s.trySQL("SELECT 1")
+		},
+	}
+	return command(initdbPath, "-D", data, "-U", "postgres", "-A", "trust",
+		"-E", "UTF8", "--no-locale", "--no-sync"), nil
+}
+
+// prepareRabbitMQ calls the scripts behind Debian's wrappers, which want to be root and to
+// change to the user rabbitmq.
+func (s *servers) prepareRabbitMQ() error {
+	const debian = "/usr/lib/rabbitmq/bin"
+	serverPath, err := findProgram("rabbitmq-server", debian)
+	if err != nil {
+		return err
+	}
+	if s.rabbitmqctl, err = findProgram("rabbitmqctl", debian); err != nil {
+		return err
+	}
+	epmdPath, err := findProgram("epmd", "/usr/lib/erlang/bin", "/usr/lib/erlang/erts-*/bin",
+		"/usr/local/lib/erlang/bin")
+	if err != nil {
+		return err
+	}
+	home := filepath.Join(s.dir, "rabbit")
+	if err := os.Mkdir(home, 0o700); err != nil {
+		return err
+	}
+	for name, content := range map[string]string{
+		"plugins": "[].\n", "env.conf": "", "rabbitmq.conf": "vm_memory_high_watermark.relative = 0.4\n",
+	} {
+		if err := os.WriteFile(filepath.Join(home, name), []byte(content), 0o600); err != nil {
+			return err
+		}
+	}
+	epmdPort := freePort()
+	s.rabbitEnv = []string{
+		"PATH=" + os.Getenv("PATH"),
+		"LC_ALL=C.UTF-8",
+		"HOME=" + home, // of the cookie
+		"ERL_EPMD_PORT=" + epmdPort,
+		"RABBITMQ_NODENAME=drill_" + strconv.Itoa(os.Getpid()) + "@localhost",
+		"RABBITMQ_NODE_IP_ADDRESS=127.0.0.1",
+		"RABBITMQ_NODE_PORT=" + s.rabbitPort,
+		"RABBITMQ_DIST_PORT=" + freePort(),
+		"RABBITMQ_CTL_DIST_PORT_MIN=30000",
+		"RABBITMQ_CTL_DIST_PORT_MAX=32000",
+		"RABBITMQ_MNESIA_BASE=" + filepath.Join(home, "mnesia"),
+		"RABBITMQ_LOG_BASE=" + filepath.Join(home, "log"),
+		"RABBITMQ_ENABLED_PLUGINS_FILE=" + filepath.Join(home, "plugins"),
+		"RABBITMQ_CONF_ENV_FILE=" + filepath.Join(home, "env.conf"),
+		"RABBITMQ_CONFIG_FILE=" + filepath.Join(home, "rabbitmq.conf"),
+		"RABBITMQ_CONFIG_FILES=" + filepath.Join(home, "conf.d"),
+		"RABBITMQ_ADVANCED_CONFIG_FILE=" + filepath.Join(home, "advanced.config"),
+		"RABBITMQ_GENERATED_CONFIG_DIR=" + filepath.Join(home, "config"),
+		"RABBITMQ_PID_FILE=" + filepath.Join(home, "pid"),
+		// Threads that spin for work take the cores from everybody else.
+		"RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS=+sbwt none +sbwtdcpu none +sbwtdio none",
+	}
+	command := func(path string, args ...string) *exec.Cmd {
+		cmd := exec.Command(path, args...)
+		cmd.Dir, cmd.Env = home, s.rabbitEnv
+		log := s.log("rabbit.log")
+		cmd.Stdout, cmd.Stderr = log, log
+		return cmd
+	}
+	s.epmd = &daemon{
+		command: func() *exec.Cmd { return command(epmdPath, "-address", "127.0.0.1", "-port", epmdPort) },
+		answers: func() error { return command(epmdPath, "-port", epmdPort, "-names").Run() },
+	}
+	s.rabbit = &daemon{
+		command: func() *exec.Cmd { return command(serverPath) },
+		answers: func() error {
+			conn, err := s.dialRabbit()
+			if err != nil {
+				return err
+			}
+			return conn.Close()
+		},
+	}
+	return nil
+}
+
+// ctl runs rabbitmqctl.
+func (s *servers) ctl(t *testing.T, args ...string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, s.rabbitmqctl, args...)
+	cmd.Env, cmd.WaitDelay = s.rabbitEnv, time.Second
+	if output, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("rabbitmqctl %s: %v\n%s", strings.Join(args, " "), err, output)
+	}
+}
+
+func (s *servers) rabbitURL() string {
+	return "amqp://guest:guest@127.0.0.1:" + s.rabbitPort + "/"
+}
+
+func (s *servers) dialRabbit() (*amqp.Connection, error) {
+	return amqp.DialConfig(s.rabbitURL(), amqp.Config{
+		Heartbeat: 10 * time.Second, Dial: amqp.DefaultDial(2 * time.Second)})
+}
+
+// rabbitChannel is for one use or a few.
+func (s *servers) rabbitChannel(t *testing.T) *amqp.Channel {
+	t.Helper()
+	conn, err := s.dialRabbit()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.CloseDeadline(time.Now().Add(time.Second)) })
+	ch, err := conn.Channel()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ch
+}
+
+func (s *servers) databaseURL(role, database string) string {
+	return fmt.Sprintf("postgres://%s@127.0.0.1:%s/%s", role, s.postgresPort, database)
+}
+
+func (s *servers) trySQL(statements ...string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	conn, err := pgx.Connect(ctx, s.databaseURL("postgres", "postgres"))
+	if err != nil {
+		return err
+	}
+	defer conn.Close(ctx)
+	for _, statement := range statements {
+		if _, err := conn.Exec(ctx, statement); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sql runs statements as the superuser, in no database of the service.
+func (s *servers) sql(t *testing.T, statements ...string) {
+	t.Helper()
+	if err := s.trySQL(statements...); err != nil {
+		t.Fatalf("%v: %v", statements, err)
+	}
+}
+
+// newDatabase returns the name of an empty one that the role drill owns. What it leaves
+// behind would make a restart slower.
+func (s *servers) newDatabase(t *testing.T) string {
+	t.Helper()
+	s.databases++
+	name := "drill_" + strconv.Itoa(s.databases)
+	s.sql(t, "CREATE DATABASE "+name+" OWNER drill")
+	t.Cleanup(func() { s.trySQL("DROP DATABASE " + name + " WITH (FORCE)") })
+	return name
+}
+
+// restartPostgres does what pg_ctl restart does.
+func (s *servers) restartPostgres(t *testing.T, signal syscall.Signal) {
+	t.Helper()
+	s.postgres.end(signal)
+	if err := s.postgres.start(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// freezePostgres stops every process of it for a while: each is in a group of its own.
+func (s *servers) freezePostgres(t *testing.T, db *pgxpool.Pool, d time.Duration) {
+	t.Helper()
+	conn, err := db.Acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Release()
+	s.postgres.signal(syscall.SIGSTOP) // from here on there is no new process
+	defer s.thawPostgres()
+	rows, _ := conn.Query(t.Context(), "SELECT pid FROM pg_stat_activity")
+	s.mu.Lock()
+	s.frozen, err = pgx.CollectRows(rows, pgx.RowTo[int])
+	for _, pid := range s.frozen {
+		syscall.Kill(pid, syscall.SIGSTOP)
+	}
+	s.mu.Unlock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(d)
+}
+
+func (s *servers) thawPostgres() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, pid := range s.frozen {
+		syscall.Kill(pid, syscall.SIGCONT)
+	}
+	s.frozen = nil
+	s.postgres.signal(syscall.SIGCONT)
+}
+
+// wire is a network between two programs that can go wrong.
+type wire struct {
+	url      string
+	listener net.Listener
+
+	mu     sync.Mutex
+	moved  *sync.Cond
+	down   bool    // refuses connections
+	silent [2]bool // swallows what is sent: by the client (0), by the server (1)
+	conns  map[net.Conn]bool
+}
+
+const fromClient, fromServer = 0, 1
+
+// newWire leads to the server of a URL until the test ends.
+func newWire(t *testing.T, target string) *wire {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(target, "@")
+	address, path, _ := strings.Cut(rest, "/")
+	w := &wire{
+		url:      strings.TrimSuffix(target, rest) + listener.Addr().String() + "/" + path,
+		listener: listener,
+		conns:    make(map[net.Conn]bool),
+	}
+	w.moved = sync.NewCond(&w.mu)
+	t.Cleanup(w.close)
+	go func() {
+		for {
+			in, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			go w.connect(in, address)
+		}
+	}()
+	return w
+}
+
+func (w *wire) close() {
+	w.listener.Close()
+	w.cut(true)
+}
+
+func (w *wire) connect(in net.Conn, address string) {
+	out, err := net.Dial("tcp", address)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err != nil || w.down {
+		in.Close()
+		if err == nil {
+			out.Close()
+		}
+		return
+	}
+	w.conns[in], w.conns[out] = true, true
+	go w.carry(out, in, fromClient)
+	go w.carry(in, out, fromServer)
+}
+
+func (w *wire) carry(to, from net.Conn, direction int) {
+	defer to.Close()
+	defer from.Close()
+	buffer := make([]byte, 32<<10)
+	for {
+		n, err := from.Read(buffer)
+		if n > 0 {
+			w.mu.Lock()
+			for w.silent[direction] && w.conns[from] {
+				w.moved.Wait()
+			}
+			connected := w.conns[from]
+			w.mu.Unlock()
+			if !connected {
+				return
+			}
+			if _, err := to.Write(buffer[:n]); err != nil {
+				return
+			}
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// cut closes all connections; what is under way is lost. down says what becomes of new ones.
+func (w *wire) cut(down bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.down = down
+	for c := range w.conns {
+		c.Close()
+	}
+	clear(w.conns)
+	w.moved.Broadcast()
+}
+
+// swallow holds back what one side sends from now on, or delivers it after all.
+func (w *wire) swallow(direction int, silent bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.silent[direction] = silent
+	w.moved.Broadcast()
+}
+
+// replica is the service as a process.
+type replica struct {
+	cmd   *exec.Cmd
+	url   string
+	ready atomic.Bool  // what /readyz said last
+	heard atomic.Int64 // when its consumer logged an event last
+	ended chan struct{}
+
+	output    *os.File   // the reading end of the standard output
+	reading   sync.Mutex // held while nobody reads the output
+	stderr    logBuffer
+	important logBuffer // the lines at WARN and above, and what they make good
+}
+
+// startReplica returns when the service listens. heard gets every event that its consumer logs.
+func (s *servers) startReplica(heard func(string, eventData), env ...string) (*replica, error) {
+	executable.once.Do(func() { executable.err = buildExecutable() })
+	if executable.err != nil {
+		return nil, executable.err
+	}
+	output, input, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	r := &replica{output: output, ended: make(chan struct{})}
+	r.cmd = exec.Command(filepath.Join(executable.dir, "user-service"))
+	r.cmd.Dir = executable.dir
+	r.cmd.Env = append([]string{"PORT=0"}, env...)
+	r.cmd.Stdout, r.cmd.Stderr = input, &r.stderr
+	err = r.cmd.Start()
+	input.Close()
+	if err != nil {
+		return nil, err
+	}
+	s.killAtEnd(r.cmd.Process)
+	started := make(chan string, 1)
+	go func() {
+		r.readOutput(started, heard)
+		r.output.Close()
+		r.cmd.Wait()
+		close(r.ended)
+	}()
+	select {
+	case port := <-started:
+		r.url = "http://127.0.0.1:" + port
+		r.ready.Store(true)
+		return r, nil
+	case <-r.ended:
+		return nil, fmt.Errorf("the service ended at its start: %s%s", &r.important, &r.stderr)
+	case <-time.After(70 * time.Second):
+		r.cmd.Process.Kill()
+		return nil, fmt.Errorf("the service does not start: %s", &r.important)
+	}
+}
+
+func (r *replica) readOutput(started chan<- string, heard func(string, eventData)) {
+	lines := bufio.NewScanner(r.output)
+	lines.Buffer(nil, 1<<20)
+	for {
+		r.reading.Lock()
+		more := lines.Scan()
+		r.reading.Unlock()
+		if !more {
+			return
+		}
+		text := lines.Bytes()
+		isEvent := bytes.Contains(text, []byte(`"event":"Received event`))
+		if !isEvent && bytes.Contains(text, []byte(`"event":"Request `)) {
+			continue
+		}
+		var line struct {
+			Level, Event string
+			Port         int
+			Type         string `json:"event_type"`
+			User         int64  `json:"user_id"`
+			Version      int64
+		}
+		if err := json.Unmarshal(text, &line); err != nil {
+			line.Level = "ERROR"
+		}
+		switch {
+		case isEvent:
+			r.heard.Store(time.Now().UnixNano())
+			heard(line.Type, eventData{line.User, line.Version})
+		case line.Event == "Service started":
+			started <- strconv.Itoa(line.Port)
+		case line.Level != "INFO" || line.Event == "Event connection restored":
+			r.important.Write(append(slices.Clone(text), '\n'))
+		}
+	}
+}
+
+// blockOutput lets the service wait in its next writes until the function that comes back
+// is called. A small pipe is full at once.
+func (r *replica) blockOutput() (unblock func()) {
+	r.reading.Lock()
+	const setPipeSize = 1031 // F_SETPIPE_SZ of Linux, without which it takes a little longer
+	if raw, err := r.output.SyscallConn(); err == nil {
+		raw.Control(func(fd uintptr) { syscall.Syscall(syscall.SYS_FCNTL, fd, setPipeSize, 4096) })
+	}
+	return r.reading.Unlock
+}
+
+func (r *replica) alive() bool {
+	select {
+	case <-r.ended:
+		return false
+	default:
+		return true
+	}
+}
+
+// probe asks /readyz again and again, as a load balancer does.
+func (r *replica) probe() {
+	prober := &http.Client{Timeout: time.Second}
+	defer prober.CloseIdleConnections()
+	for r.alive() {
+		response, err := prober.Get(r.url + "/readyz")
+		if err == nil {
+			response.Body.Close()
+		}
+		r.ready.Store(err == nil && response.StatusCode == http.StatusOK)
+		time.Sleep(100 * time.Millisecond)
+	}
+	r.ready.Store(false)
+}
+
+// metric is a number from /metrics, 0 where it cannot be had.
+func (r *replica) metric(name string) float64 {
+	prober := &http.Client{Timeout: time.Second}
+	defer prober.CloseIdleConnections()
+	response, err := prober.Get(r.url + "/metrics")
+	if err != nil {
+		return 0
+	}
+	defer response.Body.Close()
+	for lines := bufio.NewScanner(response.Body); lines.Scan(); {
+		if text, ok := strings.CutPrefix(lines.Text(), name+" "); ok {
+			value, _ := strconv.ParseFloat(text, 64)
+			return value
+		}
+	}
+	return 0
+}
