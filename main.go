@@ -211,7 +211,10 @@ func (s *httpServer) shutDown(listener net.Listener) error {
 	defer cancel()
 	err := s.Shutdown(ctx)
 	if errors.Is(err, context.DeadlineExceeded) {
-		return s.Close()
+		err = s.Close()
+	}
+	if errors.Is(err, net.ErrClosed) { // the listener, which is closed already
+		err = nil
 	}
 	return err
 }
