@@ -64,7 +64,8 @@ func checkHealth(s settings) error {
 		host = "127.0.0.1" // an image without /etc/hosts has no localhost
 	}
 	url := "http://" + net.JoinHostPort(host, strconv.Itoa(s.port)) + "/healthz"
-	response, err := (&http.Client{Timeout: 3 * time.Second}).Get(url)
+	client := &http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{}} // no proxy
+	response, err := client.Get(url)
 	if err != nil {
 		return err
 	}
