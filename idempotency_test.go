@@ -146,7 +146,7 @@ func TestIdempotencyKeyWhileRunning(t *testing.T) {
 	go func() { first <- s.do("POST", "/users", john, "Idempotency-Key: key-1") }()
 	watcher := connect(t, settings.databaseURL)
 	eventually(t, "a request that waits for the lock", func() bool {
-		return queryValue[bool](t, watcher, "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)")
+		return queryValue[bool](t, watcher, blockedHere)
 	})
 	if a := s.do("POST", "/users", john, "Idempotency-Key: key-1"); a.status != 409 {
 		t.Errorf("while the first is running: %d %s", a.status, a.body)
