@@ -116,7 +116,6 @@ func (q listQuery) links(list userList) string {
 	link := func(relation, position string, n int64) {
 		values := maps.Clone(q.values)
 		values.Del("page")
-		values.Del("after")
 		values.Set(position, strconv.FormatInt(n, 10))
 		links = append(links, fmt.Sprintf(`</users?%s>; rel="%s"`, values.Encode(), relation))
 	}
