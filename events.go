@@ -67,10 +67,9 @@ type backlog interface {
 type broker interface {
 	// publisher connects; the publisher is the caller's to close.
 	publisher(ctx context.Context) (publisher, error)
-	// consume calls connected once and then handle for message after message, until ctx
-	// or the connection ends. A message is acknowledged after handle returned nil, put
-	// aside after errUnreadable, else tried again.
-	consume(ctx context.Context, connected func(), handle messageHandler) error
+	// consume calls connected once and then hands over message after message, until ctx
+	// or the connection ends.
+	consume(ctx context.Context, connected func(), to messageHandler) error
 	// status is for /readyz.
 	status() string
 }
@@ -86,7 +85,14 @@ type publisher interface {
 
 var errBrokerGone = errors.New("the broker closed the connection")
 
-type messageHandler func(ctx context.Context, body []byte) error
+// messageHandler gets each message at least once.
+type messageHandler interface {
+	// handle fails with errUnreadable for a message that is to be put aside.
+	handle(ctx context.Context, body []byte) error
+	// commit makes certain what was done about all messages so far. They are acknowledged
+	// after it, or come again where it fails.
+	commit() error
+}
 
 // errUnreadable is a message that no consumer of this version can handle.
 var errUnreadable = errors.New("unreadable message")
@@ -219,11 +225,10 @@ func newConsumer(log *slog.Logger, set *metrics.Set) *consumer {
 // run consumes until ctx ends.
 func (c *consumer) run(ctx context.Context, b broker) {
 	keepUp(ctx, c.log, "consumer", func(restored func()) error {
-		return b.consume(ctx, restored, c.handle)
+		return b.consume(ctx, restored, c)
 	})
 }
 
-// handle writes the event's line out before it returns nil.
 func (c *consumer) handle(ctx context.Context, body []byte) error {
 	e, err := parseEvent(body)
 	if err != nil {
@@ -244,11 +249,16 @@ func (c *consumer) handle(ctx context.Context, body []byte) error {
 	}
 	message := fmt.Sprintf("Received event %s with user_id=%d", e.Type, e.Data.UserID)
 	c.log.LogAttrs(ctx, slog.LevelInfo, message, attrs...)
-	if err := flushLog(c.log); err != nil {
-		return fmt.Errorf("logging an event: %w", err)
-	}
 	c.seen.add(e.Data)
 	c.consumed.Inc()
+	return nil
+}
+
+// commit writes out the lines of the events.
+func (c *consumer) commit() error {
+	if err := flushLog(c.log); err != nil {
+		return fmt.Errorf("logging events: %w", err)
+	}
 	return nil
 }
 
@@ -294,25 +304,28 @@ func (v *versions) add(d eventData) {
 // inProcess is the broker of a service without RabbitMQ: what it has published has been
 // handled.
 type inProcess struct {
-	handle messageHandler
+	to messageHandler
 }
 
 func (b inProcess) publisher(context.Context) (publisher, error) { return b, nil }
 
 func (b inProcess) publish(ctx context.Context, events []event) (int, error) {
-	for i, e := range events {
+	for _, e := range events {
 		body, err := json.Marshal(e)
 		if err == nil {
-			err = b.handle(ctx, body)
+			err = b.to.handle(ctx, body)
 		}
 		if err != nil {
-			return i, fmt.Errorf("handing over an event: %w", err)
+			return 0, fmt.Errorf("handing over an event: %w", err)
 		}
+	}
+	if err := b.to.commit(); err != nil {
+		return 0, err
 	}
 	return len(events), nil
 }
 
-// consume has nothing to do: publish calls the handler.
+// consume has nothing to do: publish hands over.
 func (b inProcess) consume(ctx context.Context, connected func(), _ messageHandler) error {
 	connected()
 	<-ctx.Done()

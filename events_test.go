@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+	amqp "github.com/rabbitmq/amqp091-go"
 )
 
 func newEvent(eventType string, userID, version int64) event {
@@ -215,6 +216,9 @@ func TestConsumerSkipsDuplicates(t *testing.T) {
 			t.Error(err)
 		}
 	}
+	if err := c.commit(); err != nil {
+		t.Error(err)
+	}
 	var received, skipped []string
 	for _, line := range log.lines("") {
 		text := fmt.Sprintf("%v/%v %v", line["user_id"], line["version"], line["level"])
@@ -255,16 +259,83 @@ type brokenWriter struct{}
 
 func (brokenWriter) Write([]byte) (int, error) { return 0, errors.New("disk full") }
 
-// TestConsumerKeepsWhatItCannotLog gives the consumer a log that cannot be written: the
-// event must be tried again, not acknowledged.
+// TestConsumerKeepsWhatItCannotLog gives the consumer a log that cannot be written: its
+// events must come again, not be acknowledged.
 func TestConsumerKeepsWhatItCannotLog(t *testing.T) {
 	t.Parallel()
 	c := newConsumer(newLogger(brokenWriter{}, 0), metrics.NewSet())
-	body := encode(t, newEvent(userCreated, 1, 1))
-	for range 2 {
-		if err := c.handle(t.Context(), body); err == nil || errors.Is(err, errUnreadable) {
-			t.Errorf("an event whose line was not written: %v", err)
+	for version := range int64(2) {
+		e := newEvent(userCreated, 1, version+1)
+		if n, err := (inProcess{c}).publish(t.Context(), []event{e}); err == nil || n != 0 {
+			t.Errorf("%d events whose lines were not written are acknowledged: %v", n, err)
 		}
+		e = newEvent(userCreated, 2, version+1)
+		var acks acknowledger
+		d := amqp.Delivery{Acknowledger: &acks, DeliveryTag: 1, Body: encode(t, e)}
+		if err := settle(t.Context(), d, nil, c); err == nil || len(acks) > 0 {
+			t.Errorf("an event whose line was not written: %v, %v", acks, err)
+		}
+	}
+}
+
+// acknowledger remembers what a broker would be told.
+type acknowledger []string
+
+func (a *acknowledger) Ack(tag uint64, multiple bool) error {
+	*a = append(*a, fmt.Sprintf("ack %d %t", tag, multiple))
+	return nil
+}
+
+func (a *acknowledger) Nack(tag uint64, multiple, requeue bool) error {
+	*a = append(*a, fmt.Sprintf("nack %d %t %t", tag, multiple, requeue))
+	return nil
+}
+
+func (a *acknowledger) Reject(tag uint64, requeue bool) error {
+	*a = append(*a, fmt.Sprintf("reject %d %t", tag, requeue))
+	return nil
+}
+
+// TestSettle has good, unreadable and duplicate messages wait at once: what is told to the
+// broker is one acknowledgement, after every line is written.
+func TestSettle(t *testing.T) {
+	t.Parallel()
+	log := &logBuffer{}
+	c := newTestConsumer(log)
+	good := func(version int64) []byte { return encode(t, newEvent(userUpdated, 1, version)) }
+	bad := []byte("not JSON")
+	for _, test := range []struct {
+		name   string
+		bodies [][]byte
+		want   acknowledger
+	}{
+		{"one", [][]byte{good(1)}, acknowledger{"ack 1 true"}},
+		{"three", [][]byte{good(2), good(3), good(4)}, acknowledger{"ack 3 true"}},
+		{"a bad one first", [][]byte{bad, good(5)}, acknowledger{"reject 1 false", "ack 2 true"}},
+		{"a bad one last", [][]byte{good(6), bad}, acknowledger{"reject 2 false", "ack 1 true"}},
+		{"bad ones only", [][]byte{bad, bad}, acknowledger{"reject 1 false", "reject 2 false"}},
+		{"a duplicate", [][]byte{good(6), good(7), good(7)}, acknowledger{"ack 3 true"}},
+	} {
+		var acks acknowledger
+		deliveries := make(chan amqp.Delivery, len(test.bodies))
+		for i, body := range test.bodies {
+			deliveries <- amqp.Delivery{Acknowledger: &acks, DeliveryTag: uint64(i + 1), Body: body}
+		}
+		if err := settle(t.Context(), <-deliveries, deliveries, c); err != nil {
+			t.Errorf("%s: %v", test.name, err)
+		}
+		if !slices.Equal(acks, test.want) {
+			t.Errorf("%s: %q, want %q", test.name, acks, test.want)
+		}
+	}
+	received := 0
+	for _, line := range log.lines("") {
+		if strings.HasPrefix(line["event"].(string), "Received event") {
+			received++
+		}
+	}
+	if received != 7 {
+		t.Errorf("%d lines, want 7", received)
 	}
 }
 

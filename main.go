@@ -91,7 +91,7 @@ func run(ctx context.Context, s settings, log *slog.Logger) error {
 	}
 	defer store.close()
 	consumer := newConsumer(log, set)
-	broker := newBroker(s, consumer.handle, log, set)
+	broker := newBroker(s, consumer, log, set)
 	api := &api{store: store, hasher: newHasher(), passwordMinLength: s.passwordMinLength}
 	server := &server{mux: http.NewServeMux(), log: log, metrics: set}
 	health := &health{store: store, broker: broker, metrics: set, draining: &server.draining}
@@ -160,9 +160,9 @@ func openStore(ctx context.Context, s settings, log *slog.Logger) (store, error)
 	return openPostgres(ctx, s.databaseURL, s.appName, log)
 }
 
-// newBroker is where handle gets its messages from.
-func newBroker(s settings, handle messageHandler, log *slog.Logger, set *metrics.Set) broker {
-	var b broker = inProcess{handle}
+// newBroker is where to gets its messages from.
+func newBroker(s settings, to messageHandler, log *slog.Logger, set *metrics.Set) broker {
+	var b broker = inProcess{to}
 	if s.rabbitURL != "" {
 		b = newRabbitMQ(s, log, set)
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -68,12 +69,17 @@ func (b *rabbitMQ) status() string {
 	return "down"
 }
 
-// dial opens a connection to a broker that has the topology, unless ctx ends before. It is
-// the caller's to hang up, with the function that comes with it.
-func (b *rabbitMQ) dial(ctx context.Context, purpose string) (*amqp.Connection, func(), error) {
+// rabbitConn is a connection to a broker that had the topology when it was dialled.
+type rabbitConn struct {
+	*amqp.Connection
+	socket *brokerSocket
+}
+
+// dial opens a connection, unless ctx ends before. It is the caller's to hang up.
+func (b *rabbitMQ) dial(ctx context.Context, purpose string) (*rabbitConn, error) {
 	properties := amqp.NewConnectionProperties()
 	properties.SetClientConnectionName(b.appName + " " + purpose)
-	var socket net.Conn
+	socket := &brokerSocket{}
 	unwatch := func() bool { return true }
 	defer func() { unwatch() }()
 	conn, err := amqp.DialConfig(b.url, amqp.Config{
@@ -81,38 +87,78 @@ func (b *rabbitMQ) dial(ctx context.Context, purpose string) (*amqp.Connection, 
 		Properties: properties,
 		Dial: func(network, address string) (c net.Conn, err error) {
 			dialer := net.Dialer{Timeout: brokerTimeout}
-			if socket, err = dialer.DialContext(ctx, network, address); err != nil {
+			if socket.Conn, err = dialer.DialContext(ctx, network, address); err != nil {
 				return nil, err
 			}
 			unwatch = context.AfterFunc(ctx, func() { socket.Close() })
-			return writeDeadlineConn{socket}, socket.SetDeadline(time.Now().Add(brokerTimeout))
+			return socket, socket.SetDeadline(time.Now().Add(brokerTimeout))
 		},
 	})
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	hangUp := func() {
-		// The plain Close waits for ever where the broker has stopped to read, and
-		// CloseDeadline for as long as it sends heartbeats.
-		defer time.AfterFunc(brokerGoodbye, func() { socket.Close() }).Stop()
-		conn.CloseDeadline(time.Now().Add(brokerGoodbye))
-	}
+	c := &rabbitConn{conn, socket}
 	if err := b.declareTopology(conn, make(map[string]bool)); err != nil {
-		hangUp()
-		return nil, nil, fmt.Errorf("declaring the topology: %w", err)
+		c.hangUp()
+		return nil, fmt.Errorf("declaring the topology: %w", err)
 	}
-	return conn, hangUp, nil
+	return c, nil
 }
 
-// writeDeadlineConn bounds each write: a broker in a memory alarm does not read, and
-// amqp091 would hang in the write.
-type writeDeadlineConn struct{ net.Conn }
+// hangUp closes the connection in good order if that can be done soon. The plain Close
+// waits for ever where the broker has stopped to read, and CloseDeadline for as long as it
+// sends heartbeats.
+func (c *rabbitConn) hangUp() {
+	defer time.AfterFunc(brokerGoodbye, func() { c.socket.Close() }).Stop()
+	c.CloseDeadline(time.Now().Add(brokerGoodbye))
+}
 
-func (c writeDeadlineConn) Write(p []byte) (int, error) {
-	if err := c.SetWriteDeadline(time.Now().Add(brokerWrite)); err != nil {
-		return 0, err
+// brokerSocket bounds each write: a broker in a memory alarm does not read, and amqp091
+// would hang in the write. While it is corked it collects what amqp091 writes message by
+// message: a write for each would cost more than the message.
+type brokerSocket struct {
+	net.Conn
+
+	mu     sync.Mutex
+	corked bool
+	held   []byte
+}
+
+const socketCapacity = 32 << 10 // bytes
+
+func (s *brokerSocket) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.held = append(s.held, p...)
+	if s.corked && len(s.held) < socketCapacity {
+		return len(p), nil
 	}
-	return c.Conn.Write(p)
+	return len(p), s.flushLocked()
+}
+
+func (s *brokerSocket) cork() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.corked = true
+}
+
+func (s *brokerSocket) uncork() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.corked = false
+	return s.flushLocked()
+}
+
+func (s *brokerSocket) flushLocked() error {
+	if len(s.held) == 0 {
+		return nil
+	}
+	err := s.SetWriteDeadline(time.Now().Add(brokerWrite))
+	if err == nil {
+		_, err = s.Conn.Write(s.held)
+	}
+	s.held = s.held[:0]
+	return err
 }
 
 // declaration makes sure that one thing exists on the broker.
@@ -196,22 +242,22 @@ func (b *rabbitMQ) declareTopology(conn *amqp.Connection, foreign map[string]boo
 // the connections that publish, and the consumer must go on.
 type rabbitPublisher struct {
 	broker  *rabbitMQ
+	conn    *rabbitConn
 	channel *amqp.Channel
 	returns chan amqp.Return
-	hangUp  func()
 }
 
 func (b *rabbitMQ) publisher(ctx context.Context) (publisher, error) {
-	conn, hangUp, err := b.dial(ctx, "relay")
+	conn, err := b.dial(ctx, "relay")
 	if err != nil {
 		return nil, err
 	}
-	p := &rabbitPublisher{broker: b, hangUp: hangUp}
+	p := &rabbitPublisher{broker: b, conn: conn}
 	if p.channel, err = conn.Channel(); err == nil {
 		err = p.channel.Confirm(false)
 	}
 	if err != nil {
-		hangUp()
+		conn.hangUp()
 		return nil, err
 	}
 	p.returns = p.channel.NotifyReturn(make(chan amqp.Return, relayWindow))
@@ -220,7 +266,7 @@ func (b *rabbitMQ) publisher(ctx context.Context) (publisher, error) {
 
 func (p *rabbitPublisher) closed() bool { return p.channel.IsClosed() }
 
-func (p *rabbitPublisher) close() { p.hangUp() }
+func (p *rabbitPublisher) close() { p.conn.hangUp() }
 
 // publish sends all events and then waits for their confirms. Where no queue takes an
 // event and a queue is bound before the next one of its user is sent, the two arrive in
@@ -228,16 +274,7 @@ func (p *rabbitPublisher) close() { p.hangUp() }
 func (p *rabbitPublisher) publish(ctx context.Context, events []event) (int, error) {
 	ctx, cancel := context.WithTimeout(ctx, publishWait)
 	defer cancel()
-	var confirms []*amqp.DeferredConfirmation
-	var publishErr error
-	for _, e := range events {
-		confirm, err := p.send(ctx, e)
-		if err != nil {
-			publishErr = err
-			break
-		}
-		confirms = append(confirms, confirm)
-	}
+	confirms, publishErr := p.sendAll(ctx, events)
 	n, err := countConfirmed(ctx, confirms)
 	if publishErr != nil {
 		err = publishErr
@@ -247,6 +284,20 @@ func (p *rabbitPublisher) publish(ctx context.Context, events []event) (int, err
 		return first, errors.New("the broker returned an event: no queue takes it")
 	}
 	return n, err
+}
+
+// sendAll returns the confirms to wait for, of those events that were sent.
+func (p *rabbitPublisher) sendAll(ctx context.Context, events []event) (confirms []*amqp.DeferredConfirmation, err error) {
+	p.conn.socket.cork()
+	defer func() { err = cmp.Or(err, p.conn.socket.uncork()) }()
+	for _, e := range events {
+		confirm, err := p.send(ctx, e)
+		if err != nil {
+			return confirms, err
+		}
+		confirms = append(confirms, confirm)
+	}
+	return confirms, nil
 }
 
 func (p *rabbitPublisher) send(ctx context.Context, e event) (*amqp.DeferredConfirmation, error) {
@@ -306,13 +357,13 @@ func (p *rabbitPublisher) firstReturned(events []event) int {
 	return first
 }
 
-func (b *rabbitMQ) consume(ctx context.Context, connected func(), handle messageHandler) error {
-	conn, hangUp, err := b.dial(ctx, "consumer")
+func (b *rabbitMQ) consume(ctx context.Context, connected func(), to messageHandler) error {
+	conn, err := b.dial(ctx, "consumer")
 	if err != nil {
 		return err
 	}
-	defer hangUp()
-	deliveries, err := b.subscribe(conn)
+	defer conn.hangUp()
+	deliveries, err := b.subscribe(conn.Connection)
 	if err != nil {
 		return fmt.Errorf("subscribing to %s: %w", b.queue(), err)
 	}
@@ -327,12 +378,12 @@ func (b *rabbitMQ) consume(ctx context.Context, connected func(), handle message
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
-			err = b.declareTopology(conn, foreign)
+			err = b.declareTopology(conn.Connection, foreign)
 		case d, ok := <-deliveries:
 			if !ok {
 				return errors.New("the broker ended the subscription")
 			}
-			err = settle(ctx, d, handle(ctx, d.Body))
+			err = settle(ctx, d, deliveries, to)
 		}
 		if err != nil {
 			return err
@@ -351,14 +402,29 @@ func (b *rabbitMQ) subscribe(conn *amqp.Connection) (<-chan amqp.Delivery, error
 	return ch.Consume(b.queue(), "", false, false, false, false, nil)
 }
 
-// settle tells the broker what became of a message.
-func settle(ctx context.Context, d amqp.Delivery, err error) error {
-	switch {
-	case err == nil:
-		return d.Ack(false)
-	case errors.Is(err, errUnreadable):
-		return d.Reject(false) // the queue puts it aside
+// settle handles d and what has come behind it, which the prefetch bounds, and then tells
+// the broker once for all. What is not acknowledged when the connection ends comes again.
+func settle(ctx context.Context, d amqp.Delivery, more <-chan amqp.Delivery, to messageHandler) error {
+	var handled amqp.Delivery
+	for ok := true; ok; {
+		err := to.handle(ctx, d.Body)
+		switch {
+		case err == nil:
+			handled = d
+		case errors.Is(err, errUnreadable):
+			err = d.Reject(false) // the queue puts it aside
+		}
+		if err != nil {
+			return err
+		}
+		select {
+		case d, ok = <-more:
+		default:
+			ok = false
+		}
 	}
-	sleep(ctx, time.Second) // each try counts towards x-delivery-limit
-	return d.Reject(true)
+	if err := to.commit(); err != nil || handled.Acknowledger == nil {
+		return err
+	}
+	return handled.Ack(true)
 }
