@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
@@ -19,7 +20,8 @@ const (
 )
 
 const (
-	relayWindow   = 500 // events that are published before their confirms are awaited
+	relayRead     = 5000 // events that are read at once: each time, the dead rows are passed over
+	relayWindow   = 500  // events that are published before their confirms are awaited
 	relayPoll     = 100 * time.Millisecond
 	relayDrain    = 2 * time.Second
 	leadInterval  = 500 * time.Millisecond // between two attempts to take the lead
@@ -164,7 +166,7 @@ func (r *relay) session(ctx, work context.Context, restored func()) error {
 		if p.closed() {
 			return errBrokerGone
 		}
-		if n == relayWindow {
+		if n == relayRead {
 			continue
 		}
 		select {
@@ -191,19 +193,31 @@ func waitForLead(ctx context.Context, p publisher, b backlog, restored func()) e
 	return ctx.Err()
 }
 
-// relayOnce publishes the oldest events and removes those that the broker has: the longest
-// run from the first on, so that no event is passed over.
-func (r *relay) relayOnce(ctx context.Context, p publisher, b backlog) (int, error) {
-	events, err := b.pending(ctx, relayWindow)
-	if err != nil || len(events) == 0 {
+// relayOnce publishes the oldest events, window by window, and returns how many.
+func (r *relay) relayOnce(ctx context.Context, p publisher, b backlog) (n int, err error) {
+	events, err := b.pending(ctx, relayRead)
+	if err != nil {
 		return 0, err
 	}
+	for window := range slices.Chunk(events, relayWindow) {
+		if err := r.relayWindow(ctx, p, b, window); err != nil {
+			return n, err
+		}
+		n += len(window)
+	}
+	return n, nil
+}
+
+// relayWindow publishes events and removes those that the broker has: the longest run from
+// the first on, so that no event is passed over.
+func (r *relay) relayWindow(ctx context.Context, p publisher, b backlog, events []event) error {
 	n, publishErr := p.publish(ctx, events)
 	r.published.Add(n)
+	var err error
 	if n > 0 {
 		err = b.remove(ctx, events[:n])
 	}
-	return n, errors.Join(publishErr, err)
+	return errors.Join(publishErr, err)
 }
 
 // consumer logs the events that it has not seen.
