@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
-	"slices"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
@@ -20,8 +19,10 @@ const (
 )
 
 const (
-	relayRead     = 5000 // events that are read at once: each time, the dead rows are passed over
-	relayWindow   = 500  // events that are published before their confirms are awaited
+	relayRead     = 5000                  // events that are read at once: each time, the dead rows are passed over
+	relayWindow   = 500                   // events that are published before their confirms are awaited
+	relayAside    = 100                   // the same where requests come in
+	relayYield    = 50 * time.Millisecond // after such a window, for the requests under way
 	relayPoll     = 100 * time.Millisecond
 	relayDrain    = 2 * time.Second
 	leadInterval  = 500 * time.Millisecond // between two attempts to take the lead
@@ -111,15 +112,17 @@ func poke(c chan struct{}) {
 type relay struct {
 	outbox    outbox
 	broker    broker
+	traffic   *traffic
 	log       *slog.Logger
 	leads     *metrics.Gauge
 	published *metrics.Counter
 }
 
-func newRelay(o outbox, b broker, log *slog.Logger, set *metrics.Set) *relay {
+func newRelay(o outbox, b broker, t *traffic, log *slog.Logger, set *metrics.Set) *relay {
 	return &relay{
 		outbox:    o,
 		broker:    b,
+		traffic:   t,
 		log:       log,
 		leads:     set.NewGauge("relay_leader", nil),
 		published: set.NewCounter("events_published_total"),
@@ -199,18 +202,26 @@ func (r *relay) relayOnce(ctx context.Context, p publisher, b backlog) (n int, e
 	if err != nil {
 		return 0, err
 	}
-	for window := range slices.Chunk(events, relayWindow) {
-		if err := r.relayWindow(ctx, p, b, window); err != nil {
+	begun := r.traffic.begun.Load()
+	for n < len(events) {
+		size := relayWindow
+		if now := r.traffic.begun.Load(); now != begun || r.traffic.underWay() {
+			begun, size = now, relayAside
+		}
+		window := events[n:min(n+size, len(events))]
+		if err := r.publishWindow(ctx, p, b, window); err != nil {
 			return n, err
 		}
-		n += len(window)
+		if n += len(window); n < len(events) {
+			r.giveWay(ctx)
+		}
 	}
 	return n, nil
 }
 
-// relayWindow publishes events and removes those that the broker has: the longest run from
-// the first on, so that no event is passed over.
-func (r *relay) relayWindow(ctx context.Context, p publisher, b backlog, events []event) error {
+// publishWindow publishes events and removes those that the broker has: the longest run
+// from the first on, so that no event is passed over.
+func (r *relay) publishWindow(ctx context.Context, p publisher, b backlog, events []event) error {
 	n, publishErr := p.publish(ctx, events)
 	r.published.Add(n)
 	var err error
@@ -218,6 +229,14 @@ func (r *relay) relayWindow(ctx context.Context, p publisher, b backlog, events 
 		err = b.remove(ctx, events[:n])
 	}
 	return errors.Join(publishErr, err)
+}
+
+// giveWay waits for the requests under way, but not for long: a backlog competes with them
+// for the processors.
+func (r *relay) giveWay(ctx context.Context) {
+	for end := time.Now().Add(relayYield); r.traffic.underWay() && time.Now().Before(end); {
+		sleep(ctx, time.Millisecond)
+	}
 }
 
 // consumer logs the events that it has not seen.

@@ -122,7 +122,7 @@ func TestRelayRemovesWhatTheBrokerHas(t *testing.T) {
 			return sent, nil
 		}}
 		log := &logBuffer{}
-		r := newRelay(m, b, newLogger(log, 0), metrics.NewSet())
+		r := newRelay(m, b, &traffic{}, newLogger(log, 0), metrics.NewSet())
 		ctx, cancel := context.WithCancel(t.Context())
 		go r.run(ctx)
 		time.Sleep(time.Minute)
@@ -145,6 +145,46 @@ func TestRelayRemovesWhatTheBrokerHas(t *testing.T) {
 	})
 }
 
+// TestRelayGivesWay has a backlog meet requests: windows get small, and after each the
+// relay waits until the request under way has ended, but not for one without end.
+func TestRelayGivesWay(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory()
+		for range relayWindow + 3*relayAside {
+			mustCreate(t, m, "John")
+		}
+		var traffic traffic
+		var windows []int
+		var at []time.Duration
+		start := time.Now()
+		b := &fakeBroker{verdict: func(sent int) (int, error) {
+			windows = append(windows, sent)
+			at = append(at, time.Since(start).Round(10*time.Millisecond))
+			switch len(windows) {
+			case 1: // nobody was here so far
+				traffic.begun.Add(1)
+				time.AfterFunc(20*time.Millisecond, func() { traffic.ended.Add(1) })
+			case 2:
+				traffic.begun.Add(1) // never ends
+			}
+			return sent, nil
+		}}
+		backlog, err := m.open(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := newRelay(m, b, &traffic, newLogger(t.Output(), 0), metrics.NewSet())
+		n, err := r.relayOnce(t.Context(), b, backlog)
+		if err != nil || n != relayWindow+3*relayAside {
+			t.Errorf("%d events, %v", n, err)
+		}
+		if got, want := fmt.Sprint(windows, at), "[500 100 100 100] [0s 20ms 70ms 120ms]"; got != want {
+			t.Errorf("windows %s, want %s", got, want)
+		}
+	})
+}
+
 // TestRelayTellsALongLossOnce lets the broker be away for an hour.
 func TestRelayTellsALongLossOnce(t *testing.T) {
 	t.Parallel()
@@ -161,7 +201,7 @@ func TestRelayTellsALongLossOnce(t *testing.T) {
 		}}
 		log := &logBuffer{}
 		ctx, cancel := context.WithCancel(t.Context())
-		go newRelay(m, b, newLogger(log, 0), metrics.NewSet()).run(ctx)
+		go newRelay(m, b, &traffic{}, newLogger(log, 0), metrics.NewSet()).run(ctx)
 		time.Sleep(time.Hour + 11*time.Second)
 		cancel()
 		synctest.Wait()
@@ -196,7 +236,7 @@ func TestRelayDrains(t *testing.T) {
 			cancel()
 			return sent, nil
 		}}
-		newRelay(m, b, newLogger(t.Output(), 0), metrics.NewSet()).run(ctx)
+		newRelay(m, b, &traffic{}, newLogger(t.Output(), 0), metrics.NewSet()).run(ctx)
 		if len(m.events) != 0 || len(b.published) != 3*relayWindow+1 {
 			t.Errorf("%d events are left, %d were sent", len(m.events), len(b.published))
 		}

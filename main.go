@@ -102,7 +102,7 @@ func run(ctx context.Context, s settings, log *slog.Logger) error {
 		return fmt.Errorf("listening on HOST and PORT: %w", err)
 	}
 	stopConsumer := start(func(ctx context.Context) { consumer.run(ctx, broker) })
-	stopRelay := start(newRelay(store, broker, log, set).run)
+	stopRelay := start(newRelay(store, broker, &server.traffic, log, set).run)
 	httpServer := newHTTPServer(server, log)
 	served := make(chan error, 1)
 	go func() { served <- httpServer.Serve(listener) }()

@@ -34,8 +34,14 @@ type server struct {
 	mux      *http.ServeMux
 	log      *slog.Logger
 	metrics  *metrics.Set
+	traffic  traffic
 	draining atomic.Bool // when set, each answer is the last of its connection
 }
+
+// traffic counts the requests.
+type traffic struct{ begun, ended atomic.Int64 }
+
+func (t *traffic) underWay() bool { return t.begun.Load() > t.ended.Load() }
 
 // route is a method of a path, and what answers it.
 type route struct {
@@ -67,6 +73,8 @@ func (s *server) handle(pattern string, h handler) {
 }
 
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	s.traffic.begun.Add(1)
+	defer s.traffic.ended.Add(1)
 	start := time.Now()
 	id := requestTraceID(r.Header)
 	r = r.WithContext(withTraceID(r.Context(), id))
