@@ -4,22 +4,21 @@ import (
 	"context"
 	"runtime/debug"
 	"sync"
-	"time"
 )
 
-// Group turns concurrent calls into one: a call that finds no batch under way runs at
-// once, alone; those that come meanwhile share the next batch. Nobody waits for a timer,
-// and a call never joins a batch that has started, so no answer is older than its question.
+// Group turns concurrent calls into one: a call that finds fewer than limit batches under
+// way runs at once, alone; those that come meanwhile share the next batch. Nobody waits for
+// a timer, and a call never joins a batch that has started, so no answer is older than its
+// question.
 type Group[K comparable, V any] struct {
 	// run answers a batch of keys, some of which may be equal. A key that it leaves out
-	// has no value. Its context is not that of any caller.
-	run func(ctx context.Context, keys []K) (map[K]V, error)
-	// patience is how long a call waits for its batch.
-	patience time.Duration
+	// has no value. Its context has the values and the deadline of none of the callers.
+	run   func(ctx context.Context, keys []K) (map[K]V, error)
+	limit int // of batches that run at the same time
 
-	mu   sync.Mutex
-	busy bool
-	next *batch[K, V] // joined by calls while busy
+	mu      sync.Mutex
+	running int
+	next    *batch[K, V] // joined by calls while limit batches run
 }
 
 type batch[K comparable, V any] struct {
@@ -30,31 +29,30 @@ type batch[K comparable, V any] struct {
 }
 
 // Do returns the value of key, and whether there is one. It fails with the error of the
-// batch, which may be a *panicError, or with that of the context when its caller leaves or loses patience.
+// batch, which may be a *panicError, or with that of ctx when it ends before the batch.
 func (g *Group[K, V]) Do(ctx context.Context, key K) (V, bool, error) {
 	g.mu.Lock()
 	b := g.next
 	if b == nil {
 		b = &batch[K, V]{done: make(chan struct{})}
-		g.next = b
 	}
 	b.keys = append(b.keys, key)
-	first := !g.busy
-	if first {
-		g.busy, g.next = true, nil
+	atOnce := g.running < g.limit
+	if atOnce {
+		g.running++
+	} else {
+		g.next = b
 	}
 	g.mu.Unlock()
 
-	if first {
-		g.finish(context.WithoutCancel(ctx), b)
+	if atOnce {
+		g.finish(b)
 	} else {
-		wait, cancel := context.WithTimeout(ctx, g.patience)
-		defer cancel()
 		select {
 		case <-b.done:
-		case <-wait.Done():
+		case <-ctx.Done():
 			var none V
-			return none, false, wait.Err()
+			return none, false, ctx.Err()
 		}
 	}
 	value, ok := b.values[key]
@@ -62,7 +60,7 @@ func (g *Group[K, V]) Do(ctx context.Context, key K) (V, bool, error) {
 }
 
 // finish runs b, lets its callers go, and has the batch that formed meanwhile run next.
-func (g *Group[K, V]) finish(ctx context.Context, b *batch[K, V]) {
+func (g *Group[K, V]) finish(b *batch[K, V]) {
 	defer func() {
 		if v := recover(); v != nil {
 			b.err = &panicError{value: v, stack: debug.Stack()}
@@ -70,11 +68,12 @@ func (g *Group[K, V]) finish(ctx context.Context, b *batch[K, V]) {
 		close(b.done)
 		g.mu.Lock()
 		defer g.mu.Unlock()
-		next := g.next
-		g.busy, g.next = next != nil, nil
-		if next != nil {
-			go g.finish(ctx, next)
+		if g.next == nil {
+			g.running--
+			return
 		}
+		go g.finish(g.next)
+		g.next = nil
 	}()
-	b.values, b.err = g.run(ctx, b.keys)
+	b.values, b.err = g.run(context.Background(), b.keys)
 }

@@ -14,7 +14,7 @@ import (
 // slowGroup answers each key with its text, a second later, and notes the batches.
 func slowGroup(batches *[][]int) *Group[int, string] {
 	return &Group[int, string]{
-		patience: 10 * time.Second,
+		limit: 1,
 		run: func(_ context.Context, keys []int) (map[int]string, error) {
 			*batches = append(*batches, slices.Clone(keys))
 			time.Sleep(time.Second)
@@ -57,13 +57,39 @@ func TestGroupSharesTheNextBatch(t *testing.T) {
 	})
 }
 
+// TestGroupKeepsToItsLimit has calls come while two batches run: they share the third, which
+// begins when the first of the two ends.
+func TestGroupKeepsToItsLimit(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var batches [][]int
+		g := slowGroup(&batches)
+		g.limit = 2
+		start := time.Now()
+		var took [5]time.Duration
+		var callers sync.WaitGroup
+		for i := range 5 {
+			callers.Go(func() {
+				g.Do(t.Context(), i+1)
+				took[i] = time.Since(start)
+			})
+			synctest.Wait()
+			time.Sleep(100 * time.Millisecond)
+		}
+		callers.Wait()
+		if got := fmt.Sprint(batches, took); got != "[[1] [2] [3 4 5]] [1s 1.1s 2s 2s 2s]" {
+			t.Errorf("the batches and their ends are %s", got)
+		}
+	})
+}
+
 // TestGroupReadsNothingStale asks again while a batch runs: the answer must not come from
 // that one.
 func TestGroupReadsNothingStale(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		state := "old"
-		g := &Group[int, string]{patience: time.Minute}
+		g := &Group[int, string]{limit: 1}
 		g.run = func(context.Context, []int) (map[int]string, error) {
 			seen := state
 			time.Sleep(time.Second)
@@ -78,7 +104,7 @@ func TestGroupReadsNothingStale(t *testing.T) {
 	})
 }
 
-// TestGroupLetsCallersGo has one caller leave, one lose patience, and the others answered.
+// TestGroupLetsCallersGo has one caller leave, one run out of time, and the others answered.
 func TestGroupLetsCallersGo(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -98,11 +124,11 @@ func TestGroupLetsCallersGo(t *testing.T) {
 		if err := <-left; !errors.Is(err, context.Canceled) {
 			t.Errorf("the caller that left got %v", err)
 		}
-		g.patience = time.Millisecond
-		if _, _, err := g.Do(t.Context(), 3); !errors.Is(err, context.DeadlineExceeded) {
+		impatient, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		defer cancel()
+		if _, _, err := g.Do(impatient, 3); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("the impatient caller got %v", err)
 		}
-		g.patience = time.Minute
 		if value, ok, err := g.Do(t.Context(), 4); value != "4" || !ok || err != nil {
 			t.Errorf("the patient caller got %q, %t, %v", value, ok, err)
 		}
@@ -114,7 +140,7 @@ func TestGroupLetsCallersGo(t *testing.T) {
 func TestGroupSurvivesFailures(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		g := &Group[string, int]{patience: time.Minute}
+		g := &Group[string, int]{limit: 1}
 		g.run = func(_ context.Context, keys []string) (map[string]int, error) {
 			time.Sleep(time.Second)
 			switch keys[0] {

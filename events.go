@@ -19,14 +19,20 @@ const (
 )
 
 const (
-	relayRead     = 5000                  // events that are read at once: each time, the dead rows are passed over
-	relayWindow   = 500                   // events that are published before their confirms are awaited
-	relayAside    = 100                   // the same where requests come in
-	relayYield    = 50 * time.Millisecond // after such a window, for the requests under way
+	relayRead     = 5000 // events at once: each time, the dead rows are passed over
+	relayWindow   = 500  // events that are published before their confirms are awaited
 	relayPoll     = 100 * time.Millisecond
 	relayDrain    = 2 * time.Second
 	leadInterval  = 500 * time.Millisecond // between two attempts to take the lead
 	maxEventBytes = 64 << 10
+)
+
+// A backlog competes for the processors with the requests that come in. Where they are few
+// it gives way to them, at most half of the time; where they are many it has to keep up.
+const (
+	relayAside = 100 // events, instead of relayWindow
+	relayYield = 50 * time.Millisecond
+	relayFlood = 50 // requests during a window
 )
 
 // event says that a user changed, and to which version. For one user the versions of
@@ -202,18 +208,24 @@ func (r *relay) relayOnce(ctx context.Context, p publisher, b backlog) (n int, e
 	if err != nil {
 		return 0, err
 	}
-	begun := r.traffic.begun.Load()
+	requests, patience := r.traffic.begun.Load(), relayYield
 	for n < len(events) {
+		came := r.traffic.begun.Load() - requests
+		requests += came
+		aside := (came > 0 || r.traffic.underWay()) && came < relayFlood
 		size := relayWindow
-		if now := r.traffic.begun.Load(); now != begun || r.traffic.underWay() {
-			begun, size = now, relayAside
+		if aside {
+			size = relayAside
 		}
+		began := time.Now()
 		window := events[n:min(n+size, len(events))]
 		if err := r.publishWindow(ctx, p, b, window); err != nil {
 			return n, err
 		}
-		if n += len(window); n < len(events) {
-			r.giveWay(ctx)
+		n += len(window)
+		patience = min(patience+time.Since(began), relayYield)
+		if aside && n < len(events) {
+			patience -= r.giveWay(ctx, patience)
 		}
 	}
 	return n, nil
@@ -231,12 +243,13 @@ func (r *relay) publishWindow(ctx context.Context, p publisher, b backlog, event
 	return errors.Join(publishErr, err)
 }
 
-// giveWay waits for the requests under way, but not for long: a backlog competes with them
-// for the processors.
-func (r *relay) giveWay(ctx context.Context) {
-	for end := time.Now().Add(relayYield); r.traffic.underWay() && time.Now().Before(end); {
+// giveWay waits for the requests under way, and returns how long.
+func (r *relay) giveWay(ctx context.Context, atMost time.Duration) time.Duration {
+	began := time.Now()
+	for r.traffic.underWay() && time.Since(began) < atMost {
 		sleep(ctx, time.Millisecond)
 	}
+	return time.Since(began)
 }
 
 // consumer logs the events that it has not seen.

@@ -146,12 +146,14 @@ func TestRelayRemovesWhatTheBrokerHas(t *testing.T) {
 }
 
 // TestRelayGivesWay has a backlog meet requests: windows get small, and after each the
-// relay waits until the request under way has ended, but not for one without end.
+// relay waits until the request under way has ended, but not for one without end, nor for
+// a flood.
 func TestRelayGivesWay(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		m := newMemory()
-		for range relayWindow + 3*relayAside {
+		const backlogSize = 3*relayWindow + 5*relayAside
+		for range backlogSize {
 			mustCreate(t, m, "John")
 		}
 		var traffic traffic
@@ -160,14 +162,17 @@ func TestRelayGivesWay(t *testing.T) {
 		start := time.Now()
 		b := &fakeBroker{verdict: func(sent int) (int, error) {
 			windows = append(windows, sent)
-			at = append(at, time.Since(start).Round(10*time.Millisecond))
+			at = append(at, time.Since(start).Round(time.Millisecond))
 			switch len(windows) {
 			case 1: // nobody was here so far
 				traffic.begun.Add(1)
-				time.AfterFunc(20*time.Millisecond, func() { traffic.ended.Add(1) })
-			case 2:
+				time.AfterFunc(5500*time.Microsecond, func() { traffic.ended.Add(1) })
+			case 3:
 				traffic.begun.Add(1) // never ends
+			case 7:
+				traffic.begun.Add(relayFlood)
 			}
+			time.Sleep(10 * time.Millisecond)
 			return sent, nil
 		}}
 		backlog, err := m.open(t.Context())
@@ -176,10 +181,10 @@ func TestRelayGivesWay(t *testing.T) {
 		}
 		r := newRelay(m, b, &traffic, newLogger(t.Output(), 0), metrics.NewSet())
 		n, err := r.relayOnce(t.Context(), b, backlog)
-		if err != nil || n != relayWindow+3*relayAside {
+		if err != nil || n != backlogSize {
 			t.Errorf("%d events, %v", n, err)
 		}
-		if got, want := fmt.Sprint(windows, at), "[500 100 100 100] [0s 20ms 70ms 120ms]"; got != want {
+		if got, want := fmt.Sprint(windows, at), "[500 100 500 100 100 100 100 500] [0s 10ms 20ms 30ms 90ms 110ms 130ms 150ms]"; got != want {
 			t.Errorf("windows %s, want %s", got, want)
 		}
 	})

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -29,6 +30,7 @@ const (
 	defaultPoolSize  = 8
 	maxPoolSize      = 16 // and one for the relay: a replica may hold 20
 	maxRetries       = 2
+	writeBatches     = 3 // at once, or a change waits for the commit of a stranger's
 )
 
 // The keys of the advisory locks: one replica at a time applies the schema, and one relays.
@@ -39,9 +41,11 @@ const (
 
 // postgres is the store in PostgreSQL, and its outbox.
 type postgres struct {
-	pool  *pgxpool.Pool
-	poke  chan struct{}
-	reads Group[int64, User] // by id
+	pool *pgxpool.Pool
+	poke chan struct{}
+
+	reads              Group[int64, User] // by id
+	updates, deletions changeGroup
 }
 
 // parseDatabaseURL returns text without a driver suffix, such as postgresql+asyncpg.
@@ -94,7 +98,9 @@ func openPostgres(ctx context.Context, databaseURL, appName string, log *slog.Lo
 		return nil, err
 	}
 	s := &postgres{pool: pool, poke: make(chan struct{}, 1)}
-	s.reads.run, s.reads.patience = s.selectUsers, statementBudget
+	s.reads.run, s.reads.limit = s.selectUsers, 1
+	s.updates.run, s.updates.limit = s.changeTogether(updateUsers), writeBatches
+	s.deletions.run, s.deletions.limit = s.changeTogether(deleteUsers), writeBatches
 	for deadline := time.Now().Add(databaseWait); ; sleep(ctx, databaseRetry) {
 		if err := s.applySchema(ctx, deadline); err == nil {
 			return s, nil
@@ -205,6 +211,8 @@ func (s *postgres) creationUnder(ctx context.Context, key string) (User, string,
 // getUser shares its statement with the calls that come while another one runs: what a
 // read costs is the statement, hardly the row.
 func (s *postgres) getUser(ctx context.Context, id int64) (User, error) {
+	ctx, cancel := context.WithTimeout(ctx, statementBudget)
+	defer cancel()
 	u, ok, err := s.reads.Do(ctx, id)
 	if errors.Is(err, context.DeadlineExceeded) {
 		err = fmt.Errorf("waiting to select a user: %w: %w", errUnavailable, err)
@@ -256,66 +264,154 @@ func (s *postgres) listUsers(ctx context.Context, after, offset, limit int64) ([
 }
 
 func (s *postgres) updateUser(ctx context.Context, id int64, in userInput, match []int64) (User, error) {
-	var u User
-	var changed bool
-	err := s.write(ctx, "updating a user", func(ctx context.Context, conn *pgxpool.Conn) error {
-		// The lock comes first: what is compared is what is changed.
-		return conn.QueryRow(ctx, `
-			WITH current AS (
-				SELECT `+userColumns+` FROM users WHERE id = $1 FOR UPDATE
-			), updated AS (
-				UPDATE users SET
-					name = coalesce($2, c.name),
-					surname = coalesce($3, c.surname),
-					password = coalesce($4, password),
-					version = c.version + 1,
-					updated_at = greatest(clock_timestamp(), c.updated_at + interval '1 microsecond')
-				FROM current c
-				WHERE users.id = c.id
-					AND ($5::bigint[] IS NULL OR c.version = ANY ($5))
-					AND ($4::text IS NOT NULL OR $2 <> c.name OR $3 <> c.surname)
-				RETURNING users.id, users.name, users.surname, users.version,
-					users.created_at, users.updated_at
-			), event AS (
-				INSERT INTO outbox (event_id, event_type, user_id, version, trace_id, occurred_at)
-				SELECT $6, 'user.updated', id, version, $7, updated_at FROM updated
-			)
-			SELECT `+userColumns+`, true FROM updated
-			UNION ALL
-			SELECT `+userColumns+`, false FROM current WHERE NOT EXISTS (SELECT FROM updated)`,
-			id, in.name, in.surname, in.password, match, newUUIDv7(), traceID(ctx),
-		).Scan(append(u.scanInto(), &changed)...)
+	u, _, err := s.change(ctx, &s.updates, updateUsers, userChange{
+		ID: id, Name: in.name, Surname: in.surname, Password: in.password, Match: match,
 	})
-	if err == nil && !changed && match != nil && !slices.Contains(match, u.Version) {
-		err = errVersionMismatch
-	}
 	return u, err
 }
 
 func (s *postgres) deleteUser(ctx context.Context, id int64, match []int64) error {
-	var deleted bool
-	err := s.write(ctx, "deleting a user", func(ctx context.Context, conn *pgxpool.Conn) error {
-		return conn.QueryRow(ctx, `
-			WITH current AS (
-				SELECT id, version, updated_at FROM users WHERE id = $1 FOR UPDATE
-			), deleted AS (
-				DELETE FROM users USING current c
-				WHERE users.id = c.id AND ($2::bigint[] IS NULL OR c.version = ANY ($2))
-				RETURNING c.id, c.version, c.updated_at
-			), event AS (
-				INSERT INTO outbox (event_id, event_type, user_id, version, trace_id, occurred_at)
-				SELECT $3, 'user.deleted', id, version + 1, $4,
-					greatest(clock_timestamp(), updated_at + interval '1 microsecond')
-				FROM deleted
-			)
-			SELECT EXISTS (SELECT FROM deleted) FROM current`,
-			id, match, newUUIDv7(), traceID(ctx),
-		).Scan(&deleted)
-	})
+	_, deleted, err := s.change(ctx, &s.deletions, deleteUsers, userChange{ID: id, Match: match})
 	if err == nil && !deleted {
 		err = errVersionMismatch
 	}
 	return err
+}
+
+// userChange is a change of a user, and what its event has to say.
+type userChange struct {
+	ID       int64   `json:"user_id"`
+	Name     *string `json:"new_name"`
+	Surname  *string `json:"new_surname"`
+	Password *string `json:"new_password"`
+	Match    []int64 `json:"match"`
+	EventID  string  `json:"event_id"`
+	TraceID  string  `json:"trace_id"`
+}
+
+// changed is the user after its change, or, not done, as it is. Without an id it is a user
+// that does not exist.
+type changed struct {
+	user User
+	done bool
+}
+
+// The statements take the changes of different users, and lock each user before anything
+// else: what is compared is what is changed. The lock waits, or, for several, passes over
+// a user that somebody else is changing.
+const (
+	changedUsers = `
+		WITH change AS (
+			SELECT * FROM json_to_recordset($1) AS change (user_id bigint, new_name text,
+				new_surname text, new_password text, match bigint[], event_id uuid, trace_id text)
+		), current AS (
+			SELECT *, match IS NULL OR version = ANY (match) AS matches
+			FROM change, LATERAL (SELECT * FROM users WHERE id = user_id FOR UPDATE /* of several */) users
+		), `
+	updateUsers = changedUsers + `
+		changed AS (
+			UPDATE users SET
+				name = coalesce(new_name, c.name),
+				surname = coalesce(new_surname, c.surname),
+				password = coalesce(new_password, c.password),
+				version = c.version + 1,
+				updated_at = greatest(clock_timestamp(), c.updated_at + interval '1 microsecond')
+			FROM current c
+			WHERE users.id = c.id AND matches
+				AND (new_password IS NOT NULL OR new_name <> c.name OR new_surname <> c.surname)
+			RETURNING users.*, event_id, trace_id
+		), event AS (
+			INSERT INTO outbox (event_id, event_type, user_id, version, trace_id, occurred_at)
+			SELECT event_id, 'user.updated', id, version, trace_id, updated_at FROM changed
+		)
+		SELECT ` + userColumns + `, true FROM changed
+		UNION ALL
+		SELECT ` + userColumns + `, false FROM current WHERE id NOT IN (SELECT id FROM changed)`
+	deleteUsers = changedUsers + `
+		changed AS (
+			DELETE FROM users USING current c WHERE users.id = c.id AND matches RETURNING c.*
+		), event AS (
+			INSERT INTO outbox (event_id, event_type, user_id, version, trace_id, occurred_at)
+			SELECT event_id, 'user.deleted', id, version + 1, trace_id,
+				greatest(clock_timestamp(), updated_at + interval '1 microsecond')
+			FROM changed
+		)
+		SELECT ` + userColumns + `, true FROM changed
+		UNION ALL
+		SELECT ` + userColumns + `, false FROM current WHERE NOT matches`
+)
+
+// change makes c together with the changes that came while others were made. It says
+// whether the user is another one now.
+func (s *postgres) change(ctx context.Context, g *changeGroup, sql string, c userChange) (User, bool, error) {
+	c.EventID, c.TraceID = newUUIDv7(), traceID(ctx)
+	ctx, cancel := context.WithTimeout(ctx, statementBudget)
+	defer cancel()
+	result, ok, err := g.Do(ctx, &c)
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = fmt.Errorf("waiting to change a user: %w: %w", errOutcomeUnknown, err)
+	}
+	if err == nil && !ok {
+		result, err = s.changeOne(ctx, sql, &c)
+	}
+	switch {
+	case err != nil:
+	case result.user.ID == 0:
+		err = errNotFound
+	case !result.done && c.Match != nil && !slices.Contains(c.Match, result.user.Version):
+		err = errVersionMismatch
+	}
+	return result.user, result.done, err
+}
+
+type changeGroup = Group[*userChange, changed]
+
+// changeTogether makes changes in one transaction. It leaves out what has to be made alone:
+// the second change of a user, that of a user who is locked or missing, and all of them
+// where PostgreSQL refused one.
+func (s *postgres) changeTogether(sql string) func(context.Context, []*userChange) (map[*userChange]changed, error) {
+	together := strings.Replace(sql, "/* of several */", "SKIP LOCKED", 1)
+	return func(ctx context.Context, changes []*userChange) (map[*userChange]changed, error) {
+		results := make(map[*userChange]changed, len(changes))
+		if len(changes) == 1 {
+			result, err := s.changeOne(ctx, sql, changes[0])
+			results[changes[0]] = result
+			return results, err
+		}
+		firsts := make(map[int64]*userChange, len(changes))
+		for _, c := range changes {
+			if firsts[c.ID] == nil {
+				firsts[c.ID] = c
+			}
+		}
+		all, err := s.changeUsers(ctx, together, slices.Collect(maps.Values(firsts)))
+		for _, result := range all {
+			results[firsts[result.user.ID]] = result
+		}
+		if err != nil && !errors.Is(err, errUnavailable) && !errors.Is(err, errOutcomeUnknown) {
+			return nil, nil
+		}
+		return results, err
+	}
+}
+
+func (s *postgres) changeOne(ctx context.Context, sql string, c *userChange) (changed, error) {
+	all, err := s.changeUsers(ctx, sql, []*userChange{c})
+	if err != nil || len(all) == 0 {
+		return changed{}, err
+	}
+	return all[0], nil
+}
+
+func (s *postgres) changeUsers(ctx context.Context, sql string, changes []*userChange) (all []changed, err error) {
+	err = s.write(ctx, "changing users", func(ctx context.Context, conn *pgxpool.Conn) error {
+		rows, _ := conn.Query(ctx, sql, changes)
+		all, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (c changed, err error) {
+			return c, row.Scan(append(c.user.scanInto(), &c.done)...)
+		})
+		return err
+	})
+	return all, err
 }
 
 // statement does one round trip.
@@ -332,12 +428,16 @@ func (s *postgres) write(ctx context.Context, what string, f statement) error {
 	return s.do(ctx, what, f, false)
 }
 
-// do runs f within the budget, and again where that cannot change anything twice. It fails
+// do runs f within the budget or, if that is sooner, by the deadline of ctx, and again where that cannot change anything twice. It fails
 // with the context's error where the caller left before there was a connection.
 func (s *postgres) do(ctx context.Context, what string, f statement, readOnly bool) error {
 	// A statement that was begun is not cut off when its client leaves: that would cost
 	// the connection.
-	budget, cancel := context.WithTimeout(context.WithoutCancel(ctx), statementBudget)
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		deadline = time.Now().Add(statementBudget)
+	}
+	budget, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
 	defer cancel()
 	for retries := 0; ; retries++ {
 		conn, err := s.acquire(ctx, budget)
