@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -234,17 +233,21 @@ func (e *panicError) Error() string {
 // writeJSON writes nothing where v cannot be encoded. The Content-Type is
 // application/json unless one is set.
 func writeJSON(w http.ResponseWriter, status int, v any) error {
-	var body bytes.Buffer
-	if err := json.NewEncoder(&body).Encode(v); err != nil {
+	var body []byte
+	var err error
+	if a, ok := v.(jsonAppender); ok {
+		body = a.appendJSON(make([]byte, 0, 256))
+	} else if body, err = json.Marshal(v); err != nil {
 		return err
 	}
+	body = append(body, '\n')
 	h := w.Header()
 	if h.Get("Content-Type") == "" {
 		h.Set("Content-Type", "application/json")
 	}
-	h.Set("Content-Length", strconv.Itoa(body.Len()))
+	h.Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(status)
-	w.Write(body.Bytes()) // the response keeps the error
+	w.Write(body) // the response keeps the error
 	return nil
 }
 

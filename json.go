@@ -1,0 +1,57 @@
+package main
+
+import (
+	"encoding/json"
+	"strconv"
+	"unicode/utf8"
+)
+
+// jsonAppender is what is encoded so often that reflection would show. The bytes are those
+// of encoding/json.
+type jsonAppender interface {
+	appendJSON(b []byte) []byte
+}
+
+func (u User) appendJSON(b []byte) []byte {
+	b = strconv.AppendInt(append(b, `{"id":`...), u.ID, 10)
+	b = appendJSONString(append(b, `,"name":`...), u.Name)
+	b = appendJSONString(append(b, `,"surname":`...), u.Surname)
+	b = u.CreatedAt.appendJSON(append(b, `,"created_at":`...))
+	b = u.UpdatedAt.appendJSON(append(b, `,"updated_at":`...))
+	return append(b, '}')
+}
+
+func (l userList) appendJSON(b []byte) []byte {
+	b = append(b, `{"users":[`...)
+	for i, u := range l.Users {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = u.appendJSON(b)
+	}
+	b = strconv.AppendInt(append(b, `],"total":`...), l.Total, 10)
+	if l.Page > 0 {
+		b = strconv.AppendInt(append(b, `,"page":`...), l.Page, 10)
+	}
+	b = strconv.AppendInt(append(b, `,"per_page":`...), l.PerPage, 10)
+	b = append(b, `,"next_after":`...)
+	if l.NextAfter == nil {
+		return append(b, `null}`...)
+	}
+	return append(strconv.AppendInt(b, *l.NextAfter, 10), '}')
+}
+
+func (t timestamp) appendJSON(b []byte) []byte {
+	return t.UTC().AppendFormat(b, `"`+microseconds+`"`)
+}
+
+// appendJSONString leaves what is not plain ASCII to encoding/json.
+func appendJSONString(b []byte, text string) []byte {
+	for i := range len(text) {
+		if c := text[i]; c < ' ' || c >= utf8.RuneSelf || c == '"' || c == '\\' || c == '<' || c == '>' || c == '&' || c == 0x7f {
+			quoted, _ := json.Marshal(text) // a string has no error
+			return append(b, quoted...)
+		}
+	}
+	return append(append(append(b, '"'), text...), '"')
+}
