@@ -42,8 +42,10 @@ type hasher struct {
 	working  chan struct{} // holds one token for each call at work
 }
 
+// cores is how many threads Go would use by itself.
+var cores = runtime.GOMAXPROCS(0)
+
 func newHasher() *hasher {
-	cores := runtime.GOMAXPROCS(0)
 	return &hasher{
 		admitted: make(chan struct{}, cores*(1+hashQueue)),
 		working:  make(chan struct{}, cores),

@@ -30,7 +30,8 @@ const (
 	defaultPoolSize  = 8
 	maxPoolSize      = 16 // and one for the relay: a replica may hold 20
 	maxRetries       = 2
-	writeBatches     = 3 // at once, or a change waits for the commit of a stranger's
+	vacuumAfter      = 20_000 // events
+	writeBatches     = 3      // at once, or a change waits for the commit of a stranger's
 )
 
 // The keys of the advisory locks: one replica at a time applies the schema, and one relays.
@@ -463,9 +464,13 @@ func (s *postgres) do(ctx context.Context, what string, f statement, readOnly bo
 
 // acquire waits for a connection until the budget ends or the caller of ctx leaves.
 func (s *postgres) acquire(ctx, budget context.Context) (*pgxpool.Conn, error) {
-	wait, cancel := context.WithCancel(budget)
-	defer cancel()
-	defer context.AfterFunc(ctx, cancel)()
+	wait := budget
+	if ctx.Done() != nil {
+		var cancel context.CancelFunc
+		wait, cancel = context.WithCancel(budget)
+		defer cancel()
+		defer context.AfterFunc(ctx, cancel)()
+	}
 	conn, err := s.pool.Acquire(wait)
 	if err != nil {
 		if ctx.Err() != nil {
@@ -527,8 +532,9 @@ func (s *postgres) changed() <-chan struct{} { return s.poke }
 // postgresBacklog has a connection of its own, not one of the pool's: a lock of the session
 // holds the lead.
 type postgresBacklog struct {
-	conn  *pgx.Conn
-	swept time.Time // when idempotency keys were last looked through
+	conn    *pgx.Conn
+	removed int       // since the last vacuum
+	swept   time.Time // when idempotency keys were last looked through
 }
 
 func (s *postgres) open(ctx context.Context) (backlog, error) {
@@ -561,7 +567,7 @@ func (b *postgresBacklog) lead(ctx context.Context) (leads bool, err error) {
 func (b *postgresBacklog) pending(ctx context.Context, limit int) ([]event, error) {
 	ctx, cancel := context.WithTimeout(ctx, statementBudget)
 	defer cancel()
-	b.forgetKeys(ctx)
+	b.sweep(ctx)
 	rows, _ := b.conn.Query(ctx, `
 		SELECT id, event_id, event_type, user_id, version, trace_id, occurred_at
 		FROM outbox ORDER BY id LIMIT $1`, limit)
@@ -575,14 +581,18 @@ func (b *postgresBacklog) pending(ctx context.Context, limit int) ([]event, erro
 	return events, nil
 }
 
-// forgetKeys deletes old idempotency keys once an hour. That is a thing for one replica,
-// and the one that leads is one. It may fail: there is a next hour.
-func (b *postgresBacklog) forgetKeys(ctx context.Context) {
-	if time.Since(b.swept) < time.Hour {
-		return
+// sweep does what one replica should do now and then, and the one that leads is one:
+// delete old idempotency keys, and vacuum the outbox, because each reading passes over the
+// rows that died, and autovacuum looks only once a minute. It may fail: there is a next time.
+func (b *postgresBacklog) sweep(ctx context.Context) {
+	if time.Since(b.swept) >= time.Hour {
+		b.swept = time.Now()
+		b.conn.Exec(ctx, "DELETE FROM idempotency_keys WHERE created_at <= now() - $1::interval", keyLifetime)
 	}
-	b.swept = time.Now()
-	b.conn.Exec(ctx, "DELETE FROM idempotency_keys WHERE created_at <= now() - $1::interval", keyLifetime)
+	if b.removed >= vacuumAfter {
+		b.removed = 0
+		b.conn.Exec(ctx, "VACUUM (TRUNCATE off) outbox")
+	}
 }
 
 func (b *postgresBacklog) remove(ctx context.Context, events []event) error {
@@ -595,6 +605,7 @@ func (b *postgresBacklog) remove(ctx context.Context, events []event) error {
 	if _, err := b.conn.Exec(ctx, "DELETE FROM outbox WHERE id = ANY ($1)", ids); err != nil {
 		return fmt.Errorf("deleting events: %w", err)
 	}
+	b.removed += len(events)
 	return nil
 }
 
