@@ -7,7 +7,7 @@ GOTESTSUM   := go run gotest.tools/gotestsum@v1.13.0
 
 TEST_LOG := test-log.json
 
-.PHONY: help run build test drill lint services clean
+.PHONY: help run build test drill bench lint services clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 12
@@ -26,6 +26,10 @@ test: lint ## lint, then all tests with the race detector against real services
 
 drill: ## run the service under every fault that the README lists, and print what became of it
 	go test -count=1 -timeout 60m -run '^TestDrill$$' -v . -drill
+
+bench: ## measure the service beside others and draw docs/bench.svg; then the hot functions
+	go test -count=1 -timeout 60m -run '^TestCompare$$' -v . -compare
+	go test -count=1 -run '^$$' -bench . -benchmem .
 
 lint: ## go vet, staticcheck, gofmt
 	go vet ./...

@@ -6,19 +6,20 @@ import (
 	"sync"
 )
 
-// Group turns concurrent calls into one: a call that finds fewer than limit batches under
-// way runs at once, alone; those that come meanwhile share the next batch. Nobody waits for
-// a timer, and a call never joins a batch that has started, so no answer is older than its
-// question.
+// Group turns concurrent calls into one: while few are under way a call runs at once, alone;
+// those that come when more are share the next batch. Nobody waits for a timer, and a call
+// never joins a batch that has started, so no answer is older than its question.
 type Group[K comparable, V any] struct {
 	// run answers a batch of keys, some of which may be equal. A key that it leaves out
 	// has no value. Its context has the values and the deadline of none of the callers.
 	run   func(ctx context.Context, keys []K) (map[K]V, error)
-	limit int // of batches that run at the same time
+	alone int // calls that may run at the same time, while nothing is shared
+	limit int // shared batches that may run at the same time
 
 	mu      sync.Mutex
-	running int
-	next    *batch[K, V] // joined by calls while limit batches run
+	running int          // batches, of one call or several
+	shared  int          // those of them that were waited for
+	next    *batch[K, V] // joined by calls that do not run at once
 }
 
 type batch[K comparable, V any] struct {
@@ -37,7 +38,7 @@ func (g *Group[K, V]) Do(ctx context.Context, key K) (V, bool, error) {
 		b = &batch[K, V]{done: make(chan struct{})}
 	}
 	b.keys = append(b.keys, key)
-	atOnce := g.running < g.limit
+	atOnce := g.running < g.alone && g.shared < g.limit && g.next == nil
 	if atOnce {
 		g.running++
 	} else {
@@ -46,7 +47,7 @@ func (g *Group[K, V]) Do(ctx context.Context, key K) (V, bool, error) {
 	g.mu.Unlock()
 
 	if atOnce {
-		g.finish(b)
+		g.finish(b, 0)
 	} else {
 		select {
 		case <-b.done:
@@ -60,7 +61,7 @@ func (g *Group[K, V]) Do(ctx context.Context, key K) (V, bool, error) {
 }
 
 // finish runs b, lets its callers go, and has the batch that formed meanwhile run next.
-func (g *Group[K, V]) finish(b *batch[K, V]) {
+func (g *Group[K, V]) finish(b *batch[K, V], shared int) {
 	defer func() {
 		if v := recover(); v != nil {
 			b.err = &panicError{value: v, stack: debug.Stack()}
@@ -68,12 +69,14 @@ func (g *Group[K, V]) finish(b *batch[K, V]) {
 		close(b.done)
 		g.mu.Lock()
 		defer g.mu.Unlock()
-		if g.next == nil {
-			g.running--
-			return
+		g.running--
+		g.shared -= shared
+		if next := g.next; next != nil && g.shared < g.limit {
+			g.running++
+			g.shared++
+			g.next = nil
+			go g.finish(next, 1)
 		}
-		go g.finish(g.next)
-		g.next = nil
 	}()
 	b.values, b.err = g.run(context.Background(), b.keys)
 }

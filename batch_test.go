@@ -14,7 +14,7 @@ import (
 // slowGroup answers each key with its text, a second later, and notes the batches.
 func slowGroup(batches *[][]int) *Group[int, string] {
 	return &Group[int, string]{
-		limit: 1,
+		alone: 1, limit: 1,
 		run: func(_ context.Context, keys []int) (map[int]string, error) {
 			*batches = append(*batches, slices.Clone(keys))
 			time.Sleep(time.Second)
@@ -57,6 +57,27 @@ func TestGroupSharesTheNextBatch(t *testing.T) {
 	})
 }
 
+// TestGroupRunsAFewAlone has calls come one by one: two run alone, the rest shares, and while
+// that batch runs nobody runs alone.
+func TestGroupRunsAFewAlone(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var batches [][]int
+		g := slowGroup(&batches)
+		g.alone = 2
+		var callers sync.WaitGroup
+		for i := range 7 {
+			callers.Go(func() { g.Do(t.Context(), i+1) })
+			synctest.Wait()
+			time.Sleep(300 * time.Millisecond)
+		}
+		callers.Wait()
+		if got := fmt.Sprint(batches); got != "[[1] [2] [3 4] [5 6 7]]" {
+			t.Errorf("the batches are %s", got)
+		}
+	})
+}
+
 // TestGroupKeepsToItsLimit has calls come while two batches run: they share the third, which
 // begins when the first of the two ends.
 func TestGroupKeepsToItsLimit(t *testing.T) {
@@ -64,7 +85,7 @@ func TestGroupKeepsToItsLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var batches [][]int
 		g := slowGroup(&batches)
-		g.limit = 2
+		g.alone, g.limit = 2, 1
 		start := time.Now()
 		var took [5]time.Duration
 		var callers sync.WaitGroup
@@ -89,7 +110,7 @@ func TestGroupReadsNothingStale(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		state := "old"
-		g := &Group[int, string]{limit: 1}
+		g := &Group[int, string]{alone: 1, limit: 1}
 		g.run = func(context.Context, []int) (map[int]string, error) {
 			seen := state
 			time.Sleep(time.Second)
@@ -140,7 +161,7 @@ func TestGroupLetsCallersGo(t *testing.T) {
 func TestGroupSurvivesFailures(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		g := &Group[string, int]{limit: 1}
+		g := &Group[string, int]{alone: 1, limit: 1}
 		g.run = func(_ context.Context, keys []string) (map[string]int, error) {
 			time.Sleep(time.Second)
 			switch keys[0] {

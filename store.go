@@ -31,8 +31,11 @@ const (
 	maxPoolSize      = 16 // and one for the relay: a replica may hold 20
 	maxRetries       = 2
 	vacuumAfter      = 20_000 // events
-	writeBatches     = 3      // at once, or a change waits for the commit of a stranger's
 )
+
+// coalescing says how many calls may run alone, and how many batches: of reads one is best,
+// but a change would wait for the commit of a stranger's. The benchmark does without.
+var coalescing = struct{ readsAlone, reads, writesAlone, writes int }{4, 1, 3, 3}
 
 // The keys of the advisory locks: one replica at a time applies the schema, and one relays.
 const (
@@ -99,9 +102,11 @@ func openPostgres(ctx context.Context, databaseURL, appName string, log *slog.Lo
 		return nil, err
 	}
 	s := &postgres{pool: pool, poke: make(chan struct{}, 1)}
-	s.reads.run, s.reads.limit = s.selectUsers, 1
-	s.updates.run, s.updates.limit = s.changeTogether(updateUsers), writeBatches
-	s.deletions.run, s.deletions.limit = s.changeTogether(deleteUsers), writeBatches
+	s.reads.run, s.reads.alone, s.reads.limit = s.selectUsers, coalescing.readsAlone, coalescing.reads
+	s.updates.run = s.changeTogether(updateUsers)
+	s.updates.alone, s.updates.limit = coalescing.writesAlone, coalescing.writes
+	s.deletions.run = s.changeTogether(deleteUsers)
+	s.deletions.alone, s.deletions.limit = coalescing.writesAlone, coalescing.writes
 	for deadline := time.Now().Add(databaseWait); ; sleep(ctx, databaseRetry) {
 		if err := s.applySchema(ctx, deadline); err == nil {
 			return s, nil
