@@ -270,6 +270,146 @@ func TestStoreKeepsOrder(t *testing.T) {
 	})
 }
 
+// TestPostgresChangesTogether makes a batch of what can be shared and what cannot: the second
+// change of a user, one of a user who is missing, and one of a user whom somebody else has
+// locked are left out, and nobody waits for them.
+func TestPostgresChangesTogether(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s := openTestPostgres(t, url)
+	var users []User
+	for range 6 {
+		users = append(users, mustCreate(t, s, "John"))
+	}
+	locker := connect(t, url)
+	tx, err := locker.Begin(t.Context())
+	if err == nil {
+		_, err = tx.Exec(t.Context(), "SELECT FROM users WHERE id = $1 FOR UPDATE", users[5].ID)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback(context.WithoutCancel(t.Context()))
+
+	jane, john := "Jane", "John"
+	change := func(id int64, name *string, match ...int64) *userChange {
+		return &userChange{ID: id, Name: name, Match: match, EventID: newUUIDv7(), TraceID: "trace-1"}
+	}
+	changes := []*userChange{
+		0: change(users[0].ID, &jane),
+		1: change(users[0].ID, &john),
+		2: change(users[1].ID, &jane, 1, 7),
+		3: change(users[2].ID, &jane, 7),
+		4: change(users[3].ID, &john),
+		5: change(1<<40, &jane),
+		6: change(users[5].ID, &jane),
+	}
+	results, err := s.changeTogether(updateUsers)(t.Context(), changes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, want := range map[int]struct {
+		done    bool
+		version int64
+		name    string
+	}{0: {true, 2, jane}, 2: {true, 2, jane}, 3: {false, 1, john}, 4: {false, 1, john}} {
+		got, ok := results[changes[i]]
+		if !ok || got.done != want.done || got.user.ID != changes[i].ID ||
+			got.user.Version != want.version || got.user.Name != want.name {
+			t.Errorf("change %d: %t, %+v", i, ok, got)
+		}
+	}
+	if len(results) != 4 {
+		t.Errorf("%d changes were made or refused, not 4", len(results))
+	}
+
+	changes = []*userChange{change(users[0].ID, nil), change(users[1].ID, nil, 1), change(users[5].ID, nil)}
+	results, err = s.changeTogether(deleteUsers)(t.Context(), changes)
+	if err != nil || !results[changes[0]].done || results[changes[1]].done || len(results) != 2 {
+		t.Errorf("deletions: %+v, %v", results, err)
+	}
+	var events []string
+	for _, e := range allPending(t, s)[len(users):] {
+		events = append(events, fmt.Sprintf("%s %d/%d", e.Type, e.Data.UserID, e.Data.Version))
+	}
+	slices.Sort(events)
+	if got, want := fmt.Sprint(events), "[user.deleted 1/3 user.updated 1/2 user.updated 2/2]"; got != want {
+		t.Errorf("the events are %s, not %s", got, want)
+	}
+}
+
+// TestPostgresChangesAlone has one change of a batch refused by PostgreSQL: the others are
+// made nevertheless, and its caller is told.
+func TestPostgresChangesAlone(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s := openTestPostgres(t, url)
+	_, err := s.pool.Exec(t.Context(), `
+		CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+			$$ BEGIN RAISE 'refused'; END $$;
+		CREATE TRIGGER refuse BEFORE UPDATE ON users FOR EACH ROW
+			WHEN (NEW.name = 'refused') EXECUTE FUNCTION refuse();
+		CREATE FUNCTION linger() RETURNS trigger LANGUAGE plpgsql AS
+			$$ BEGIN PERFORM pg_sleep(0.2); RETURN NEW; END $$;
+		CREATE TRIGGER linger BEFORE UPDATE ON users FOR EACH ROW
+			WHEN (NEW.name = 'slow') EXECUTE FUNCTION linger();`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ids []int64
+	for range coalescing.writesAlone + 5 {
+		ids = append(ids, mustCreate(t, s, "John").ID)
+	}
+	var callers sync.WaitGroup
+	for i, id := range ids {
+		name := "Jane"
+		if i < coalescing.writesAlone {
+			name = "slow" // so that the others share a batch
+		} else if i == len(ids)-1 {
+			name = "refused"
+		}
+		callers.Go(func() {
+			u, err := s.updateUser(t.Context(), id, userInput{name: &name}, nil)
+			if name == "refused" {
+				if err == nil || errors.Is(err, errUnavailable) || errors.Is(err, errOutcomeUnknown) {
+					t.Errorf("the refused change: %+v, %v", u, err)
+				}
+			} else if err != nil || u.Name != name || u.Version != 2 {
+				t.Errorf("%s: %+v, %v", name, u, err)
+			}
+		})
+		if i == coalescing.writesAlone-1 {
+			time.Sleep(50 * time.Millisecond)
+		}
+	}
+	callers.Wait()
+	if n := len(allPending(t, s)); n != 2*len(ids)-1 {
+		t.Errorf("%d events of %d creations and %d updates", n, len(ids), len(ids)-1)
+	}
+}
+
+// TestPostgresVacuumsOutbox sees that the leader vacuums what it has emptied so often: before
+// that, PostgreSQL does not know how many rows the table has.
+func TestPostgresVacuumsOutbox(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	b := openBacklog(t, openTestPostgres(t, url)).(*postgresBacklog)
+	vacuumed := func() bool {
+		if _, err := b.pending(t.Context(), 1); err != nil {
+			t.Fatal(err)
+		}
+		return queryValue[float32](t, connect(t, url), "SELECT reltuples FROM pg_class WHERE relname = 'outbox'") >= 0
+	}
+	b.removed = vacuumAfter - 1
+	if vacuumed() {
+		t.Error("vacuumed too early")
+	}
+	b.removed++
+	if !vacuumed() || b.removed != 0 {
+		t.Error("not vacuumed")
+	}
+}
+
 // TestStoreMatchesOnce lets clients compete for one version: one of them wins.
 func TestStoreMatchesOnce(t *testing.T) {
 	t.Parallel()
