@@ -8,8 +8,10 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,6 +23,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/VictoriaMetrics/metrics"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"golang.org/x/crypto/argon2"
@@ -522,4 +525,42 @@ func drawing(results map[string]map[string][]measurement) []byte {
 	b.WriteString(bars.String())
 	fmt.Fprintf(&b, `<path d="M%.1f 34V%d" stroke="#c33" stroke-dasharray="3 3"/></svg>`+"\n", left+scale(1), y)
 	return b.Bytes()
+}
+
+// BenchmarkGetUser is a GET from the trace id to the log lines, without network and database.
+func BenchmarkGetUser(b *testing.B) {
+	server := &server{mux: http.NewServeMux(), log: newLogger(discard{}, slog.LevelInfo), metrics: metrics.NewSet()}
+	m := newMemory()
+	name := "John"
+	if _, err := m.createUser(b.Context(), userInput{&name, &name, &name}, ""); err != nil {
+		b.Fatal(err)
+	}
+	server.addRoutes(routes(&api{store: m}, &health{}))
+	r := httptest.NewRequest("GET", "/users/1", nil)
+	b.ReportAllocs()
+	for b.Loop() {
+		server.ServeHTTP(httptest.NewRecorder(), r)
+	}
+}
+
+func BenchmarkParseObject(b *testing.B) {
+	body := []byte(`{"name": "John", "surname": "Doe", "password": "correct horse"}`)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := parseObject(body); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkGroup(b *testing.B) {
+	g := Group[int, int]{alone: 4, limit: 1, run: func(_ context.Context, keys []int) (map[int]int, error) {
+		return map[int]int{keys[0]: 1}, nil
+	}}
+	b.ReportAllocs()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			g.Do(b.Context(), 1)
+		}
+	})
 }
