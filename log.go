@@ -88,6 +88,16 @@ func flushLog(log *slog.Logger) error {
 	return log.Handler().(*logHandler).out.flush()
 }
 
+// stopCollecting writes out what a logger of newLogger has not written yet, and from then on
+// each line at once.
+func stopCollecting(log *slog.Logger) error {
+	out := log.Handler().(*logHandler).out
+	out.mu.Lock()
+	defer out.mu.Unlock()
+	out.atOnce = true
+	return out.flushLocked()
+}
+
 const (
 	logDelay    = 20 * time.Millisecond // for a line below WARN
 	logCapacity = 64 << 10              // bytes
@@ -99,6 +109,7 @@ type logWriter struct {
 
 	mu     sync.Mutex
 	buffer []byte
+	atOnce bool
 }
 
 func (l *logWriter) Write(line []byte) (int, error) {
@@ -109,10 +120,13 @@ func (l *logWriter) Write(line []byte) (int, error) {
 			return 0, err // this line is lost; half a line never is
 		}
 	}
-	if len(l.buffer) == 0 {
+	if len(l.buffer) == 0 && !l.atOnce {
 		l.flushSoon()
 	}
 	l.buffer = append(l.buffer, line...)
+	if l.atOnce {
+		return len(line), l.flushLocked()
+	}
 	return len(line), nil
 }
 

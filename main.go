@@ -134,6 +134,7 @@ func run(ctx context.Context, s settings, log *slog.Logger) error {
 	select {
 	case err = <-served: // only a listener that broke ends it before its Shutdown
 	case <-ctx.Done():
+		stopCollecting(log) // a second signal ends the process without a word
 		log.Info("Service stopping")
 		server.draining.Store(true)
 		time.Sleep(s.shutdownDelay)

@@ -504,11 +504,16 @@ func TestProgramSecondSignal(t *testing.T) {
 	t.Parallel()
 	p := startProgram(t, "SHUTDOWN_DELAY=1h")
 	p.signal(syscall.SIGTERM)
+	requests := 0
 	eventually(t, "an answer 503 of /readyz", func() bool {
+		requests++
 		return p.do("GET", "/readyz", "").status == 503
 	})
 	p.signal(syscall.SIGTERM)
 	p.wait()
+	if n := len(p.log.lines("Request started")); n != requests {
+		t.Errorf("the log has %d of %d requests", n, requests)
+	}
 	status := p.cmd.ProcessState.Sys().(syscall.WaitStatus)
 	if !status.Signaled() || status.Signal() != syscall.SIGTERM {
 		t.Errorf("the second signal ended it with %v", p.cmd.ProcessState)
