@@ -19,7 +19,7 @@ type Group[K comparable, V any] struct {
 	mu      sync.Mutex
 	running int          // batches, of one call or several
 	shared  int          // those of them that were waited for
-	next    *batch[K, V] // joined by calls that do not run at once
+	next    *batch[K, V] // joined by calls that cannot run at once; nil when one can
 }
 
 type batch[K comparable, V any] struct {
@@ -38,7 +38,7 @@ func (g *Group[K, V]) Do(ctx context.Context, key K) (V, bool, error) {
 		b = &batch[K, V]{done: make(chan struct{})}
 	}
 	b.keys = append(b.keys, key)
-	atOnce := g.running < g.alone && g.shared < g.limit && g.next == nil
+	atOnce := g.running < g.alone && g.shared < g.limit
 	if atOnce {
 		g.running++
 	} else {

@@ -80,6 +80,50 @@ func startWithRabbit(t *testing.T) (*service, *rabbitMQ) {
 	return startService(t, s), &rabbitMQ{exchange: s.exchange}
 }
 
+// TestBrokerSocketCollects corks a socket: nothing goes out until it is uncorked or holds too
+// much, and afterwards each write does at once.
+func TestBrokerSocketCollects(t *testing.T) {
+	t.Parallel()
+	near, far := net.Pipe()
+	defer near.Close()
+	defer far.Close()
+	arrived := make(chan int, 8)
+	go func() {
+		buffer := make([]byte, 2*socketCapacity)
+		for {
+			n, err := far.Read(buffer)
+			if err != nil {
+				return
+			}
+			arrived <- n
+		}
+	}()
+	s := &brokerSocket{Conn: near}
+	s.cork()
+	for range 3 {
+		if n, err := s.Write([]byte("abcd")); n != 4 || err != nil {
+			t.Fatal(n, err)
+		}
+	}
+	if len(arrived) > 0 {
+		t.Error("a corked socket writes")
+	}
+	if err := s.uncork(); err != nil || <-arrived != 12 {
+		t.Errorf("uncorked, it does not write all: %v", err)
+	}
+	if _, err := s.Write([]byte("abcd")); err != nil || <-arrived != 4 {
+		t.Errorf("uncorked, it does not write at once: %v", err)
+	}
+	s.cork()
+	if _, err := s.Write(make([]byte, socketCapacity)); err != nil || <-arrived != socketCapacity {
+		t.Errorf("it collects too much: %v", err)
+	}
+	near.Close()
+	if _, err := s.Write(make([]byte, socketCapacity)); err == nil {
+		t.Error("a write to a closed socket is no error")
+	}
+}
+
 func TestMessage(t *testing.T) {
 	t.Parallel()
 	svc, names := startWithRabbit(t)
