@@ -300,9 +300,10 @@ func (c *consumer) handle(ctx context.Context, body []byte) error {
 	return nil
 }
 
-// commit writes out the lines of the events.
+// commit writes out the lines of the events. An event without its line is one not seen.
 func (c *consumer) commit() error {
 	if err := flushLog(c.log); err != nil {
+		c.seen = versions{}
 		return fmt.Errorf("logging events: %w", err)
 	}
 	return nil

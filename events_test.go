@@ -5,10 +5,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -321,6 +323,51 @@ func TestConsumerKeepsWhatItCannotLog(t *testing.T) {
 			t.Errorf("an event whose line was not written: %v, %v", acks, err)
 		}
 	}
+}
+
+// TestConsumerTriesAgain fills a log that cannot be written until a line is lost: when it can
+// be written again, the event comes again and gets its line.
+func TestConsumerTriesAgain(t *testing.T) {
+	t.Parallel()
+	log := &logBuffer{}
+	out := &switchedWriter{to: log}
+	out.broken.Store(true)
+	logger := newLogger(out, slog.LevelDebug)
+	c := newConsumer(logger, metrics.NewSet())
+	for range logCapacity / 100 {
+		logger.Info("A line that makes the buffer full", "text", strings.Repeat("x", 100))
+	}
+	events := []event{newEvent(userCreated, 1, 1)}
+	if n, err := (inProcess{c}).publish(t.Context(), events); err == nil || n != 0 {
+		t.Errorf("%d events are acknowledged: %v", n, err)
+	}
+	for healed := range 2 { // the line may be lost before the log heals and acknowledged after
+		if healed == 0 {
+			c.handle(t.Context(), encode(t, events[0]))
+		}
+		out.broken.Store(false)
+		if err := c.commit(); (err == nil) != (healed == 1) {
+			t.Errorf("commit %d: %v", healed, err)
+		}
+	}
+	if n, err := (inProcess{c}).publish(t.Context(), events); err != nil || n != 1 {
+		t.Errorf("%d events are acknowledged: %v", n, err)
+	}
+	if n := len(log.lines("Received event user.created with user_id=1")); n != 1 {
+		t.Errorf("%d lines of the event", n)
+	}
+}
+
+type switchedWriter struct {
+	to     io.Writer
+	broken atomic.Bool
+}
+
+func (w *switchedWriter) Write(p []byte) (int, error) {
+	if w.broken.Load() {
+		return 0, errors.New("disk full")
+	}
+	return w.to.Write(p)
 }
 
 // acknowledger remembers what a broker would be told.

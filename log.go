@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"io"
 	"log/slog"
@@ -83,9 +84,15 @@ func (h *logHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 // WithGroup has no effect: the keys of a line are flat.
 func (h *logHandler) WithGroup(string) slog.Handler { return h }
 
-// flushLog writes out what a logger of newLogger has not written yet.
+// flushLog writes out what a logger of newLogger has not written yet. It fails also where
+// lines were lost since the last time.
 func flushLog(log *slog.Logger) error {
-	return log.Handler().(*logHandler).out.flush()
+	out := log.Handler().(*logHandler).out
+	out.mu.Lock()
+	defer out.mu.Unlock()
+	lost := out.lost
+	out.lost = nil
+	return cmp.Or(out.flushLocked(), lost)
 }
 
 // stopCollecting writes out what a logger of newLogger has not written yet, and from then on
@@ -110,6 +117,7 @@ type logWriter struct {
 	mu     sync.Mutex
 	buffer []byte
 	atOnce bool
+	lost   error // why lines were lost
 }
 
 func (l *logWriter) Write(line []byte) (int, error) {
@@ -117,7 +125,8 @@ func (l *logWriter) Write(line []byte) (int, error) {
 	defer l.mu.Unlock()
 	if len(l.buffer)+len(line) > logCapacity {
 		if err := l.flushLocked(); err != nil {
-			return 0, err // this line is lost; half a line never is
+			l.lost = err // this line; half a line never is
+			return 0, err
 		}
 	}
 	if len(l.buffer) == 0 && !l.atOnce {
