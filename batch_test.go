@@ -14,7 +14,7 @@ import (
 // slowGroup answers each key with its text, a second later, and notes the batches.
 func slowGroup(batches *[][]int) *Group[int, string] {
 	return &Group[int, string]{
-		alone: 1, limit: 1,
+		budget: time.Minute, alone: 1, limit: 1,
 		run: func(_ context.Context, keys []int) (map[int]string, error) {
 			*batches = append(*batches, slices.Clone(keys))
 			time.Sleep(time.Second)
@@ -110,7 +110,7 @@ func TestGroupReadsNothingStale(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		state := "old"
-		g := &Group[int, string]{alone: 1, limit: 1}
+		g := &Group[int, string]{budget: time.Minute, alone: 1, limit: 1}
 		g.run = func(context.Context, []int) (map[int]string, error) {
 			seen := state
 			time.Sleep(time.Second)
@@ -156,12 +156,42 @@ func TestGroupLetsCallersGo(t *testing.T) {
 	})
 }
 
+// TestGroupKeepsToItsBudget has batches that never end by themselves: each caller is answered
+// when the budget of its batch ends, which began with the batch's first call.
+func TestGroupKeepsToItsBudget(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		g := &Group[int, string]{budget: 4 * time.Second, alone: 1, limit: 1}
+		g.run = func(ctx context.Context, _ []int) (map[int]string, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
+		start := time.Now()
+		var took [4]time.Duration
+		var callers sync.WaitGroup
+		for i := range took {
+			callers.Go(func() {
+				if _, _, err := g.Do(t.Context(), i); !errors.Is(err, context.DeadlineExceeded) {
+					t.Errorf("caller %d got %v", i, err)
+				}
+				took[i] = time.Since(start)
+			})
+			synctest.Wait()
+			time.Sleep(time.Second)
+		}
+		callers.Wait()
+		if got := fmt.Sprint(took); got != "[4s 5s 5s 5s]" {
+			t.Errorf("callers were answered after %s", got)
+		}
+	})
+}
+
 // TestGroupSurvivesFailures has batches fail and panic, the first alone and the second
 // shared: their callers are told, and the next batch runs.
 func TestGroupSurvivesFailures(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		g := &Group[string, int]{alone: 1, limit: 1}
+		g := &Group[string, int]{budget: time.Minute, alone: 1, limit: 1}
 		g.run = func(_ context.Context, keys []string) (map[string]int, error) {
 			time.Sleep(time.Second)
 			switch keys[0] {

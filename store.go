@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net"
 	"slices"
 	"strings"
 	"time"
@@ -48,8 +49,8 @@ type postgres struct {
 	pool *pgxpool.Pool
 	poke chan struct{}
 
-	reads              Group[int64, User] // by id
-	updates, deletions changeGroup
+	reads              *Group[int64, User] // by id
+	updates, deletions changer
 }
 
 // parseDatabaseURL returns text without a driver suffix, such as postgresql+asyncpg.
@@ -74,6 +75,7 @@ func poolConfig(databaseURL, appName string) (*pgxpool.Config, error) {
 		config.MaxConns = defaultPoolSize
 	}
 	config.MaxConns = min(config.MaxConns, maxPoolSize)
+	preferPlain(&config.ConnConfig.Config)
 	config.PingTimeout = time.Second
 	if t := &config.ConnConfig.ConnectTimeout; *t == 0 || *t > connectWait { // 0 is without end
 		*t = connectWait
@@ -91,6 +93,16 @@ func poolConfig(databaseURL, appName string) (*pgxpool.Config, error) {
 	return config, nil
 }
 
+// preferPlain turns around sslmode=prefer, the default, on this machine: there TLS keeps no
+// secret from anybody, and costs a tenth of what a read does. A server that wants TLS gets it.
+func preferPlain(c *pgconn.Config) {
+	ip := net.ParseIP(c.Host)
+	loopback := c.Host == "localhost" || ip.IsLoopback()
+	if loopback && c.TLSConfig != nil && len(c.Fallbacks) == 1 && c.Fallbacks[0].TLSConfig == nil {
+		c.TLSConfig, c.Fallbacks[0].TLSConfig = nil, c.TLSConfig
+	}
+}
+
 // openPostgres waits until the database answers and has the schema, for a minute at most.
 func openPostgres(ctx context.Context, databaseURL, appName string, log *slog.Logger) (*postgres, error) {
 	config, err := poolConfig(databaseURL, appName)
@@ -102,11 +114,9 @@ func openPostgres(ctx context.Context, databaseURL, appName string, log *slog.Lo
 		return nil, err
 	}
 	s := &postgres{pool: pool, poke: make(chan struct{}, 1)}
-	s.reads.run, s.reads.alone, s.reads.limit = s.selectUsers, coalescing.readsAlone, coalescing.reads
-	s.updates.run = s.changeTogether(updateUsers)
-	s.updates.alone, s.updates.limit = coalescing.writesAlone, coalescing.writes
-	s.deletions.run = s.changeTogether(deleteUsers)
-	s.deletions.alone, s.deletions.limit = coalescing.writesAlone, coalescing.writes
+	s.reads = &Group[int64, User]{run: s.selectUsers, budget: statementBudget,
+		alone: coalescing.readsAlone, limit: coalescing.reads}
+	s.updates, s.deletions = s.newChanger(updateUsers), s.newChanger(deleteUsers)
 	for deadline := time.Now().Add(databaseWait); ; sleep(ctx, databaseRetry) {
 		if err := s.applySchema(ctx, deadline); err == nil {
 			return s, nil
@@ -217,12 +227,7 @@ func (s *postgres) creationUnder(ctx context.Context, key string) (User, string,
 // getUser shares its statement with the calls that come while another one runs: what a
 // read costs is the statement, hardly the row.
 func (s *postgres) getUser(ctx context.Context, id int64) (User, error) {
-	ctx, cancel := context.WithTimeout(ctx, statementBudget)
-	defer cancel()
 	u, ok, err := s.reads.Do(ctx, id)
-	if errors.Is(err, context.DeadlineExceeded) {
-		err = fmt.Errorf("waiting to select a user: %w: %w", errUnavailable, err)
-	}
 	if err == nil && !ok {
 		err = errNotFound
 	}
@@ -270,14 +275,14 @@ func (s *postgres) listUsers(ctx context.Context, after, offset, limit int64) ([
 }
 
 func (s *postgres) updateUser(ctx context.Context, id int64, in userInput, match []int64) (User, error) {
-	u, _, err := s.change(ctx, &s.updates, updateUsers, userChange{
+	u, _, err := s.change(ctx, s.updates, userChange{
 		ID: id, Name: in.name, Surname: in.surname, Password: in.password, Match: match,
 	})
 	return u, err
 }
 
 func (s *postgres) deleteUser(ctx context.Context, id int64, match []int64) error {
-	_, deleted, err := s.change(ctx, &s.deletions, deleteUsers, userChange{ID: id, Match: match})
+	_, deleted, err := s.change(ctx, s.deletions, userChange{ID: id, Match: match})
 	if err == nil && !deleted {
 		err = errVersionMismatch
 	}
@@ -347,18 +352,27 @@ const (
 		SELECT ` + userColumns + `, false FROM current WHERE NOT matches`
 )
 
+// changer makes changes of one kind.
+type changer struct {
+	sql   string
+	group *Group[*userChange, changed]
+}
+
+func (s *postgres) newChanger(sql string) changer {
+	return changer{sql, &Group[*userChange, changed]{run: s.changeTogether(sql), budget: statementBudget,
+		alone: coalescing.writesAlone, limit: coalescing.writes}}
+}
+
 // change makes c together with the changes that came while others were made. It says
 // whether the user is another one now.
-func (s *postgres) change(ctx context.Context, g *changeGroup, sql string, c userChange) (User, bool, error) {
+func (s *postgres) change(ctx context.Context, by changer, c userChange) (User, bool, error) {
+	deadline := time.Now().Add(statementBudget)
 	c.EventID, c.TraceID = newUUIDv7(), traceID(ctx)
-	ctx, cancel := context.WithTimeout(ctx, statementBudget)
-	defer cancel()
-	result, ok, err := g.Do(ctx, &c)
-	if errors.Is(err, context.DeadlineExceeded) {
-		err = fmt.Errorf("waiting to change a user: %w: %w", errOutcomeUnknown, err)
-	}
+	result, ok, err := by.group.Do(ctx, &c)
 	if err == nil && !ok {
-		result, err = s.changeOne(ctx, sql, &c)
+		ctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
+		defer cancel()
+		result, err = s.changeOne(ctx, by.sql, &c)
 	}
 	switch {
 	case err != nil:
@@ -369,8 +383,6 @@ func (s *postgres) change(ctx context.Context, g *changeGroup, sql string, c use
 	}
 	return result.user, result.done, err
 }
-
-type changeGroup = Group[*userChange, changed]
 
 // changeTogether makes changes in one transaction. It leaves out what has to be made alone:
 // the second change of a user, that of a user who is locked or missing, and all of them
@@ -434,16 +446,14 @@ func (s *postgres) write(ctx context.Context, what string, f statement) error {
 	return s.do(ctx, what, f, false)
 }
 
-// do runs f within the budget or, if that is sooner, by the deadline of ctx, and again where that cannot change anything twice. It fails
-// with the context's error where the caller left before there was a connection.
+// do runs f, and again where that cannot change anything twice. The budget is that of ctx
+// where it has one, as a batch has; a caller who leaves ends the wait for a connection, but
+// never cuts a statement off, which would cost the connection.
 func (s *postgres) do(ctx context.Context, what string, f statement, readOnly bool) error {
-	// A statement that was begun is not cut off when its client leaves: that would cost
-	// the connection.
-	deadline, ok := ctx.Deadline()
-	if !ok {
-		deadline = time.Now().Add(statementBudget)
+	budget, cancel := ctx, func() {}
+	if _, ok := ctx.Deadline(); !ok {
+		budget, cancel = context.WithTimeout(context.WithoutCancel(ctx), statementBudget)
 	}
-	budget, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
 	defer cancel()
 	for retries := 0; ; retries++ {
 		conn, err := s.acquire(ctx, budget)
@@ -467,10 +477,11 @@ func (s *postgres) do(ctx context.Context, what string, f statement, readOnly bo
 	}
 }
 
-// acquire waits for a connection until the budget ends or the caller of ctx leaves.
+// acquire waits for a connection until the budget ends or the caller of ctx leaves, then
+// with its error.
 func (s *postgres) acquire(ctx, budget context.Context) (*pgxpool.Conn, error) {
 	wait := budget
-	if ctx.Done() != nil {
+	if ctx != budget {
 		var cancel context.CancelFunc
 		wait, cancel = context.WithCancel(budget)
 		defer cancel()
@@ -478,7 +489,7 @@ func (s *postgres) acquire(ctx, budget context.Context) (*pgxpool.Conn, error) {
 	}
 	conn, err := s.pool.Acquire(wait)
 	if err != nil {
-		if ctx.Err() != nil {
+		if errors.Is(ctx.Err(), context.Canceled) {
 			return nil, ctx.Err()
 		}
 		return nil, fmt.Errorf("%w: %w", errUnavailable, err)

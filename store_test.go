@@ -2,10 +2,12 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -540,6 +542,39 @@ func TestPoolConfigBoundsConnecting(t *testing.T) {
 	} {
 		if config, err := poolConfig("postgres://u@h/d"+query, "test"); err != nil || config.MaxConns != want {
 			t.Errorf("%q: %d connections, %v", query, config.MaxConns, err)
+		}
+	}
+}
+
+func TestPoolConfigPrefersPlainOnLoopback(t *testing.T) {
+	t.Parallel()
+	for url, want := range map[string]string{
+		"postgres://u@127.0.0.1/d":                   "plain, TLS",
+		"postgres://u@[::1]/d?sslmode=prefer":        "plain, TLS",
+		"postgres://u@localhost/d":                   "plain, TLS",
+		"postgres://u@localhost/d?sslmode=require":   "TLS",
+		"postgres://u@localhost/d?sslmode=disable":   "plain",
+		"postgres://u@db.example.com/d":              "TLS, plain",
+		"postgres://u@192.0.2.1/d":                   "TLS, plain",
+		"postgres://u@127.0.0.1,db.example.com/d":    "TLS, plain, TLS, plain",
+		"postgres://u@localhost/d?sslmode=allow":     "plain, TLS",
+		"postgres://u@/d?host=/var/run/postgresql":   "plain",
+		"postgres://u@localhost/d?sslmode=verify-ca": "TLS",
+	} {
+		config, err := poolConfig(url, "test")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ways := []*tls.Config{config.ConnConfig.TLSConfig}
+		for _, f := range config.ConnConfig.Fallbacks {
+			ways = append(ways, f.TLSConfig)
+		}
+		got := make([]string, len(ways))
+		for i, way := range ways {
+			got[i] = map[bool]string{true: "plain", false: "TLS"}[way == nil]
+		}
+		if strings.Join(got, ", ") != want {
+			t.Errorf("%s connects by %s, want %s", url, got, want)
 		}
 	}
 }
