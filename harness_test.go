@@ -30,6 +30,9 @@ var (
 	testRabbitURL   = envOr("TEST_RABBITMQ_URL", "amqp://guest:guest@127.0.0.1:5672/")
 )
 
+// microseconds is the layout of every time that leaves the service.
+const microseconds = "2006-01-02T15:04:05.000000Z"
+
 func envOr(name, fallback string) string {
 	if value := os.Getenv(name); value != "" {
 		return value

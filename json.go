@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"strconv"
+	"time"
 	"unicode/utf8"
 )
 
@@ -41,8 +42,14 @@ func (l userList) appendJSON(b []byte) []byte {
 	return append(strconv.AppendInt(b, *l.NextAfter, 10), '}')
 }
 
+// appendJSON takes the fast path that package time has for RFC 3339, and for no other layout.
 func (t timestamp) appendJSON(b []byte) []byte {
-	return t.UTC().AppendFormat(b, `"`+microseconds+`"`)
+	b = t.UTC().AppendFormat(append(b, '"'), time.RFC3339)
+	b[len(b)-1] = '.' // for the "Z"
+	for micro, unit := t.Nanosecond()/1000, 100_000; unit > 0; unit /= 10 {
+		b = append(b, '0'+byte(micro/unit%10))
+	}
+	return append(b, `Z"`...)
 }
 
 // appendJSONString leaves what is not plain ASCII to encoding/json.

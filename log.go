@@ -11,11 +11,8 @@ import (
 	"time"
 )
 
-// microseconds is how every time leaves the service: RFC 3339 in UTC, always six
-// fractional digits.
-const microseconds = "2006-01-02T15:04:05.000000Z"
-
-// timestamp is a time that JSON shows in microseconds.
+// timestamp is a time as it leaves the service: RFC 3339 in UTC, always with six fractional
+// digits.
 type timestamp struct{ time.Time }
 
 func (t timestamp) MarshalJSON() ([]byte, error) {
@@ -61,6 +58,16 @@ func (h *logHandler) Handle(ctx context.Context, r slog.Record) error {
 		err = h.out.flush()
 	}
 	return err
+}
+
+// logInfo logs what happened at a time. Unlike a slog.Logger's methods it does not look up
+// its caller, which is never shown.
+func logInfo(ctx context.Context, log *slog.Logger, at time.Time, event string, attrs ...slog.Attr) {
+	if log.Enabled(ctx, slog.LevelInfo) {
+		r := slog.NewRecord(at, slog.LevelInfo, event, 0)
+		r.AddAttrs(attrs...)
+		log.Handler().Handle(ctx, r)
+	}
 }
 
 func appendAttr(line []byte, a slog.Attr) []byte {

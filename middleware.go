@@ -85,11 +85,12 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	method, path := slog.String("method", r.Method), slog.String("path", r.URL.Path)
 
-	s.log.LogAttrs(r.Context(), slog.LevelInfo, "Request started", method, path)
+	logInfo(r.Context(), s.log, start, "Request started", method, path)
 	s.dispatch(res, r)
 	answered := res.err == nil || s.fail(res, r)
 
-	elapsed := time.Since(start)
+	end := time.Now()
+	elapsed := end.Sub(start)
 	attrs := []slog.Attr{method, path,
 		slog.Int("status", res.status),
 		slog.Float64("duration_ms", float64(elapsed.Microseconds())/1000),
@@ -98,7 +99,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if res.status == http.StatusServiceUnavailable && res.err != nil {
 		attrs = append(attrs, slog.String("error", res.err.Error()))
 	}
-	s.log.LogAttrs(r.Context(), slog.LevelInfo, "Request completed", attrs...)
+	logInfo(r.Context(), s.log, end, "Request completed", attrs...)
 	s.observe(r.Pattern, res.status, elapsed)
 	if !answered { // net/http would send an empty 200, or end half an answer as a whole one
 		panic(http.ErrAbortHandler)
