@@ -25,6 +25,7 @@ const (
 	relayDrain    = 2 * time.Second
 	leadInterval  = 500 * time.Millisecond // between two attempts to take the lead
 	maxEventBytes = 64 << 10
+	maxVersions   = 100_000 // users whose newest version the consumer remembers
 )
 
 // A backlog competes for the processors with the requests that come in. Where they are few
@@ -212,7 +213,7 @@ func (r *relay) relayOnce(ctx context.Context, p publisher, b backlog) (n int, e
 	for n < len(events) {
 		came := r.traffic.begun.Load() - requests
 		requests += came
-		aside := (came > 0 || r.traffic.underWay()) && came < relayFlood
+		aside := (came > 0 || r.traffic.underWay() > 0) && came < relayFlood
 		size := relayWindow
 		if aside {
 			size = relayAside
@@ -246,7 +247,7 @@ func (r *relay) publishWindow(ctx context.Context, p publisher, b backlog, event
 // giveWay waits for the requests under way, and returns how long.
 func (r *relay) giveWay(ctx context.Context, atMost time.Duration) time.Duration {
 	began := time.Now()
-	for r.traffic.underWay() && time.Since(began) < atMost {
+	for r.traffic.underWay() > 0 && time.Since(began) < atMost {
 		sleep(ctx, time.Millisecond)
 	}
 	return time.Since(began)
@@ -257,7 +258,7 @@ type consumer struct {
 	log      *slog.Logger
 	consumed *metrics.Counter
 	skipped  *metrics.Counter
-	seen     versions
+	seen     recent[int64, int64] // the newest version of a user
 }
 
 func newConsumer(log *slog.Logger, set *metrics.Set) *consumer {
@@ -265,6 +266,7 @@ func newConsumer(log *slog.Logger, set *metrics.Set) *consumer {
 		log:      log,
 		consumed: set.NewCounter("events_consumed_total"),
 		skipped:  set.NewCounter("events_skipped_total"),
+		seen:     recent[int64, int64]{max: maxVersions},
 	}
 }
 
@@ -288,14 +290,14 @@ func (c *consumer) handle(ctx context.Context, body []byte) error {
 		slog.Int64("version", e.Data.Version),
 		slog.String("event_id", e.ID),
 	}
-	if c.seen.passed(e.Data) {
+	if newest, ok := c.seen.get(e.Data.UserID); ok && newest >= e.Data.Version {
 		c.skipped.Inc()
 		c.log.LogAttrs(ctx, slog.LevelDebug, "Skipped duplicate event", attrs...)
 		return nil
 	}
 	message := fmt.Sprintf("Received event %s with user_id=%d", e.Type, e.Data.UserID)
 	c.log.LogAttrs(ctx, slog.LevelInfo, message, attrs...)
-	c.seen.add(e.Data)
+	c.seen.put(e.Data.UserID, e.Data.Version)
 	c.consumed.Inc()
 	return nil
 }
@@ -303,7 +305,7 @@ func (c *consumer) handle(ctx context.Context, body []byte) error {
 // commit writes out the lines of the events. An event without its line is one not seen.
 func (c *consumer) commit() error {
 	if err := flushLog(c.log); err != nil {
-		c.seen = versions{}
+		c.seen = recent[int64, int64]{max: maxVersions}
 		return fmt.Errorf("logging events: %w", err)
 	}
 	return nil
@@ -327,25 +329,6 @@ func parseEvent(body []byte) (event, error) {
 		return event{}, fmt.Errorf("%w: event_id, user_id or version is missing", errUnreadable)
 	}
 	return e, nil
-}
-
-// versions remembers the newest version of each of the users that were seen last: of
-// half of maxVersions at least, of maxVersions at most.
-type versions struct {
-	newer, older map[int64]int64
-}
-
-const maxVersions = 100_000
-
-func (v *versions) passed(d eventData) bool {
-	return max(v.newer[d.UserID], v.older[d.UserID]) >= d.Version
-}
-
-func (v *versions) add(d eventData) {
-	if v.newer == nil || len(v.newer) >= maxVersions/2 {
-		v.newer, v.older = make(map[int64]int64), v.newer
-	}
-	v.newer[d.UserID] = d.Version
 }
 
 // inProcess is the broker of a service without RabbitMQ: what it has published has been

@@ -288,15 +288,15 @@ func TestConsumerSkipsDuplicates(t *testing.T) {
 
 func TestVersionsStayBounded(t *testing.T) {
 	t.Parallel()
-	var v versions
+	v := recent[int64, int64]{max: maxVersions}
 	for id := range int64(3 * maxVersions) {
-		v.add(eventData{id + 1, 1})
+		v.put(id+1, 1)
 		if len(v.newer)+len(v.older) > maxVersions {
 			t.Fatalf("%d versions after %d users", len(v.newer)+len(v.older), id)
 		}
 	}
 	for id := int64(3*maxVersions - maxVersions/2 + 1); id <= 3*maxVersions; id++ {
-		if !v.passed(eventData{id, 1}) || v.passed(eventData{id, 2}) {
+		if version, ok := v.get(id); !ok || version != 1 {
 			t.Fatalf("user %d is forgotten", id)
 		}
 	}

@@ -49,6 +49,9 @@ func main() {
 // for what was asked wrongly, 1 for what failed. The last line on stdout says why.
 func command(ctx context.Context, args []string, stdout io.Writer) int {
 	log := newLogger(stdout, slog.LevelInfo)
+	if len(args) > 0 && args[0] == "key" {
+		return makeKey(args[1:], stdout, log)
+	}
 	getenv, err := getenvWithFile(".env")
 	var s settings
 	if err == nil {
@@ -65,13 +68,30 @@ func command(ctx context.Context, args []string, stdout io.Writer) int {
 	case "healthcheck":
 		err = checkHealth(s)
 	default:
-		log.Error("Unknown command", "error", "the commands are none, to serve, and healthcheck")
+		log.Error("Unknown command", "error", "the commands are none, to serve, key and healthcheck")
 		return 2
 	}
 	if err != nil {
 		log.Error("Service failed", "error", err)
 		return 1
 	}
+	return 0
+}
+
+// makeKey prints a new API key, and the line that lets it in.
+func makeKey(args []string, stdout io.Writer, log *slog.Logger) int {
+	readOnly := len(args) == 2 && args[1] == "read"
+	if len(args) != 1 && !readOnly {
+		log.Error("Unknown command", "error", "the arguments of key are a name and, for a key to read only, read")
+		return 2
+	}
+	key, setting, err := newAPIKey(args[0], readOnly)
+	if err != nil {
+		log.Error("Unknown command", "error", "a name has 1 to 64 of A-Z a-z 0-9 . _ -")
+		return 2
+	}
+	fmt.Fprintf(stdout, "The key, which is shown only now:\n%s\n"+
+		"Its setting; several are separated by commas:\nAPI_KEYS=%s\n", key, setting)
 	return 0
 }
 
@@ -113,10 +133,13 @@ func run(ctx context.Context, s settings, log *slog.Logger) error {
 	defer store.close()
 	consumer := newConsumer(log, set)
 	broker := newBroker(s, consumer, log, set)
-	api := &api{store: store, hasher: newHasher(), passwordMinLength: s.passwordMinLength}
-	server := &server{mux: http.NewServeMux(), log: log, metrics: set}
+	if len(s.apiKeys) == 0 {
+		log.Warn("No API_KEYS: everybody who reaches the service may do everything")
+	}
+	api := newAPI(store, s, log)
+	server := newServer(s, log, set)
 	health := &health{store: store, broker: broker, metrics: set, draining: &server.draining}
-	server.addRoutes(routes(api, health))
+	server.addRoutes(openRoutes(health), keyedRoutes(api, health))
 
 	listener, err := net.Listen("tcp", net.JoinHostPort(s.host, strconv.Itoa(s.port)))
 	if err != nil {
@@ -146,8 +169,8 @@ func run(ctx context.Context, s settings, log *slog.Logger) error {
 	return err
 }
 
-// routes is the list of what the service answers to.
-func routes(a *api, h *health) []route {
+// keyedRoutes is the list of what needs a key, where there are keys.
+func keyedRoutes(a *api, h *health) []route {
 	return []route{
 		{"GET", "/users", a.listUsers},
 		{"POST", "/users", a.createUser},
@@ -157,7 +180,14 @@ func routes(a *api, h *health) []route {
 		{"PUT", "/users/{id}", a.updateUser},
 		{"PATCH", "/users/{id}", a.updateUser},
 		{"DELETE", "/users/{id}", a.deleteUser},
+		{"POST", "/users/{id}/password/verify", a.verifyPassword},
+		{"GET", "/metrics", h.prometheus},
+	}
+}
 
+// openRoutes is the list of what everybody may see.
+func openRoutes(h *health) []route {
+	return []route{
 		{"GET", "/docs", serveDocs},
 		{"GET", "/docs/start.js", serveDocsFile},
 		{"GET", "/docs/swagger-ui-bundle.js", serveDocsFile},
@@ -170,7 +200,6 @@ func routes(a *api, h *health) []route {
 
 		{"GET", "/healthz", h.live},
 		{"GET", "/readyz", h.ready},
-		{"GET", "/metrics", h.prometheus},
 	}
 }
 

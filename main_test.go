@@ -208,8 +208,9 @@ func TestProgramInMemory(t *testing.T) {
 			t.Parallel()
 			p := startProgram(t)
 			lines := p.log.lines("")
-			if len(lines) != 2 || lines[0]["level"] != "WARN" ||
-				!strings.Contains(fmt.Sprint(lines[0]["event"]), "everything is lost") {
+			if len(lines) != 3 || lines[0]["level"] != "WARN" || lines[1]["level"] != "WARN" ||
+				!strings.Contains(fmt.Sprint(lines[0]["event"]), "everything is lost") ||
+				!strings.Contains(fmt.Sprint(lines[1]["event"]), "No API_KEYS") {
 				t.Errorf("the program begins with\n%s", p.log)
 			}
 			started := p.waitUntilStarted()
@@ -302,9 +303,9 @@ func TestProgramCannotListen(t *testing.T) {
 				t.Errorf("exit code %d", code)
 			}
 			lines := p.log.lines("")
-			if len(lines) != 2 || lines[1]["level"] != "ERROR" ||
-				!strings.Contains(fmt.Sprint(lines[1]["error"]), "listen") {
-				t.Errorf("no error after the warning:\n%s", p.log)
+			if len(lines) != 3 || lines[2]["level"] != "ERROR" ||
+				!strings.Contains(fmt.Sprint(lines[2]["error"]), "listen") {
+				t.Errorf("no error after the warnings:\n%s", p.log)
 			}
 		})
 	}

@@ -79,6 +79,25 @@ func (m *memory) getUser(_ context.Context, id int64) (User, error) {
 	return m.users[i].User, nil
 }
 
+func (m *memory) passwordHash(_ context.Context, id int64) (string, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	i, err := m.find(id, nil)
+	if err != nil {
+		return "", err
+	}
+	return m.users[i].password, nil
+}
+
+func (m *memory) rehashPassword(_ context.Context, id int64, old, hash string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if i, err := m.find(id, nil); err == nil && m.users[i].password == old {
+		m.users[i].password = hash
+	}
+	return nil
+}
+
 func (m *memory) listUsers(_ context.Context, after, offset, limit int64) ([]User, int64, error) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()

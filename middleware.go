@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/http"
 	"regexp"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -33,14 +35,19 @@ type server struct {
 	mux      *http.ServeMux
 	log      *slog.Logger
 	metrics  *metrics.Set
+	access   *access
 	traffic  traffic
 	draining atomic.Bool // when set, each answer is the last of its connection
+}
+
+func newServer(s settings, log *slog.Logger, set *metrics.Set) *server {
+	return &server{mux: http.NewServeMux(), log: log, metrics: set, access: newAccess(s)}
 }
 
 // traffic counts the requests.
 type traffic struct{ begun, ended atomic.Int64 }
 
-func (t *traffic) underWay() bool { return t.begun.Load() > t.ended.Load() }
+func (t *traffic) underWay() int64 { return t.begun.Load() - t.ended.Load() }
 
 // route is a method of a path, and what answers it.
 type route struct {
@@ -48,10 +55,14 @@ type route struct {
 	handler      handler
 }
 
-// addRoutes registers routes, and what answers to anything else.
-func (s *server) addRoutes(routes []route) {
+// addRoutes registers routes, those that are open to everybody and those that may need a
+// key, and what answers to anything else.
+func (s *server) addRoutes(open, keyed []route) {
+	for i := range keyed {
+		keyed[i].handler = s.access.needsKey(keyed[i].handler)
+	}
 	allow := make(map[string]string)
-	for _, r := range routes {
+	for _, r := range slices.Concat(open, keyed) {
 		s.handle(r.method+" "+r.path, r.handler)
 		if allow[r.path] != "" {
 			allow[r.path] += ", "
@@ -79,6 +90,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	r = r.WithContext(withTraceID(r.Context(), id))
 	res := &response{ResponseWriter: w, gone: r.Context().Done(),
 		head: r.Method == http.MethodHead}
+	maps.Copy(res.Header(), securityHeaders)
 	res.Header().Set("X-Trace-Id", id)
 	if s.draining.Load() {
 		res.Header().Set("Connection", "close")
@@ -99,6 +111,9 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if res.status == http.StatusServiceUnavailable && res.err != nil {
 		attrs = append(attrs, slog.String("error", res.err.Error()))
 	}
+	if res.key != nil {
+		attrs = append(attrs, slog.String("key", res.key.name))
+	}
 	logInfo(r.Context(), s.log, end, "Request completed", attrs...)
 	s.observe(r.Pattern, res.status, elapsed)
 	if !answered { // net/http would send an empty 200, or end half an answer as a whole one
@@ -106,18 +121,23 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// dispatch runs the handler of r. A panic in it becomes the error of the response.
+// dispatch runs the handler of r, if r is let in. A panic becomes the error of the response.
 func (s *server) dispatch(res *response, r *http.Request) {
 	defer func() {
 		if v := recover(); v != nil {
 			res.err = &panicError{value: v, stack: debug.Stack()}
 		}
 	}()
+	if res.err = s.access.admit(res, r, s.traffic.underWay()); res.err != nil {
+		return
+	}
 	if !strings.HasPrefix(r.URL.Path, "/") { // OPTIONS *, CONNECT host:port
 		res.err = errNoRoute
 		return
 	}
-	s.mux.ServeHTTP(res, r)
+	if !preflight(res, r) {
+		s.mux.ServeHTTP(res, r)
+	}
 }
 
 // fail answers with the problem document that res.err stands for. It returns false where
@@ -182,6 +202,7 @@ func methodNotAllowed(allow string) handler {
 // response remembers of an answer what the request log needs to know.
 type response struct {
 	http.ResponseWriter
+	key    *apiKey         // nil: the client has none
 	gone   <-chan struct{} // closed when the client has left
 	head   bool            // the body is not sent
 	status int             // 0: nothing was written
@@ -290,6 +311,7 @@ func invalid(what string, errs []fieldError) *problem {
 
 var (
 	errNoRoute    = newProblem(http.StatusNotFound, "There is nothing at this path")
+	errOverloaded = newProblem(http.StatusServiceUnavailable, "Too many requests are under way")
 	errClientGone = errors.New("the client went away")
 )
 

@@ -73,7 +73,7 @@ func serveHandler(t *testing.T, h handler) *service {
 	t.Helper()
 	log := &logBuffer{}
 	logger := newLogger(log, slog.LevelDebug)
-	server := &server{mux: http.NewServeMux(), log: logger, metrics: metrics.NewSet()}
+	server := newServer(settings{}, logger, metrics.NewSet())
 	server.handle("/", h)
 	web := httptest.NewUnstartedServer(nil)
 	web.Config = &newHTTPServer(server, logger).Server

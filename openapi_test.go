@@ -11,7 +11,6 @@ import (
 	"maps"
 	"math/big"
 	"mime"
-	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"os"
@@ -155,7 +154,7 @@ func TestOpenAPIHasEveryRoute(t *testing.T) {
 			t.Errorf("%s: status %d, Allow is %q, not %q", path, a.status, got, allow)
 		}
 	}
-	for _, route := range routes(&api{}, &health{}) {
+	for _, route := range slices.Concat(openRoutes(&health{}), keyedRoutes(&api{}, &health{})) {
 		pattern := route.method + " " + route.path
 		if !known[pattern] {
 			t.Errorf("the route %s is not documented", pattern)
@@ -176,6 +175,7 @@ func TestOpenAPIAnswers(t *testing.T) {
 		eachStore(t, func(t *testing.T, s *service) { testAnswers(t, doc, s) })
 	})
 	t.Run("faults", func(t *testing.T) { testFaults(t, doc) })
+	t.Run("access", func(t *testing.T) { testAccess(t, doc) })
 	for id, o := range doc.operations() {
 		for status, r := range o.Responses {
 			if !r.seen.Load() {
@@ -188,6 +188,7 @@ func TestOpenAPIAnswers(t *testing.T) {
 func testAnswers(t *testing.T, doc *document, s *service) {
 	valid := fmt.Sprintf(`{"name": " Ann ", "surname": "Lee", "password": %q}`, secret)
 	other := strings.Replace(valid, "Ann", "Eve", 1)
+	try := fmt.Sprintf(`{"password": %q}`, secret)
 	invalid := `{"name": "", "surname": null, "age/years": 7}`
 	large := `{"name": "` + strings.Repeat("x", maxBodyBytes) + `"}`
 	form := "Content-Type: application/x-www-form-urlencoded"
@@ -243,6 +244,12 @@ func testAnswers(t *testing.T, doc *document, s *service) {
 		{operation: "deleteUser", path: "/users/1", header: stale, want: 412},
 		{operation: "deleteUser", path: "/users/1", want: 200},
 		{operation: "deleteUser", path: "/users/1", want: 404},
+		{operation: "verifyPassword", path: "/users/2/password/verify", body: try, want: 200},
+		{operation: "verifyPassword", path: "/users/999/password/verify", body: try, want: 200},
+		{operation: "verifyPassword", path: "/users/x/password/verify", body: try, want: 404},
+		{operation: "verifyPassword", path: "/users/2/password/verify", body: invalid, want: 400},
+		{operation: "verifyPassword", path: "/users/2/password/verify", body: large, want: 413},
+		{operation: "verifyPassword", path: "/users/2/password/verify", body: try, header: form, want: 415},
 		{operation: "healthz", path: "/healthz", want: 200},
 		{operation: "readyz", path: "/readyz", want: 200},
 		{operation: "metrics", path: "/metrics", want: 200},
@@ -268,6 +275,39 @@ func testAnswers(t *testing.T, doc *document, s *service) {
 			head.header.Get("Content-Type") != a.header.Get("Content-Type") {
 			t.Errorf("HEAD %s: %v, and GET: %v", test.path, head, a)
 		}
+	}
+}
+
+// testAccess sends each operation without a key, with one to read, and too often. What the
+// document calls open needs no key.
+func testAccess(t *testing.T, doc *document) {
+	read, readKey := newTestKey(t, "report", true)
+	_, fullKey := newTestKey(t, "shop", false)
+	keyed := settings{apiKeys: []apiKey{readKey, fullKey}}
+	limited := settings{rateLimit: 0.01}
+	for id, o := range doc.operations() {
+		target := o.target(t)
+		body := func() io.Reader { return strings.NewReader(o.exampleBody(t, "application/json")) }
+		if open := o.Security != nil && len(*o.Security) == 0; open != (o.Responses["401"] == nil) {
+			t.Errorf("%s is open or not: its security and its 401 do not agree", id)
+		}
+		a := ask(newFaultyServerWith(keyed), o.method, target, body())
+		if (a.status == 401) != (o.Responses["401"] != nil) {
+			t.Errorf("%s without a key: status %d", id, a.status)
+		}
+		o.check(t, a)
+		a = ask(newFaultyServerWith(keyed), o.method, target, body(), "Authorization: Bearer "+read)
+		if (a.status == 403) != (o.Responses["403"] != nil) {
+			t.Errorf("%s with a key to read: status %d", id, a.status)
+		}
+		o.check(t, a)
+		server := newFaultyServerWith(limited)
+		ask(server, o.method, target, body())
+		a = ask(server, o.method, target, body())
+		if (a.status == 429) != (o.Responses["429"] != nil) {
+			t.Errorf("%s too often: status %d", id, a.status)
+		}
+		o.check(t, a)
 	}
 }
 
@@ -515,19 +555,30 @@ func (s faultyStore) listUsers(context.Context, int64, int64, int64) ([]User, in
 func (s faultyStore) updateUser(context.Context, int64, userInput, []int64) (User, error) {
 	return User{}, s.err
 }
+func (s faultyStore) passwordHash(context.Context, int64) (string, error) { return "", s.err }
+func (s faultyStore) rehashPassword(context.Context, int64, string, string) error {
+	return s.err
+}
 func (s faultyStore) deleteUser(context.Context, int64, []int64) error   { return s.err }
 func (s faultyStore) size(context.Context) (int64, time.Duration, error) { return 0, 0, s.err }
 func (s faultyStore) ready(context.Context) string                       { return s.state }
 
 // newFaultyServer has the routes of the service, without anything behind them that works.
 func newFaultyServer(s faultyStore, draining bool) *server {
-	server := &server{mux: http.NewServeMux(), log: slog.New(slog.DiscardHandler),
-		metrics: metrics.NewSet()}
+	return newServerOf(settings{}, s, draining)
+}
+
+func newFaultyServerWith(s settings) *server {
+	return newServerOf(s, faultyStore{state: "up", err: errUnavailable}, false)
+}
+
+func newServerOf(set settings, s faultyStore, draining bool) *server {
+	server := newServer(set, slog.New(slog.DiscardHandler), metrics.NewSet())
 	h := &health{store: s, broker: inProcess{}, metrics: server.metrics, draining: &server.draining}
 	server.draining.Store(draining)
-	api := &api{store: s, hasher: newHasher(), passwordMinLength: 8}
+	api := newAPI(s, settings{passwordMinLength: 8}, server.log)
 	api.creating.Store("running", true)
-	server.addRoutes(routes(api, h))
+	server.addRoutes(openRoutes(h), keyedRoutes(api, h))
 	return server
 }
 
@@ -566,6 +617,7 @@ type operation struct {
 		Content     map[string]mediaType
 	}
 	Responses map[string]*documentedResponse
+	Security  *[]map[string][]string // nil: that of the document
 
 	method, path string
 }
@@ -618,6 +670,9 @@ func readDocument(t *testing.T) *document {
 	object := root.(map[string]any)
 	unused := make(map[string]bool)
 	for kind, components := range object["components"].(map[string]any) {
+		if kind == "securitySchemes" {
+			continue // used by name
+		}
 		for name := range components.(map[string]any) {
 			unused["#/components/"+kind+"/"+name] = true
 		}

@@ -4,13 +4,16 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/subtle"
+	_ "embed"
 	"encoding/base64"
 	"errors"
 	"fmt"
 	"regexp"
 	"runtime"
 	"strconv"
+	"strings"
 	"time"
+	"unicode/utf8"
 
 	"golang.org/x/crypto/argon2"
 	"golang.org/x/text/unicode/norm"
@@ -32,6 +35,31 @@ const (
 	hashWait  = time.Second // how long a call waits for its turn
 	hashQueue = 32          // calls that wait for each one at work, about a second's work
 )
+
+const maxPasswordLength = 128 // code points
+
+//go:embed passwords.txt
+var commonPasswords string
+
+// newPasswordRule is the rule for passwords of minLength code points or more, which the
+// blocklist, if it is on, does not name in lower case.
+func newPasswordRule(minLength int, blocklist bool) fieldRule {
+	blocked := make(map[string]bool)
+	if blocklist {
+		for password := range strings.FieldsSeq(commonPasswords) {
+			blocked[password] = true
+		}
+	}
+	return func(text string) (string, error) {
+		if n := utf8.RuneCountInString(text); n < minLength || n > maxPasswordLength {
+			return "", fmt.Errorf("must have %d to %d characters", minLength, maxPasswordLength)
+		}
+		if blocked[strings.ToLower(text)] {
+			return "", errors.New("must not be one of the most common passwords")
+		}
+		return text, nil
+	}
+}
 
 // errBusy means that more passwords wait to be hashed than can be within hashWait.
 var errBusy = errors.New("too many passwords to hash")
@@ -82,22 +110,33 @@ func (h *hasher) hash(ctx context.Context, password string) (phc string, err err
 		rand.Read(salt) // never fails, says its documentation
 		key := argon2.IDKey(norm.NFC.Bytes([]byte(password)), salt,
 			argonTime, argonMemory, argonThreads, argonKey)
-		phc = fmt.Sprintf("$argon2id$v=%d$m=%d,t=%d,p=%d$%s$%s", argon2.Version,
-			argonMemory, argonTime, argonThreads,
-			base64.RawStdEncoding.EncodeToString(salt), base64.RawStdEncoding.EncodeToString(key))
+		phc = phcPrefix + base64.RawStdEncoding.EncodeToString(salt) + "$" +
+			base64.RawStdEncoding.EncodeToString(key)
 	})
 	return phc, err
 }
 
+var phcPrefix = fmt.Sprintf("$argon2id$v=%d$m=%d,t=%d,p=%d$",
+	argon2.Version, argonMemory, argonTime, argonThreads)
+
+// decoyHash is what no password gives, in the time that one of ours takes.
+var decoyHash = phcPrefix + strings.Repeat("A", 22) + "$" + strings.Repeat("A", 43)
+
+// isOutdated says whether phc was made with other parameters than a new one would be.
+func isOutdated(phc string) bool { return !strings.HasPrefix(phc, phcPrefix) }
+
+// errHash is a stored string that is not computed.
+var errHash = errors.New("the stored string is none that is computed")
+
 var phcPattern = regexp.MustCompile(
 	`^\$argon2id\$v=19\$m=(\d{1,5}),t=(\d{1,2}),p=(\d{1,2})\$([A-Za-z0-9+/]+)\$([A-Za-z0-9+/]+)$`)
 
-// verify says whether phc was made of password. A string that is not of argon2id, or would
-// cost more than 64 MiB or ten passes, is not computed and an error.
+// verify says whether phc was made of password. It fails with errHash for a string that is
+// not of argon2id, or would cost more than 64 MiB or ten passes, and with the errors of do.
 func (h *hasher) verify(ctx context.Context, password, phc string) (same bool, err error) {
 	fields := phcPattern.FindStringSubmatch(phc)
 	if fields == nil {
-		return false, errors.New("not a PHC string of argon2id")
+		return false, errHash
 	}
 	memory, _ := strconv.Atoi(fields[1]) // digits, says the pattern
 	passes, _ := strconv.Atoi(fields[2])
@@ -106,7 +145,7 @@ func (h *hasher) verify(ctx context.Context, password, phc string) (same bool, e
 	want, keyErr := base64.RawStdEncoding.DecodeString(fields[5])
 	if saltErr != nil || keyErr != nil || memory > maxArgonMemory || passes < 1 ||
 		passes > maxArgonTime || threads < 1 || len(want) > 2*argonKey {
-		return false, errors.New("a PHC string with parameters out of bounds")
+		return false, errHash
 	}
 	err = h.do(ctx, func() {
 		got := argon2.IDKey(norm.NFC.Bytes([]byte(password)), salt,

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"net/netip"
 	"net/url"
 	"os"
 	"slices"
@@ -26,7 +27,12 @@ type settings struct {
 	port              int // 0: the system picks a free one
 	logLevel          slog.Level
 	passwordMinLength int // in code points
+	passwordBlocklist bool
 	shutdownDelay     time.Duration
+	apiKeys           []apiKey
+	rateLimit         float64 // requests per second and client; 0: without end
+	trustedProxies    []netip.Prefix
+	corsOrigins       []string
 }
 
 // settingError says which variable cannot be used and what it takes. It never holds the
@@ -64,6 +70,16 @@ func loadSettings(getenv func(string) string) (settings, error) {
 			"DEBUG, INFO, WARNING, ERROR or CRITICAL", parseLevel),
 		passwordMinLength: setting(env, "PASSWORD_MIN_LENGTH", 8,
 			"a number of characters, 1 to 128", intBetween(1, maxPasswordLength)),
+		passwordBlocklist: setting(env, "PASSWORD_BLOCKLIST", false,
+			"on or off", parseSwitch),
+		apiKeys: setting(env, "API_KEYS", nil,
+			"a list of name:sha256hex or name:sha256hex:read, separated by commas", listOf(parseAPIKey)),
+		rateLimit: setting(env, "RATE_LIMIT", 0,
+			"a number of requests per second, 0.01 to 1000000", parseRate),
+		trustedProxies: setting(env, "TRUSTED_PROXIES", nil,
+			"a list of IP addresses or networks, such as 10.0.0.0/8, separated by commas", listOf(parsePrefix)),
+		corsOrigins: setting(env, "CORS_ORIGINS", nil,
+			"a list of origins, such as https://app.example.com, separated by commas", listOf(parseOrigin)),
 		shutdownDelay: setting(env, "SHUTDOWN_DELAY", 0,
 			"a duration of 0 or more with its unit, such as 500ms or 5s", parseDelay),
 	}
@@ -147,6 +163,38 @@ func parseLevel(text string) (slog.Level, error) {
 		return 0, errUnusable
 	}
 	return level, nil
+}
+
+func parseSwitch(text string) (bool, error) {
+	switch strings.ToLower(text) {
+	case "on":
+		return true, nil
+	case "off":
+		return false, nil
+	}
+	return strconv.ParseBool(text)
+}
+
+func parseRate(text string) (float64, error) {
+	rate, err := strconv.ParseFloat(text, 64)
+	if err != nil || !(rate >= 0.01 && rate <= 1e6) { // NaN is neither
+		return 0, errUnusable
+	}
+	return rate, nil
+}
+
+// listOf parses what is between commas; white space around it does not count.
+func listOf[T any](parse func(string) (T, error)) func(string) ([]T, error) {
+	return func(text string) (list []T, err error) {
+		for part := range strings.SplitSeq(text, ",") {
+			value, err := parse(strings.TrimSpace(part))
+			if err != nil {
+				return nil, err
+			}
+			list = append(list, value)
+		}
+		return list, nil
+	}
 }
 
 func parseDelay(text string) (time.Duration, error) {

@@ -4,8 +4,10 @@ import (
 	"errors"
 	"log/slog"
 	"maps"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -73,12 +75,24 @@ func TestSettings(t *testing.T) {
 		{"DEBUG", "False", level(slog.LevelInfo)},
 		{"PASSWORD_MIN_LENGTH", "1", func(s *settings) { s.passwordMinLength = 1 }},
 		{"PASSWORD_MIN_LENGTH", "128", func(s *settings) { s.passwordMinLength = 128 }},
+		{"PASSWORD_BLOCKLIST", "on", func(s *settings) { s.passwordBlocklist = true }},
+		{"PASSWORD_BLOCKLIST", "OFF", func(*settings) {}},
+		{"API_KEYS", "a:" + strings.Repeat("00", 32) + ", b.c:" + strings.Repeat("00", 32) + ":read", func(s *settings) {
+			s.apiKeys = []apiKey{{name: "a"}, {name: "b.c", readOnly: true}}
+		}},
+		{"RATE_LIMIT", "0.5", func(s *settings) { s.rateLimit = 0.5 }},
+		{"TRUSTED_PROXIES", "10.0.0.0/8, ::1", func(s *settings) {
+			s.trustedProxies = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("::1/128")}
+		}},
+		{"CORS_ORIGINS", "https://a.example, http://localhost:3000", func(s *settings) {
+			s.corsOrigins = []string{"https://a.example", "http://localhost:3000"}
+		}},
 		{"SHUTDOWN_DELAY", "0s", func(*settings) {}},
 		{"SHUTDOWN_DELAY", "1m500ms", func(s *settings) { s.shutdownDelay = 60500 * time.Millisecond }},
 	} {
 		want := defaultSettings()
 		test.want(&want)
-		if got, err := loadSettings(envOf(test.name, test.value)); err != nil || got != want {
+		if got, err := loadSettings(envOf(test.name, test.value)); err != nil || !reflect.DeepEqual(got, want) {
 			t.Errorf("%s=%s: %+v, %v", test.name, test.value, got, err)
 		}
 	}
@@ -134,6 +148,18 @@ func TestSettingsRefuse(t *testing.T) {
 		"DEBUG":     {"true or false", []string{"yes", "2", "on"}},
 		"PASSWORD_MIN_LENGTH": {"1 to 128", []string{
 			"0", "129", "-8", "eight", "4294967297",
+		}},
+		"PASSWORD_BLOCKLIST": {"on or off", []string{"yes", "2"}},
+		"API_KEYS": {"name:sha256hex", []string{
+			"shop", "shop:" + strings.Repeat("a", 63), "shop:" + strings.Repeat("g", 64),
+			":" + strings.Repeat("a", 64), "shop:" + strings.Repeat("a", 64) + ":write",
+			"a b:" + strings.Repeat("a", 64), "shop:" + strings.Repeat("a", 64) + ",",
+		}},
+		"RATE_LIMIT":      {"0.01 to 1000000", []string{"0.001", "-1", "1e9", "NaN", "Inf", "ten", "10/s"}},
+		"TRUSTED_PROXIES": {"IP addresses or networks", []string{"proxy", "10.0.0.0/33", "10.0.0.1,", "fe80::1%eth0"}},
+		"CORS_ORIGINS": {"https://app.example.com", []string{
+			"*", "shop.example", "https://shop.example/", "ftp:/shop.example", "https://Shop.example",
+			"https://shop.example,",
 		}},
 		"SHUTDOWN_DELAY": {"a duration of 0 or more", []string{"-1s", "7", "soon", "7 s"}},
 	} {

@@ -249,6 +249,21 @@ func (s *postgres) selectUsers(ctx context.Context, ids []int64) (map[int64]User
 	return users, err
 }
 
+func (s *postgres) passwordHash(ctx context.Context, id int64) (hash string, err error) {
+	err = s.read(ctx, "selecting a password", func(ctx context.Context, conn *pgxpool.Conn) error {
+		return conn.QueryRow(ctx, "SELECT password FROM users WHERE id = $1", id).Scan(&hash)
+	})
+	return hash, err
+}
+
+func (s *postgres) rehashPassword(ctx context.Context, id int64, old, hash string) error {
+	return s.write(ctx, "rehashing a password", func(ctx context.Context, conn *pgxpool.Conn) error {
+		_, err := conn.Exec(ctx,
+			"UPDATE users SET password = $3 WHERE id = $1 AND password = $2", id, old, hash)
+		return err
+	})
+}
+
 func (s *postgres) listUsers(ctx context.Context, after, offset, limit int64) ([]User, int64, error) {
 	var users []User
 	err := s.read(ctx, "selecting a page of users", func(ctx context.Context, conn *pgxpool.Conn) error {

@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"maps"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -12,10 +15,7 @@ import (
 	"unicode/utf8"
 )
 
-const (
-	maxNameLength     = 255 // code points
-	maxPasswordLength = 128 // code points
-)
+const maxNameLength = 255 // code points
 
 // User is a user as clients see it. Version starts at 1 and grows by 1 with each change.
 type User struct {
@@ -48,6 +48,11 @@ type userStore interface {
 	creationUnder(ctx context.Context, key string) (User, string, error)
 	// getUser fails with errNotFound.
 	getUser(ctx context.Context, id int64) (User, error)
+	// passwordHash fails with errNotFound.
+	passwordHash(ctx context.Context, id int64) (string, error)
+	// rehashPassword stores another hash of the same password, if old is still there. That
+	// is no change of the user, and makes no event.
+	rehashPassword(ctx context.Context, id int64, old, hash string) error
 	// listUsers returns up to limit users with ids above after, in the order of ids and
 	// without the first offset of them, and the number of all users.
 	listUsers(ctx context.Context, after, offset, limit int64) ([]User, int64, error)
@@ -70,10 +75,29 @@ var (
 
 // api has the handlers of /users.
 type api struct {
-	store             userStore
-	hasher            *hasher
-	passwordMinLength int
-	creating          sync.Map // the idempotency keys of requests under way
+	store         userStore
+	hasher        *hasher
+	log           *slog.Logger
+	fields        map[string]fieldRule
+	verifications *limiter[int64] // of a user's password
+	creating      sync.Map        // the idempotency keys of requests under way
+}
+
+// fieldRule returns a field's text as it is taken, or says what is wrong with it.
+type fieldRule func(text string) (string, error)
+
+// guesses is how many passwords may be tried on a user within a minute.
+const guesses = 10
+
+func newAPI(store userStore, s settings, log *slog.Logger) *api {
+	return &api{
+		store:  store,
+		hasher: newHasher(),
+		log:    log,
+		fields: map[string]fieldRule{"name": checkName, "surname": checkName,
+			"password": newPasswordRule(s.passwordMinLength, s.passwordBlocklist)},
+		verifications: newLimiter[int64]("password", guesses/60.0, guesses),
+	}
 }
 
 func (a *api) listUsers(w http.ResponseWriter, r *http.Request) error {
@@ -93,7 +117,7 @@ func (a *api) listUsers(w http.ResponseWriter, r *http.Request) error {
 }
 
 func (a *api) createUser(w http.ResponseWriter, r *http.Request) error {
-	in, err := a.readUser(w, r, []string{"name", "surname", "password"}, "application/json")
+	fields, err := readFields(w, r, a.fields, []string{"name", "surname", "password"}, "application/json")
 	if err != nil {
 		return err
 	}
@@ -101,7 +125,7 @@ func (a *api) createUser(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	u, err := a.createOnce(r.Context(), in, key)
+	u, err := a.createOnce(r.Context(), inputOf(fields), key)
 	if err != nil {
 		return err
 	}
@@ -179,10 +203,11 @@ func (a *api) updateUser(w http.ResponseWriter, r *http.Request) error {
 	if r.Method == http.MethodPatch {
 		mediaTypes = append(mediaTypes, "application/merge-patch+json")
 	}
-	in, err := a.readUser(w, r, nil, mediaTypes...)
+	fields, err := readFields(w, r, a.fields, nil, mediaTypes...)
 	if err != nil {
 		return err
 	}
+	in := inputOf(fields)
 	if err := a.hashPassword(r.Context(), &in); err != nil {
 		return err
 	}
@@ -205,6 +230,57 @@ func (a *api) deleteUser(w http.ResponseWriter, r *http.Request) error {
 	return writeJSON(w, http.StatusOK, map[string]string{"message": message})
 }
 
+// verifyPassword takes the same time for a user who does not exist.
+func (a *api) verifyPassword(w http.ResponseWriter, r *http.Request) error {
+	id, err := userID(r)
+	if err != nil {
+		return err
+	}
+	fields, err := readFields(w, r, map[string]fieldRule{"password": newPasswordRule(1, false)},
+		[]string{"password"}, "application/json")
+	if err != nil {
+		return err
+	}
+	if err := a.verifications.admit(w.Header(), id); err != nil {
+		return err
+	}
+	valid, err := a.verify(r.Context(), id, fields["password"])
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusOK, map[string]bool{"valid": valid})
+}
+
+func (a *api) verify(ctx context.Context, id int64, password string) (bool, error) {
+	hash, err := a.store.passwordHash(ctx, id)
+	if errors.Is(err, errNotFound) {
+		return a.hasher.verify(ctx, password, decoyHash)
+	}
+	if err != nil {
+		return false, err
+	}
+	valid, err := a.hasher.verify(ctx, password, hash)
+	if errors.Is(err, errHash) {
+		a.log.WarnContext(ctx, "Password cannot be verified", "user_id", id, "error", err)
+		return a.hasher.verify(ctx, password, decoyHash)
+	}
+	if valid && isOutdated(hash) {
+		a.rehash(ctx, id, hash, password)
+	}
+	return valid, err
+}
+
+// rehash replaces a hash that was made with other parameters. It may fail: there is a next time.
+func (a *api) rehash(ctx context.Context, id int64, old, password string) {
+	hash, err := a.hasher.hash(ctx, password)
+	if err == nil {
+		err = a.store.rehashPassword(ctx, id, old, hash)
+	}
+	if err != nil {
+		a.log.WarnContext(ctx, "Password was not hashed again", "user_id", id, "error", err)
+	}
+}
+
 func writeUser(w http.ResponseWriter, status int, u User) error {
 	w.Header().Set("ETag", entityTag(u.Version))
 	return writeJSON(w, status, u)
@@ -220,66 +296,65 @@ func userID(r *http.Request) (int64, error) {
 	return id, nil
 }
 
-// readUser reads a body by the rules for users. Its errors are those of readBody and one
-// 400 that names every wrong member.
-func (a *api) readUser(w http.ResponseWriter, r *http.Request, required []string,
-	mediaTypes ...string) (userInput, error) {
+// readFields reads the string members of a body by their rules. Its errors are those of
+// readBody and one 400 that names every wrong member.
+func readFields(w http.ResponseWriter, r *http.Request, rules map[string]fieldRule,
+	required []string, mediaTypes ...string) (map[string]string, error) {
 	body, err := readBody(w, r, mediaTypes...)
 	if err != nil {
-		return userInput{}, err
+		return nil, err
 	}
 	members, err := parseObject(body)
 	if err != nil {
-		return userInput{}, err
+		return nil, err
 	}
+	known := strings.Join(slices.Sorted(maps.Keys(rules)), ", ")
 	if len(members) == 0 && len(required) == 0 {
-		return userInput{}, newProblem(http.StatusBadRequest,
-			"The body must have at least one of name, surname and password")
+		return nil, newProblem(http.StatusBadRequest, "The body must have at least one of "+known)
 	}
-	var in userInput
+	fields := make(map[string]string)
 	var wrong []fieldError
-	given := make(map[string]int)
+	fail := func(name, detail string) {
+		wrong = append(wrong, fieldError{Pointer: pointer(name), Detail: detail})
+	}
 	for _, m := range members {
-		given[m.name]++
-		if err := a.setMember(&in, m, given[m.name]); err != nil {
-			wrong = append(wrong, fieldError{Pointer: pointer(m.name), Detail: err.Error()})
+		rule, ok := rules[m.name]
+		if !ok {
+			fail(m.name, "is not a known field: those are "+known)
+			continue
 		}
+		if _, again := fields[m.name]; again {
+			fail(m.name, "is given more than once")
+			continue
+		}
+		text, err := parseString(m.value)
+		if err == nil {
+			text, err = rule(text)
+		}
+		if err != nil {
+			fail(m.name, err.Error())
+		}
+		fields[m.name] = text
 	}
 	for _, name := range required {
-		if given[name] == 0 {
-			wrong = append(wrong, fieldError{Pointer: pointer(name), Detail: "is required"})
+		if _, ok := fields[name]; !ok {
+			fail(name, "is required")
 		}
 	}
 	if len(wrong) > 0 {
-		return userInput{}, invalid("field", wrong)
+		return nil, invalid("field", wrong)
 	}
-	return in, nil
+	return fields, nil
 }
 
-// setMember sets what m says, as the nth member of its name.
-func (a *api) setMember(in *userInput, m member, nth int) error {
-	var target **string
-	check := checkName
-	switch m.name {
-	case "name":
-		target = &in.name
-	case "surname":
-		target = &in.surname
-	case "password":
-		target, check = &in.password, a.checkPassword
-	default:
-		return errors.New("is not a known field: those are name, surname and password")
+func inputOf(fields map[string]string) userInput {
+	field := func(name string) *string {
+		if text, ok := fields[name]; ok {
+			return &text
+		}
+		return nil
 	}
-	if nth > 1 {
-		return errors.New("is given more than once")
-	}
-	text, err := parseString(m.value)
-	if err != nil {
-		return err
-	}
-	text, err = check(text)
-	*target = &text
-	return err
+	return userInput{name: field("name"), surname: field("surname"), password: field("password")}
 }
 
 // checkName returns a name or surname as it is stored: without white space at its ends.
@@ -291,14 +366,6 @@ func checkName(text string) (string, error) {
 	}
 	if strings.ContainsFunc(text, unicode.IsControl) {
 		return "", errors.New("must not hold control characters")
-	}
-	return text, nil
-}
-
-func (a *api) checkPassword(text string) (string, error) {
-	if n := utf8.RuneCountInString(text); n < a.passwordMinLength || n > maxPasswordLength {
-		return "", fmt.Errorf("must have %d to %d characters",
-			a.passwordMinLength, maxPasswordLength)
 	}
 	return text, nil
 }

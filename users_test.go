@@ -1,8 +1,11 @@
 package main
 
 import (
+	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"golang.org/x/crypto/argon2"
 	"net/http"
 	"regexp"
 	"slices"
@@ -850,4 +853,158 @@ func TestUserIDs(t *testing.T) {
 			t.Errorf("user 0: %d %s", a.status, a.body)
 		}
 	})
+}
+
+func TestVerifyPassword(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *service) {
+		const angstrom = "\u212b and 7 more" // NFC writes it as \u00c5
+		body := fmt.Sprintf(`{"name": "Ann", "surname": "Lee", "password": %q}`, angstrom)
+		id := s.do("POST", "/users", body).json(t, "id")
+		other := s.createUser("Eve", "Lee")
+		for i, test := range []struct {
+			id   any
+			body string
+			want string
+		}{
+			{id, fmt.Sprintf(`{"password": %q}`, angstrom), `{"valid":true}`},
+			{id, `{"password": "\u00c5 and 7 more"}`, `{"valid":true}`},
+			{id, `{"password": "A and 7 more"}`, `{"valid":false}`},
+			{id, `{"password": "x"}`, `{"valid":false}`},
+			{other, fmt.Sprintf(`{"password": %q}`, angstrom), `{"valid":false}`},
+			{other, fmt.Sprintf(`{"password": %q}`, secret), `{"valid":true}`},
+			{999, fmt.Sprintf(`{"password": %q}`, secret), `{"valid":false}`},
+			{id, `{}`, `"pointer":"#/password","detail":"is required"`},
+			{id, `{"password": ""}`, `"detail":"must have 1 to 128 characters"`},
+			{id, `{"password": "x", "name": "Ann"}`, `"detail":"is not a known field: those are password"`},
+			{id, `{"password": "` + strings.Repeat("x", 129) + `"}`, `"detail":"must have 1 to 128 characters"`},
+		} {
+			a := s.do("POST", fmt.Sprintf("/users/%v/password/verify", test.id), test.body)
+			if !strings.Contains(a.body, test.want) {
+				t.Errorf("try %d: %d %s", i, a.status, a.body)
+			}
+		}
+		if version := s.do("GET", fmt.Sprintf("/users/%v", id), "").header.Get("ETag"); version != `"1"` {
+			t.Errorf("to verify made version %s", version)
+		}
+	})
+}
+
+// TestVerifyPasswordHasItsLimit tries on two users, of whom one does not exist.
+func TestVerifyPasswordHasItsLimit(t *testing.T) {
+	t.Parallel()
+	s := startService(t, memorySettings())
+	id := s.createUser("Ann", "Lee")
+	for _, id := range []int64{id, 999} {
+		for try := range guesses + 2 {
+			a := s.do("POST", fmt.Sprintf("/users/%d/password/verify", id), `{"password": "x"}`)
+			want, retry := 200, ""
+			if try >= guesses {
+				want, retry = 429, "6"
+			}
+			if a.status != want || a.header.Get("Retry-After") != retry && a.header.Get("Retry-After") != "5" {
+				t.Errorf("try %d of user %d: %d, %q", try, id, a.status, a.header.Get("Retry-After"))
+			}
+		}
+	}
+}
+
+// TestVerifyPasswordOfOtherMaking has stored strings that the service did not write.
+func TestVerifyPasswordOfOtherMaking(t *testing.T) {
+	t.Parallel()
+	set := postgresSettings(t)
+	s := startService(t, set)
+	id := s.createUser("Ann", "Lee")
+	db := connect(t, set.databaseURL)
+	key := argon2.IDKey([]byte(secret), []byte("somesalt"), 1, 64, 1, 32)
+	older := "$argon2id$v=19$m=64,t=1,p=1$c29tZXNhbHQ$" + base64.RawStdEncoding.EncodeToString(key)
+	for _, test := range []struct {
+		stored string
+		valid  bool
+		warns  int
+	}{
+		{"plain " + secret, false, 1},
+		{"$2b$10$N9qo8uLOickgx2ZMRZoMyeIjZAgcfl7p92ldGxad68LJZdL17lhWy", false, 2},
+		{strings.Replace(older, "m=64,", "m=65537,", 1), false, 3},
+		{strings.Replace(older, "t=1,", "t=11,", 1), false, 4},
+		{strings.Replace(older, "c29", "c2%", 1), false, 5},
+		{older, true, 5},
+	} {
+		if _, err := db.Exec(t.Context(), "UPDATE users SET password = $1", test.stored); err != nil {
+			t.Fatal(err)
+		}
+		a := s.do("POST", fmt.Sprintf("/users/%d/password/verify", id), fmt.Sprintf(`{"password": %q}`, secret))
+		if a.status != 200 || a.json(t, "valid") != test.valid {
+			t.Errorf("%s: %d %s", test.stored, a.status, a.body)
+		}
+		if warns := len(s.log.lines("Password cannot be verified")); warns != test.warns {
+			t.Errorf("%s: %d warnings", test.stored, warns)
+		}
+		stored := queryValue[string](t, db, "SELECT password FROM users")
+		if rehashed := stored != test.stored; rehashed != test.valid || rehashed && !strings.HasPrefix(stored, phcPrefix) {
+			t.Errorf("%s became %s", test.stored, stored)
+		}
+	}
+	a := s.do("POST", fmt.Sprintf("/users/%d/password/verify", id), fmt.Sprintf(`{"password": %q}`, secret))
+	if a.json(t, "valid") != true || s.do("GET", fmt.Sprintf("/users/%d", id), "").header.Get("ETag") != `"1"` {
+		t.Errorf("after the new hash: %s", a.body)
+	}
+	if events := len(s.log.lines("Received event user.updated with user_id=1")); events != 0 {
+		t.Errorf("the new hash made %d events", events)
+	}
+}
+
+func TestStoreRehashesOnce(t *testing.T) {
+	t.Parallel()
+	eachStoreAlone(t, func(t *testing.T, s store) {
+		u, err := s.createUser(t.Context(), input("John", "Doe", "old"), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, test := range []struct{ old, hash, want string }{
+			{"other", "wrong", "old"}, {"old", "new", "new"}, {"old", "late", "new"},
+		} {
+			if err := s.rehashPassword(t.Context(), u.ID, test.old, test.hash); err != nil {
+				t.Fatal(err)
+			}
+			if got, err := s.passwordHash(t.Context(), u.ID); err != nil || got != test.want {
+				t.Errorf("%s -> %s: %s, %v", test.old, test.hash, got, err)
+			}
+		}
+		if err := s.rehashPassword(t.Context(), 999, "old", "new"); err != nil {
+			t.Errorf("a missing user: %v", err)
+		}
+		if _, err := s.passwordHash(t.Context(), 999); !errors.Is(err, errNotFound) {
+			t.Errorf("a missing user: %v", err)
+		}
+		if again, _ := s.getUser(t.Context(), u.ID); again != u {
+			t.Errorf("%+v became %+v", u, again)
+		}
+	})
+}
+
+func TestPasswordBlocklist(t *testing.T) {
+	t.Parallel()
+	set := memorySettings()
+	set.passwordBlocklist = true
+	s := startService(t, set)
+	for password, want := range map[string]int{
+		"password": 400, "PassWord": 400, "1q2w3e4r": 400, "iloveyou": 400,
+		"password ": 201, secret: 201,
+	} {
+		body := fmt.Sprintf(`{"name": "Ann", "surname": "Lee", "password": %q}`, password)
+		a := s.do("POST", "/users", body)
+		if a.status != want || (want == 400) != strings.Contains(a.body, "one of the most common") {
+			t.Errorf("%q: %d %s", password, a.status, a.body)
+		}
+	}
+	open := startService(t, memorySettings())
+	if a := open.do("POST", "/users", `{"name": "Ann", "surname": "Lee", "password": "password"}`); a.status != 201 {
+		t.Errorf("without the list: %d", a.status)
+	}
+	for password := range strings.Lines(commonPasswords) {
+		if trimmed := strings.TrimSpace(password); trimmed != strings.ToLower(trimmed) || trimmed+"\n" != password {
+			t.Errorf("%q is not a password in lower case", password)
+		}
+	}
 }
