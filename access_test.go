@@ -88,6 +88,9 @@ func TestAPIKeys(t *testing.T) {
 				a.status, test.want, challenge)
 		}
 	}
+	if err := s.stop(); err != nil { // and write the log out
+		t.Fatal(err)
+	}
 	names := make(map[any]int)
 	for _, line := range s.log.lines("Request completed") {
 		names[line["key"]]++

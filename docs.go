@@ -9,6 +9,7 @@ import (
 	"path"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/swaggest/swgui/v5/static"
 )
@@ -70,14 +71,29 @@ func serveDocsFile(w http.ResponseWriter, r *http.Request) error {
 		w.Header().Set("Content-Encoding", "gzip")
 		return writeBytes(w, contentType, body)
 	}
-	unzipped, err := gzip.NewReader(bytes.NewReader(body))
-	if err != nil {
-		return err
-	}
-	if body, err = io.ReadAll(unzipped); err != nil {
+	if body, err = unzipped(name, body); err != nil {
 		return err
 	}
 	return writeBytes(w, contentType, body)
+}
+
+// unzippedFiles has each file once, however many clients read it slowly.
+var unzippedFiles sync.Map
+
+func unzipped(name string, zipped []byte) ([]byte, error) {
+	if body, ok := unzippedFiles.Load(name); ok {
+		return body.([]byte), nil
+	}
+	reader, err := gzip.NewReader(bytes.NewReader(zipped))
+	if err != nil {
+		return nil, err
+	}
+	body, err := io.ReadAll(reader)
+	if err != nil {
+		return nil, err
+	}
+	first, _ := unzippedFiles.LoadOrStore(name, body)
+	return first.([]byte), nil
 }
 
 func writeBytes(w http.ResponseWriter, contentType string, body []byte) error {

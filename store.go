@@ -30,6 +30,7 @@ const (
 	closeWait        = 500 * time.Millisecond
 	defaultPoolSize  = 8
 	maxPoolSize      = 16 // and one for the relay: a replica may hold 20
+	maxPages         = 4  // lists at the same time: a flood of them leaves connections to the rest
 	maxRetries       = 2
 	vacuumAfter      = 20_000 // events
 )
@@ -51,6 +52,7 @@ type postgres struct {
 
 	reads              *Group[int64, User] // by id
 	updates, deletions changer
+	pages              chan struct{} // holds one token for each list under way
 }
 
 // parseDatabaseURL returns text without a driver suffix, such as postgresql+asyncpg.
@@ -113,7 +115,7 @@ func openPostgres(ctx context.Context, databaseURL, appName string, log *slog.Lo
 	if err != nil {
 		return nil, err
 	}
-	s := &postgres{pool: pool, poke: make(chan struct{}, 1)}
+	s := &postgres{pool: pool, poke: make(chan struct{}, 1), pages: make(chan struct{}, maxPages)}
 	s.reads = &Group[int64, User]{run: s.selectUsers, budget: statementBudget,
 		alone: coalescing.readsAlone, limit: coalescing.reads}
 	s.updates, s.deletions = s.newChanger(updateUsers), s.newChanger(deleteUsers)
@@ -265,8 +267,18 @@ func (s *postgres) rehashPassword(ctx context.Context, id int64, old, hash strin
 }
 
 func (s *postgres) listUsers(ctx context.Context, after, offset, limit int64) ([]User, int64, error) {
+	budget, cancel := context.WithTimeout(context.WithoutCancel(ctx), statementBudget)
+	defer cancel()
+	select {
+	case s.pages <- struct{}{}:
+		defer func() { <-s.pages }()
+	case <-budget.Done():
+		return nil, 0, fmt.Errorf("waiting to select a page of users: %w", errUnavailable)
+	case <-ctx.Done():
+		return nil, 0, ctx.Err()
+	}
 	var users []User
-	err := s.read(ctx, "selecting a page of users", func(ctx context.Context, conn *pgxpool.Conn) error {
+	err := s.read(budget, "selecting a page of users", func(ctx context.Context, conn *pgxpool.Conn) error {
 		// One statement sees one state. Its first row is the total, as the version of a
 		// user of id 0.
 		rows, _ := conn.Query(ctx, `

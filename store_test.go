@@ -601,6 +601,50 @@ func TestPostgresGivesUpOnLockedTable(t *testing.T) {
 
 // TestPostgresSurvivesLostConnections cuts every connection of the service. Reads go on,
 // and a write that reached no server is sent again.
+// TestPostgresListsLeaveConnections has more lists than there are connections wait for a
+// locked table: a statement about another one still finds a connection at once.
+func TestPostgresListsLeaveConnections(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s := openTestPostgres(t, url)
+	db := connect(t, url)
+	tx, err := db.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback(context.Background())
+	if _, err := tx.Exec(t.Context(), "LOCK users"); err != nil {
+		t.Fatal(err)
+	}
+	ctx, leave := context.WithCancel(t.Context())
+	left := make(chan error)
+	for range 2 * maxPoolSize {
+		go func() {
+			_, _, err := s.listUsers(ctx, 0, 0, 1)
+			left <- err
+		}()
+	}
+	waiting := func() bool {
+		return len(s.pages) == maxPages && s.pool.Stat().AcquiredConns() == maxPages
+	}
+	eventually(t, "lists that wait", waiting)
+	if _, _, err := s.size(t.Context()); err != nil || !waiting() {
+		t.Errorf("beside the lists: %v", err)
+	}
+	leave() // those that have no statement go at once
+	for range 2*maxPoolSize - maxPages {
+		if err := <-left; !errors.Is(err, context.Canceled) {
+			t.Errorf("a list that waited: %v", err)
+		}
+	}
+	tx.Rollback(t.Context())
+	for range maxPages {
+		if err := <-left; err != nil {
+			t.Errorf("a list whose client left: %v", err)
+		}
+	}
+}
+
 func TestPostgresSurvivesLostConnections(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
