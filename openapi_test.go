@@ -942,7 +942,7 @@ func (p parameter) validateText(text string) error {
 
 // transportHeaders need no word in the document.
 var transportHeaders = []string{"Cache-Control", "Connection", "Content-Length",
-	"Content-Security-Policy", "Content-Type", "Date", "Ratelimit", "Ratelimit-Policy"}
+	"Content-Security-Policy", "Content-Type", "Date"}
 
 // check holds an answer against what the document says of its status.
 func (o *operation) check(t *testing.T, a answer) {
