@@ -3,6 +3,7 @@ SHELL       := bash
 
 # Tools run from the module cache at these versions and stay out of go.mod.
 STATICCHECK := go run honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOSEC       := go run github.com/securego/gosec/v2/cmd/gosec@v2.30.0
 GOTESTSUM   := go run gotest.tools/gotestsum@v1.13.0
 
 TEST_LOG := test-log.json
@@ -31,9 +32,12 @@ bench: ## measure the service beside others and draw docs/bench.svg; then the ho
 	go test -count=1 -timeout 60m -run '^TestCompare$$' -v . -compare
 	go test -count=1 -run '^$$' -bench . -benchmem .
 
-lint: ## go vet, staticcheck, gofmt
+lint: ## go vet, staticcheck, gosec, gofmt
 	go vet ./...
 	$(STATICCHECK) ./...
+	@# Noise in tests: they drop errors that show in what they check, start programs, roll dice.
+	$(GOSEC) -quiet -tests -nosec-require-rules -nosec-require-justification \
+		-exclude-rules='_test\.go$$:G104,G204,G404' ./...
 	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "gofmt: $$unformatted"; exit 1; }
 
 services: ## provide PostgreSQL, RabbitMQ and Chromium for the tests, and print their URLs

@@ -85,7 +85,7 @@ func FuzzLogLine(f *testing.F) {
 		ctx := withTraceID(context.Background(), id)
 		logger.LogAttrs(ctx, slog.Level(n%20), message, slog.String("text", text), slog.Int64("n", n),
 			slog.Float64("x", x), slog.Any("error", errors.New(text)), slog.Any("bytes", []byte(text)),
-			slog.Uint64("u", uint64(n)), slog.Duration("d", time.Duration(n)), slog.Time("t", time.Unix(n, 0)),
+			slog.Uint64("u", math.Float64bits(x)), slog.Duration("d", time.Duration(n)), slog.Time("t", time.Unix(n, 0)),
 			slog.Group("g"+key, slog.String(key, text)), slog.Any("nothing", nil), slog.Any("k"+key, id))
 		flushLog(logger)
 		if slog.Level(n%20) < slog.LevelDebug {

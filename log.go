@@ -67,7 +67,7 @@ func logInfo(ctx context.Context, log *slog.Logger, at time.Time, event string, 
 	if log.Enabled(ctx, slog.LevelInfo) {
 		r := slog.NewRecord(at, slog.LevelInfo, event, 0)
 		r.AddAttrs(attrs...)
-		log.Handler().Handle(ctx, r)
+		_ = log.Handler().Handle(ctx, r)
 	}
 }
 
