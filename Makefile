@@ -7,8 +7,9 @@ GOSEC       := go run github.com/securego/gosec/v2/cmd/gosec@v2.30.0
 GOTESTSUM   := go run gotest.tools/gotestsum@v1.13.0
 
 TEST_LOG := test-log.json
+FUZZTIME ?= 5m
 
-.PHONY: help run build test drill bench lint services clean
+.PHONY: help run build test fuzz drill bench lint services clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 12
@@ -19,11 +20,19 @@ run: ## run the service; settings come from .env and the environment
 build: ## build ./user-service, a static binary
 	CGO_ENABLED=0 go build -trimpath -ldflags="-s -w" -o user-service .
 
-test: lint ## lint, then all tests with the race detector against real services
+test: lint ## lint, all tests with the race detector against real services, 3 s of each fuzz target
 	exports=$$(.ci/services); eval "$$exports"; \
 	REQUIRE_SERVICES=1 $(GOTESTSUM) --format pkgname-and-test-fails --hide-summary output \
 		--jsonfile $(TEST_LOG) -- -race -count=1 -parallel 8 ./...
 	@! grep -E '"Action":"skip".*"Test":' $(TEST_LOG) || { echo "skipped tests count as failed"; exit 1; }
+	$(MAKE) --no-print-directory fuzz FUZZTIME=3s
+
+fuzz: ## run each fuzz target for FUZZTIME; an input that fails one goes to testdata/fuzz
+	targets=$$(go test -list '^Fuzz' . | grep '^Fuzz'); \
+	for target in $$targets; do \
+		echo "$$target"; \
+		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 1s .; \
+	done
 
 drill: ## run the service under every fault that the README lists, and print what became of it
 	go test -count=1 -timeout 60m -run '^TestDrill$$' -v . -drill
