@@ -3,11 +3,13 @@ SHELL       := bash
 
 # Tools run from the module cache at these versions and stay out of go.mod.
 STATICCHECK := go run honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOSEC       := go run github.com/securego/gosec/v2/cmd/gosec@v2.30.0
 GOTESTSUM   := go run gotest.tools/gotestsum@v1.13.0
 
 TEST_LOG := test-log.json
+FUZZTIME ?= 5m
 
-.PHONY: help run build test drill bench lint services clean
+.PHONY: help run build test fuzz drill bench lint services clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 12
@@ -18,11 +20,19 @@ run: ## run the service; settings come from .env and the environment
 build: ## build ./user-service, a static binary
 	CGO_ENABLED=0 go build -trimpath -ldflags="-s -w" -o user-service .
 
-test: lint ## lint, then all tests with the race detector against real services
+test: lint ## lint, all tests with the race detector against real services, 3 s of each fuzz target
 	exports=$$(.ci/services); eval "$$exports"; \
 	REQUIRE_SERVICES=1 $(GOTESTSUM) --format pkgname-and-test-fails --hide-summary output \
 		--jsonfile $(TEST_LOG) -- -race -count=1 -parallel 8 ./...
 	@! grep -E '"Action":"skip".*"Test":' $(TEST_LOG) || { echo "skipped tests count as failed"; exit 1; }
+	$(MAKE) --no-print-directory fuzz FUZZTIME=3s
+
+fuzz: ## run each fuzz target for FUZZTIME; an input that fails one goes to testdata/fuzz
+	targets=$$(go test -list '^Fuzz' . | grep '^Fuzz'); \
+	for target in $$targets; do \
+		echo "$$target"; \
+		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 1s .; \
+	done
 
 drill: ## run the service under every fault that the README lists, and print what became of it
 	go test -count=1 -timeout 60m -run '^TestDrill$$' -v . -drill
@@ -31,9 +41,12 @@ bench: ## measure the service beside others and draw docs/bench.svg; then the ho
 	go test -count=1 -timeout 60m -run '^TestCompare$$' -v . -compare
 	go test -count=1 -run '^$$' -bench . -benchmem .
 
-lint: ## go vet, staticcheck, gofmt
+lint: ## go vet, staticcheck, gosec, gofmt
 	go vet ./...
 	$(STATICCHECK) ./...
+	@# Noise in tests: they drop errors that show in what they check, start programs, roll dice.
+	$(GOSEC) -quiet -tests -nosec-require-rules -nosec-require-justification \
+		-exclude-rules='_test\.go$$:G104,G204,G404' ./...
 	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "gofmt: $$unformatted"; exit 1; }
 
 services: ## provide PostgreSQL, RabbitMQ and Chromium for the tests, and print their URLs

@@ -41,7 +41,7 @@ func newAccess(s settings) *access {
 		a.clients = newLimiter[string]("client", rate.Limit(s.rateLimit), int(math.Ceil(s.rateLimit)))
 	}
 	for _, origin := range s.corsOrigins {
-		a.cross.AddTrustedOrigin(origin) // loadSettings has seen that it can
+		_ = a.cross.AddTrustedOrigin(origin) // loadSettings has seen that it can
 	}
 	return a
 }
@@ -96,8 +96,8 @@ func parseAPIKey(text string) (apiKey, error) {
 		return apiKey{}, errUnusable
 	}
 	key := apiKey{name: fields[1], readOnly: fields[3] != ""}
-	hex.Decode(key.digest[:], []byte(fields[2]))
-	return key, nil
+	_, err := hex.Decode(key.digest[:], []byte(fields[2]))
+	return key, err
 }
 
 // newAPIKey makes a key of 256 random bits, and what API_KEYS has to say about it.

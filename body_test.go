@@ -5,10 +5,17 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"mime"
 	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"reflect"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
+	"unicode/utf16"
 	"unicode/utf8"
 )
 
@@ -401,16 +408,41 @@ func FuzzParseObject(f *testing.F) {
 		if !maps.EqualFunc(got, want, func(a, b json.RawMessage) bool { return bytes.Equal(a, b) }) {
 			t.Errorf("%q has the members %s, not %s", body, got, want)
 		}
+		if n := countMembers(body); len(members) != n {
+			t.Errorf("%q has %d members, not %d", body, len(members), n)
+		}
 	})
 }
 
-// FuzzParseString holds parseString against encoding/json, which puts U+FFFD where it
-// reads no Unicode.
+// countMembers counts the colons of a JSON object that are not inside of a value or a name.
+func countMembers(object []byte) int {
+	count, depth, quoted := 0, 0, false
+	for i := 0; i < len(object); i++ {
+		switch c := object[i]; {
+		case quoted && c == '\\':
+			i++
+		case c == '"':
+			quoted = !quoted
+		case quoted:
+		case c == '{', c == '[':
+			depth++
+		case c == '}', c == ']':
+			depth--
+		case c == ':' && depth == 1:
+			count++
+		}
+	}
+	return count
+}
+
+// FuzzParseString holds parseString against encoding/json, and what that would replace by
+// U+FFFD against decodeUTF16.
 func FuzzParseString(f *testing.F) {
 	for _, value := range []string{
 		`"John"`, `""`, `null`, `5`, `{}`, `"\u0000"`, `"\ud83d\ude00"`, `"\ud83d"`, `"\ude00\ud83d"`,
-		`"\\ud83d"`, `"\ud83d\\ude00"`, `"\ud83d\ud83d\ude00"`, `"\ufffd"`,
-		`"\"\/\b\f\n\r\t"`, "\"\xff\"", "\"\xed\xa0\xbd\"",
+		`"\\ud83d"`, `"\ud83d\\ude00"`, `"\ud83d\ud83d\ude00"`, `"\ufffd"`, `"\uD83D\n\uDE00"`,
+		`"\\\udc00"`, `"\ud83d\ude00\udE00"`, `"\uD7ff\uE000"`, `" \u0000"`, "\"\\u005cud83d\ufffd\"",
+		`"\"\/\b\f\n\r\t"`, "\"\xff\"", "\"\xed\xa0\xbd\"", "\"\xed\xa0\xbd\\ude00\"",
 	} {
 		f.Add([]byte(value))
 	}
@@ -421,16 +453,194 @@ func FuzzParseString(f *testing.F) {
 		}
 		text, err := parseString(value)
 		var want *string
-		isString := json.Unmarshal(value, &want) == nil && want != nil
-		if err == nil {
-			if !isString || text != *want || !utf8.ValidString(text) || strings.Contains(text, "\x00") {
-				t.Fatalf("%q is %q", value, text)
-			}
-			if again, err := parseString(json.RawMessage(quote(text))); err != nil || again != text {
-				t.Errorf("%q is %q, and then %q (%v)", value, text, again, err)
-			}
-		} else if isString && !strings.ContainsAny(*want, "\ufffd\x00") {
-			t.Errorf("%q is the string %q, but the error is %v", value, *want, err)
+		isString := json.Unmarshal(value, &want) == nil && want != nil && utf8.Valid(value) &&
+			*want == decodeUTF16(value) && !strings.Contains(*want, "\x00")
+		if isString != (err == nil) {
+			t.Fatalf("%q is a string: %t, but the error is %v", value, isString, err)
+		}
+		if !isString {
+			return
+		}
+		if text != *want || !utf8.ValidString(text) {
+			t.Errorf("%q is %q, not %q", value, text, *want)
+		}
+		if again, err := parseString(json.RawMessage(quote(text))); err != nil || again != text {
+			t.Errorf("%q is %q, and then %q (%v)", value, text, again, err)
 		}
 	})
+}
+
+// decodeUTF16 reads a valid JSON string as RFC 8259, section 7 has it, in code units of 16
+// bits. Half a surrogate pair becomes a byte that is no UTF-8.
+func decodeUTF16(literal []byte) string {
+	var units []uint16
+	inner := literal[1 : len(literal)-1]
+	for len(inner) > 0 {
+		c, size := utf8.DecodeRune(inner)
+		if c == '\\' {
+			c, size = rune(inner[1]), 2
+			if i := strings.IndexRune("bfnrt", c); i >= 0 {
+				c = rune("\b\f\n\r\t"[i])
+			}
+			if c == 'u' {
+				unit, _ := strconv.ParseUint(string(inner[2:6]), 16, 16)
+				units, inner = append(units, uint16(unit)), inner[6:]
+				continue
+			}
+		}
+		units, inner = utf16.AppendRune(units, c), inner[size:]
+	}
+	var text []byte
+	for i := 0; i < len(units); i++ {
+		c := rune(units[i])
+		if utf16.IsSurrogate(c) && i+1 < len(units) {
+			if pair := utf16.DecodeRune(c, rune(units[i+1])); pair != utf8.RuneError {
+				c = pair
+				i++
+			}
+		}
+		if utf16.IsSurrogate(c) {
+			text = append(text, 0xff)
+		} else {
+			text = utf8.AppendRune(text, c)
+		}
+	}
+	return string(text)
+}
+
+// FuzzReadUser holds the reading of a whole body against wantUser, which says it with the
+// words of encoding/json. What is accepted must be accepted again as it was understood, and
+// what is refused must be refused by name.
+func FuzzReadUser(f *testing.F) {
+	for _, body := range []string{
+		``, `{}`, `[]`, `null`, john, john + "{}", `{"name": "Jane"}`, `{"name": " Jane\u00a0"}`,
+		`{"password": " ` + secret + `\u0001 "}`, `{"password": "7 chars"}`, `{"password": "8letters"}`,
+		`{"name": "a", "n\u0061me": "a"}`, `{"NAME": "a"}`, `{"\u017furname": "a"}`, `{"a/b~c%": 1, "": 2}`,
+		`{"name": null, "surname": 5, "password": []}`, `{"name": "\ud83d", "surname": "\u0000"}`,
+		`{"name": "\u0085", "surname": "\u200b"}`, "{\"name\": \"\xff\", \"\xff\": 1}",
+		`{"surname": "` + strings.Repeat("é", 255) + `"}`, `{"surname": "` + strings.Repeat("x", 256) + `"}`,
+		`{"password": "` + strings.Repeat("😀", 128) + `"}`, `{"password": "` + strings.Repeat("x", 129) + `"}`,
+	} {
+		f.Add([]byte(body), "application/json", true)
+		f.Add([]byte(body), "application/json", false)
+	}
+	f.Add([]byte(john), `Application/JSON; charset="UTF-8"`, true)
+	f.Add([]byte(john), "application/json; charset=latin1", true)
+	f.Add([]byte(john), "application/json, application/json", true)
+	f.Add([]byte(strings.Repeat(" ", maxBodyBytes)+"{}"), "application/json", true)
+	f.Fuzz(func(t *testing.T, body []byte, contentType string, creates bool) {
+		var required []string
+		if creates {
+			required = []string{"name", "surname", "password"}
+		}
+		a := newAPI(nil, settings{passwordMinLength: 8}, nil)
+		read := func(body []byte) (userInput, error) {
+			r := httptest.NewRequest("POST", "/users", bytes.NewReader(body))
+			r.Header.Set("Content-Type", contentType)
+			fields, err := readFields(httptest.NewRecorder(), r, a.fields, required, "application/json")
+			return inputOf(fields), err
+		}
+		in, err := read(body)
+		want, status, wrong := wantUser(body, contentType, required)
+		if err == nil {
+			if status != http.StatusOK || !reflect.DeepEqual(in, want) {
+				t.Fatalf("%q is accepted as %s, not %s (%d)", body, userJSON(in), userJSON(want), status)
+			}
+			if again, err := read(userJSON(in)); err != nil || !reflect.DeepEqual(again, in) {
+				t.Errorf("%q is %s, and then %s (%v)", body, userJSON(in), userJSON(again), err)
+			}
+			return
+		}
+		p, ok := err.(*problem)
+		if !ok || p.Status != status || !reflect.DeepEqual(in, userInput{}) {
+			t.Fatalf("%q: %+v is not the problem %d", body, err, status)
+		}
+		got := make(map[string]bool)
+		for _, e := range p.Errors {
+			got[e.Pointer] = true
+			if strings.ContainsFunc(e.Pointer, func(c rune) bool { return c <= ' ' || c > '~' }) || e.Detail == "" {
+				t.Errorf("%q: %+v", body, e)
+			}
+		}
+		if !maps.Equal(got, wrong) {
+			t.Errorf("%q: the wrong members are %v, not %v", body, got, wrong)
+		}
+	})
+}
+
+// userJSON is a body that says what in says.
+func userJSON(in userInput) []byte {
+	members := make(map[string]string)
+	for name, text := range map[string]*string{
+		"name": in.name, "surname": in.surname, "password": in.password,
+	} {
+		if text != nil {
+			members[name] = *text
+		}
+	}
+	body, _ := json.Marshal(members)
+	return body
+}
+
+// wantUser says what a body must be read as, or the status of its refusal and the pointers
+// to what is wrong in it.
+func wantUser(body []byte, contentType string, required []string) (in userInput, status int,
+	wrong map[string]bool) {
+	mediaType, parameters, err := mime.ParseMediaType(contentType)
+	charset, given := parameters["charset"]
+	var values map[string]json.RawMessage
+	switch {
+	case err != nil, mediaType != "application/json", given && !strings.EqualFold(charset, "utf-8"):
+		return in, http.StatusUnsupportedMediaType, nil
+	case len(body) > 65536:
+		return in, http.StatusRequestEntityTooLarge, nil
+	case json.Unmarshal(body, &values) != nil, values == nil, len(values) == 0 && required == nil:
+		return in, http.StatusBadRequest, nil
+	}
+	wrong = make(map[string]bool)
+	members, _ := parseObject(body) // which has a target of its own
+	count := make(map[string]int)
+	for _, m := range members {
+		count[m.name]++
+		text, ok := wantText(m)
+		if !ok || count[m.name] > 1 {
+			u := url.URL{Fragment: strings.ReplaceAll(strings.ReplaceAll(m.name, "~", "~0"), "/", "~1")}
+			wrong["#/"+u.EscapedFragment()] = true
+		}
+		switch m.name {
+		case "name":
+			in.name = &text
+		case "surname":
+			in.surname = &text
+		case "password":
+			in.password = &text
+		}
+	}
+	for _, name := range required {
+		if _, given := values[name]; !given {
+			wrong["#/"+name] = true
+		}
+	}
+	if len(wrong) > 0 {
+		return userInput{}, http.StatusBadRequest, wrong
+	}
+	return in, http.StatusOK, nil
+}
+
+// wantText is what a member of a user must be read as.
+func wantText(m member) (text string, ok bool) {
+	if json.Unmarshal(m.value, &text) != nil || string(m.value) == "null" || !utf8.Valid(m.value) ||
+		text != decodeUTF16(m.value) || strings.Contains(text, "\x00") {
+		return "", false
+	}
+	switch m.name {
+	case "name", "surname":
+		text = strings.TrimSpace(text)
+		n := len([]rune(text))
+		return text, n >= 1 && n <= 255 && !regexp.MustCompile(`\p{Cc}`).MatchString(text)
+	case "password":
+		n := len([]rune(text))
+		return text, n >= 8 && n <= 128
+	}
+	return "", false
 }

@@ -226,7 +226,9 @@ func (s *servers) killOthers() {
 }
 
 func (s *servers) log(name string) *os.File {
-	file, err := os.OpenFile(filepath.Join(s.dir, name), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	const flags = os.O_CREATE | os.O_APPEND | os.O_WRONLY
+	path := filepath.Join(s.dir, name)
+	file, err := os.OpenFile(path, flags, 0o600) // #nosec G304 -- in our own directory
 	if err != nil {
 		panic(err)
 	}
@@ -234,7 +236,7 @@ func (s *servers) log(name string) *os.File {
 }
 
 func (s *servers) tail(name string) string {
-	content, _ := os.ReadFile(filepath.Join(s.dir, name))
+	content, _ := os.ReadFile(filepath.Join(s.dir, name)) // #nosec G304 -- in our own directory
 	return string(content[max(0, len(content)-2000):])
 }
 
@@ -251,7 +253,8 @@ func (s *servers) preparePostgres() (initdb *exec.Cmd, err error) {
 		return nil, err
 	}
 	data := filepath.Join(s.dir, "postgres")
-	if err := errors.Join(os.Chmod(s.dir, 0o755), os.Mkdir(data, 0o700)); err != nil {
+	open := os.Chmod(s.dir, 0o755) // #nosec G302 -- PostgreSQL's own user passes through
+	if err := errors.Join(open, os.Mkdir(data, 0o700)); err != nil {
 		return nil, err
 	}
 	var attributes syscall.SysProcAttr
@@ -263,9 +266,9 @@ func (s *servers) preparePostgres() (initdb *exec.Cmd, err error) {
 		if err != nil {
 			return nil, err
 		}
-		uid, _ := strconv.Atoi(owner.Uid)
-		gid, _ := strconv.Atoi(owner.Gid)
-		if err := os.Chown(data, uid, gid); err != nil {
+		uid, _ := strconv.ParseUint(owner.Uid, 10, 31)
+		gid, _ := strconv.ParseUint(owner.Gid, 10, 31)
+		if err := os.Chown(data, int(uid), int(gid)); err != nil {
 			return nil, err
 		}
 		attributes.Credential = &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}

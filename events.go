@@ -389,7 +389,8 @@ func keepUp(ctx context.Context, log *slog.Logger, name string, session func(res
 			level = slog.LevelWarn
 		}
 		log.Log(ctx, level, "Event connection lost", "connection", name, "error", err)
-		sleep(ctx, rand.N(min(250*time.Millisecond<<min(failures, 5), 5*time.Second)))
+		wait := min(250*time.Millisecond<<min(failures, 5), 5*time.Second)
+		sleep(ctx, rand.N(wait)) // #nosec G404 -- no secret: replicas shall not come at once
 	}
 }
 

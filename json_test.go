@@ -5,7 +5,12 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
+	"math"
+	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 )
@@ -62,6 +67,66 @@ func TestLogValues(t *testing.T) {
 			t.Errorf("%s is %#v, not %#v", key, line[key], want)
 		}
 	}
+}
+
+// FuzzLogLine writes a line of whatever a request can bring in, and what a mistake can.
+func FuzzLogLine(f *testing.F) {
+	for _, text := range []string{"GET", "/users", "", "a\nb\r\n", `"}{"`, `\`, "\x00\x1b\x7f", "\u2028\u2029",
+		"\xff\xfe", "\xed\xa0\x80", "<&>", "😀", "timestamp"} {
+		f.Add(text, text, text, text, int64(7), 0.25)
+	}
+	f.Add("", "", "", "", int64(math.MinInt64), math.MaxFloat64)
+	f.Add("", "", "", "", int64(math.MaxInt64), math.SmallestNonzeroFloat64)
+	f.Add("", "", "", "", int64(0), math.NaN())
+	f.Add("", "", "", "", int64(0), math.Inf(-1))
+	f.Fuzz(func(t *testing.T, message, key, text, id string, n int64, x float64) {
+		log := &logBuffer{}
+		logger := newLogger(log, slog.LevelDebug).With("always", text)
+		ctx := withTraceID(context.Background(), id)
+		logger.LogAttrs(ctx, slog.Level(n%20), message, slog.String("text", text), slog.Int64("n", n),
+			slog.Float64("x", x), slog.Any("error", errors.New(text)), slog.Any("bytes", []byte(text)),
+			slog.Uint64("u", math.Float64bits(x)), slog.Duration("d", time.Duration(n)), slog.Time("t", time.Unix(n, 0)),
+			slog.Group("g"+key, slog.String(key, text)), slog.Any("nothing", nil), slog.Any("k"+key, id))
+		flushLog(logger)
+		if slog.Level(n%20) < slog.LevelDebug {
+			if log.String() != "" {
+				t.Errorf("a line below the level: %s", log)
+			}
+			return
+		}
+		lines := log.String()
+		if strings.Count(lines, "\n") != 1 || !strings.HasSuffix(lines, "\n") {
+			t.Fatalf("not one line: %q", lines)
+		}
+		var line map[string]any
+		decoder := json.NewDecoder(strings.NewReader(lines))
+		decoder.UseNumber()
+		if err := decoder.Decode(&line); err != nil {
+			t.Fatalf("%v: %s", err, lines)
+		}
+		head := []string{"timestamp", "level", "event", "trace_id"}
+		if id == "" {
+			head = head[:3]
+		}
+		if got := keys(lines); !slices.Equal(got[:len(head)], head) {
+			t.Errorf("the keys are %q", got)
+		}
+		want := map[string]string{"event": message, "always": text, "text": text, "error": text,
+			"n": strconv.FormatInt(n, 10), "k" + key: id}
+		if number, ok := line["x"].(json.Number); ok {
+			if back, err := number.Float64(); err != nil || back != x {
+				t.Errorf("%v is logged as %s", x, number)
+			}
+		} else { // JSON has no number for it
+			want["x"] = slog.Float64Value(x).String()
+		}
+		for name, value := range want {
+			// What is no UTF-8 is U+FFFD, byte for byte.
+			if got := fmt.Sprint(line[string([]rune(name))]); got != string([]rune(value)) {
+				t.Errorf("%q is %q, not %q", name, got, value)
+			}
+		}
+	})
 }
 
 func BenchmarkUserJSON(b *testing.B) {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"io"
 	"log/slog"
+	"math"
 	"slices"
 	"strconv"
 	"sync"
@@ -66,22 +67,24 @@ func logInfo(ctx context.Context, log *slog.Logger, at time.Time, event string, 
 	if log.Enabled(ctx, slog.LevelInfo) {
 		r := slog.NewRecord(at, slog.LevelInfo, event, 0)
 		r.AddAttrs(attrs...)
-		log.Handler().Handle(ctx, r)
+		_ = log.Handler().Handle(ctx, r)
 	}
 }
 
 func appendAttr(line []byte, a slog.Attr) []byte {
 	line = append(appendJSONString(append(line, ','), a.Key), ':')
-	switch v := a.Value.Resolve(); v.Kind() {
+	v := a.Value.Resolve()
+	switch v.Kind() {
 	case slog.KindInt64:
 		return strconv.AppendInt(line, v.Int64(), 10)
 	case slog.KindFloat64:
-		return strconv.AppendFloat(line, v.Float64(), 'f', -1, 64)
+		if x := v.Float64(); !math.IsNaN(x) && !math.IsInf(x, 0) {
+			return strconv.AppendFloat(line, x, 'f', -1, 64)
+		}
 	case slog.KindBool:
 		return strconv.AppendBool(line, v.Bool())
-	default: // an error, too, is its text
-		return appendJSONString(line, v.String())
 	}
+	return appendJSONString(line, v.String()) // also of an error, and of what is no number in JSON
 }
 
 func (h *logHandler) WithAttrs(attrs []slog.Attr) slog.Handler {

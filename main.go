@@ -157,7 +157,7 @@ func run(ctx context.Context, s settings, log *slog.Logger) error {
 	select {
 	case err = <-served: // only a listener that broke ends it before its Shutdown
 	case <-ctx.Done():
-		stopCollecting(log) // a second signal ends the process without a word
+		_ = stopCollecting(log) // a second signal ends the process without a word
 		log.Info("Service stopping")
 		server.draining.Store(true)
 		time.Sleep(s.shutdownDelay)
@@ -260,7 +260,7 @@ func newHTTPServer(h http.Handler, log *slog.Logger) *httpServer {
 // too long. A connection that is idle is not closed at once: its client may be sending
 // just now, and is told with its next answer that it was the last.
 func (s *httpServer) shutDown(listener net.Listener) error {
-	listener.Close()
+	_ = listener.Close()
 	for end := time.Now().Add(drainIdle); s.open.Load() > 0 && time.Now().Before(end); {
 		time.Sleep(10 * time.Millisecond)
 	}

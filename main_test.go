@@ -652,10 +652,11 @@ func TestProgramRestricted(t *testing.T) {
 	if err := os.Link(p.cmd.Path, filepath.Join(p.cmd.Dir, "user-service")); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Chmod(p.cmd.Dir, 0o555); err != nil {
+	err := os.Chmod(p.cmd.Dir, 0o555) // #nosec G302 -- another user is to run what is in it
+	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { os.Chmod(p.cmd.Dir, 0o755) }) // so that it can be removed
+	t.Cleanup(func() { os.Chmod(p.cmd.Dir, 0o700) }) // #nosec G302 -- a directory
 	command := []string{"./user-service"}
 	if os.Geteuid() == 0 {
 		command = append([]string{"setpriv", "--reuid=65532", "--regid=65532", "--clear-groups",

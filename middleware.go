@@ -269,7 +269,7 @@ func writeJSON(w http.ResponseWriter, status int, v any) error {
 	}
 	h.Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(status)
-	w.Write(body) // the response keeps the error
+	_, _ = w.Write(body) // #nosec G705 -- never HTML; the response keeps the error
 	return nil
 }
 

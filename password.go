@@ -128,29 +128,48 @@ func isOutdated(phc string) bool { return !strings.HasPrefix(phc, phcPrefix) }
 // errHash is a stored string that is not computed.
 var errHash = errors.New("the stored string is none that is computed")
 
-var phcPattern = regexp.MustCompile(
-	`^\$argon2id\$v=19\$m=(\d{1,5}),t=(\d{1,2}),p=(\d{1,2})\$([A-Za-z0-9+/]+)\$([A-Za-z0-9+/]+)$`)
+// argonHash is what a PHC string of argon2id says.
+type argonHash struct {
+	memory, passes uint32
+	threads        uint8
+	salt, key      []byte
+}
 
-// verify says whether phc was made of password. It fails with errHash for a string that is
-// not of argon2id, or would cost more than 64 MiB or ten passes, and with the errors of do.
-func (h *hasher) verify(ctx context.Context, password, phc string) (same bool, err error) {
+// The lengths are those of 8 to 64 bytes of salt, and 4 to 64 of key.
+var phcPattern = regexp.MustCompile(
+	`^\$argon2id\$v=19\$m=([1-9]\d{0,4}),t=([1-9]\d?),p=([1-9]\d?)` +
+		`\$([A-Za-z0-9+/]{11,86})\$([A-Za-z0-9+/]{6,86})$`)
+
+// parsePHC fails with errHash for what is not the one spelling of an argon2id hash, or would
+// cost more than 64 MiB or ten passes to compute.
+func parsePHC(phc string) (argonHash, error) {
 	fields := phcPattern.FindStringSubmatch(phc)
 	if fields == nil {
-		return false, errHash
+		return argonHash{}, errHash
 	}
-	memory, _ := strconv.Atoi(fields[1]) // digits, says the pattern
-	passes, _ := strconv.Atoi(fields[2])
-	threads, _ := strconv.Atoi(fields[3])
-	salt, saltErr := base64.RawStdEncoding.DecodeString(fields[4])
-	want, keyErr := base64.RawStdEncoding.DecodeString(fields[5])
-	if saltErr != nil || keyErr != nil || memory > maxArgonMemory || passes < 1 ||
-		passes > maxArgonTime || threads < 1 || len(want) > 2*argonKey {
-		return false, errHash
+	memory, _ := strconv.ParseUint(fields[1], 10, 32) // digits, says the pattern
+	passes, _ := strconv.ParseUint(fields[2], 10, 32)
+	threads, _ := strconv.ParseUint(fields[3], 10, 8)
+	salt, saltErr := base64.RawStdEncoding.Strict().DecodeString(fields[4])
+	key, keyErr := base64.RawStdEncoding.Strict().DecodeString(fields[5])
+	if saltErr != nil || keyErr != nil || passes > maxArgonTime ||
+		memory > maxArgonMemory || memory < 8*threads { // RFC 9106, section 3.1
+		return argonHash{}, errHash
+	}
+	return argonHash{uint32(memory), uint32(passes), uint8(threads), salt, key}, nil
+}
+
+// verify says whether phc was made of password. Its errors are those of parsePHC, where
+// nothing is computed, and of do.
+func (h *hasher) verify(ctx context.Context, password, phc string) (same bool, err error) {
+	want, err := parsePHC(phc)
+	if err != nil {
+		return false, err
 	}
 	err = h.do(ctx, func() {
-		got := argon2.IDKey(norm.NFC.Bytes([]byte(password)), salt,
-			uint32(passes), uint32(memory), uint8(threads), uint32(len(want)))
-		same = subtle.ConstantTimeCompare(got, want) == 1
+		got := argon2.IDKey(norm.NFC.Bytes([]byte(password)), want.salt,
+			want.passes, want.memory, want.threads, uint32(len(want.key))) // #nosec G115 -- at most 64
+		same = subtle.ConstantTimeCompare(got, want.key) == 1
 	})
 	return same, err
 }

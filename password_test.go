@@ -4,8 +4,10 @@ import (
 	"context"
 	"encoding/base64"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
+	"reflect"
 	"regexp"
 	"runtime"
 	"strings"
@@ -84,6 +86,67 @@ func TestPasswordIsStoredHashed(t *testing.T) {
 	if !verifies(t, stored(), " é "+secret) {
 		t.Error("PATCH stored another password")
 	}
+}
+
+// FuzzPHC holds parsePHC against scanPHC, which spells a string again to see whether it is
+// the one spelling. What is refused must not be computed.
+func FuzzPHC(f *testing.F) {
+	const salt, key = "c2FsdHNhbHRzYWx0c2FsdA", "a2V5a2V5a2V5a2V5a2V5a2V5a2V5a2V5a2V5a2V5a2U"
+	const head = "$argon2id$v=19$"
+	for _, phc := range []string{
+		head + "m=12288,t=3,p=1$" + salt + "$" + key,
+		head + "m=8,t=1,p=1$c2FsdHNhbHQ$a2V5cw", // the least
+		head + "m=65536,t=10,p=99$" + strings.Repeat("A", 86) + "$" + strings.Repeat("A", 86),
+		head + "m=65537,t=3,p=1$" + salt + "$" + key,
+		head + "m=99999,t=11,p=1$" + salt + "$" + key,
+		head + "m=15,t=1,p=2$" + salt + "$" + key,
+		head + "m=12288,t=0,p=0$" + salt + "$" + key,
+		head + "m=012288,t=03,p=1$" + salt + "$" + key,
+		head + "m=4294979584,t=3,p=257$" + salt + "$" + key, // 12288 and 1, in few bits
+		head + "m=12288,t=3,p=1$" + salt + "$",
+		head + "m=12288,t=3,p=1$" + salt + "$AA",
+		head + "m=12288,t=3,p=1$" + salt[:21] + "B$" + key, // bits that no byte has
+		head + "m=12288,t=3,p=1$" + salt + "$" + key + "=",
+		head + "m=12288,t=3,p=1$" + salt + "$" + key + "\n",
+		head + "m=12288,t=3,p=1$" + salt + "$" + strings.Repeat("A", 87),
+		strings.Replace(head, "19", "16", 1) + "m=12288,t=3,p=1$" + salt + "$" + key,
+		strings.Replace(head, "2id", "2i", 1) + "m=12288,t=3,p=1$" + salt + "$" + key,
+		"", "$$$$$",
+	} {
+		f.Add(phc)
+	}
+	f.Fuzz(func(t *testing.T, phc string) {
+		got, err := parsePHC(phc)
+		want, ok := scanPHC(phc)
+		if (err == nil) != ok || !reflect.DeepEqual(got, want) {
+			t.Fatalf("%q is %+v (%v), not %+v", phc, got, err, want)
+		}
+		if err != nil {
+			h := &hasher{} // whose do has no place for anybody
+			if same, verifyErr := h.verify(t.Context(), secret, phc); same || fmt.Sprint(verifyErr) != err.Error() {
+				t.Errorf("%q: verify is %t, %v, not %v", phc, same, verifyErr, err)
+			}
+		}
+	})
+}
+
+// scanPHC is false for what argon2 does not allow, and for what would cost too much.
+func scanPHC(phc string) (h argonHash, ok bool) {
+	fields := strings.Split(phc, "$")
+	if len(fields) != 6 {
+		return argonHash{}, false
+	}
+	fmt.Sscanf(fields[3], "m=%d,t=%d,p=%d", &h.memory, &h.passes, &h.threads)
+	h.salt, _ = base64.RawStdEncoding.DecodeString(fields[4])
+	h.key, _ = base64.RawStdEncoding.DecodeString(fields[5])
+	again := fmt.Sprintf("$argon2id$v=19$m=%d,t=%d,p=%d$%s$%s", h.memory, h.passes, h.threads,
+		base64.RawStdEncoding.EncodeToString(h.salt), base64.RawStdEncoding.EncodeToString(h.key))
+	if again != phc || h.passes < 1 || h.passes > 10 || h.threads < 1 || h.threads > 99 ||
+		h.memory < 8*uint32(h.threads) || h.memory > 64*1024 ||
+		len(h.salt) < 8 || len(h.salt) > 64 || len(h.key) < 4 || len(h.key) > 64 {
+		return argonHash{}, false
+	}
+	return h, true
 }
 
 func TestHasherSize(t *testing.T) {

@@ -90,7 +90,7 @@ func (b *rabbitMQ) dial(ctx context.Context, purpose string) (*rabbitConn, error
 			if socket.Conn, err = dialer.DialContext(ctx, network, address); err != nil {
 				return nil, err
 			}
-			unwatch = context.AfterFunc(ctx, func() { socket.Close() })
+			unwatch = context.AfterFunc(ctx, func() { _ = socket.Close() })
 			return socket, socket.SetDeadline(time.Now().Add(brokerTimeout))
 		},
 	})
@@ -109,8 +109,8 @@ func (b *rabbitMQ) dial(ctx context.Context, purpose string) (*rabbitConn, error
 // waits for ever where the broker has stopped to read, and CloseDeadline for as long as it
 // sends heartbeats.
 func (c *rabbitConn) hangUp() {
-	defer time.AfterFunc(brokerGoodbye, func() { c.socket.Close() }).Stop()
-	c.CloseDeadline(time.Now().Add(brokerGoodbye))
+	defer time.AfterFunc(brokerGoodbye, func() { _ = c.socket.Close() }).Stop()
+	_ = c.CloseDeadline(time.Now().Add(brokerGoodbye))
 }
 
 // brokerSocket bounds each write: a broker in a memory alarm does not read, and amqp091

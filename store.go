@@ -630,11 +630,12 @@ func (b *postgresBacklog) pending(ctx context.Context, limit int) ([]event, erro
 func (b *postgresBacklog) sweep(ctx context.Context) {
 	if time.Since(b.swept) >= time.Hour {
 		b.swept = time.Now()
-		b.conn.Exec(ctx, "DELETE FROM idempotency_keys WHERE created_at <= now() - $1::interval", keyLifetime)
+		_, _ = b.conn.Exec(ctx,
+			"DELETE FROM idempotency_keys WHERE created_at <= now() - $1::interval", keyLifetime)
 	}
 	if b.removed >= vacuumAfter {
 		b.removed = 0
-		b.conn.Exec(ctx, "VACUUM (TRUNCATE off) outbox")
+		_, _ = b.conn.Exec(ctx, "VACUUM (TRUNCATE off) outbox")
 	}
 }
 
@@ -656,5 +657,5 @@ func (b *postgresBacklog) remove(ctx context.Context, events []event) error {
 func (b *postgresBacklog) close() {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	b.conn.Close(ctx)
+	_ = b.conn.Close(ctx)
 }

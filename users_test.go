@@ -5,13 +5,22 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"golang.org/x/crypto/argon2"
+	"log/slog"
+	"maps"
+	"math"
+	"math/big"
 	"net/http"
+	"net/url"
+	"reflect"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+	"golang.org/x/crypto/argon2"
 )
 
 const john = `{"name": "John", "surname": "Doe", "password": "` + secret + `"}`
@@ -535,25 +544,72 @@ func TestParseEntityTags(t *testing.T) {
 	}
 }
 
-// FuzzEntityTags reads what it has read once more: a list of tags stays what it is.
+// FuzzEntityTags holds what If-Match and If-None-Match say against scanEntityTags. The
+// lines of a field are one list, and a version is in each list that it is added to.
 func FuzzEntityTags(f *testing.F) {
 	for _, line := range []string{
-		``, `*`, `"2"`, `W/"1", "2"`, `"a,b" ,, "c\"`, `"a" "b"`, `W/`, "\"\xff\"",
+		``, `*`, `"2"`, `W/"1", "2"`, `"a,b" ,, "c\"`, `"a" "b"`, `W/`, "\"\xff\"", ` , "2"	,`, `"02", "+2", "-2"`,
+		`*, "2"`, `"2", *`, `"2`, `w/"2"`, `W/ "2"`, `W/"2"W/"3"`, `"", "2""3"`, `"9223372036854775808"`, "\"2\x7f\"",
 	} {
-		f.Add(line)
+		f.Add(line, `"1"`, int64(2))
+		f.Add(`W/"2"`, line, int64(math.MaxInt64))
 	}
-	tagPattern := regexp.MustCompile(`^(\*|(W/)?"[^\x00-\x20"\x7f]*")$`)
-	f.Fuzz(func(t *testing.T, line string) {
-		tags := parseEntityTags([]string{line})
-		for _, tag := range tags {
-			if !tagPattern.MatchString(tag) || !strings.Contains(line, tag) {
-				t.Errorf("%q has no tag %q", line, tag)
-			}
+	f.Fuzz(func(t *testing.T, first, second string, version int64) {
+		field := first + "," + second
+		tags, any := scanEntityTags(field), strings.Trim(field, " \t,") == "*"
+		h := http.Header{"If-Match": {first, second}, "If-None-Match": {first, second}}
+		if got := parseEntityTags([]string{field}); !slices.Equal(got, tags) && !any {
+			t.Fatalf("%q is %q, not %q", field, got, tags)
 		}
-		if again := parseEntityTags(tags); !slices.Equal(again, tags) {
-			t.Errorf("%q: %q is read again as %q", line, tags, again)
+		var want []int64
+		named := any
+		for _, tag := range tags {
+			n, err := strconv.ParseInt(strings.Trim(tag, `"`), 10, 64)
+			if err == nil && tag == fmt.Sprintf(`"%d"`, n) {
+				want = append(want, n)
+			}
+			named = named || strings.TrimPrefix(tag, "W/") == fmt.Sprintf(`"%d"`, version)
+		}
+		if got := matchVersions(h); !slices.Equal(got, want) || (got == nil) != any {
+			t.Errorf("If-Match %q, %q names %v, not %v", first, second, got, want)
+		}
+		if got := noneMatchFails(h, version); got != named {
+			t.Errorf("If-None-Match %q, %q names %d: %t", first, second, version, got)
+		}
+		h = http.Header{"If-Match": append(tags, entityTag(version))}
+		if got := matchVersions(h); !slices.Equal(got, append(want, version)) {
+			t.Errorf("%q names %v, not %v and %d", h, got, want, version)
 		}
 	})
+}
+
+// scanEntityTags reads a list by RFC 9110, section 5.6.1, from its start to its end.
+func scanEntityTags(list string) (tags []string) {
+	for list = strings.TrimLeft(list, " \t,"); list != ""; {
+		weak := strings.HasPrefix(list, "W/")
+		opaque := strings.TrimPrefix(list, "W/")
+		end := strings.IndexByte(strings.TrimPrefix(opaque, `"`), '"')
+		if opaque == "" || opaque[0] != '"' || end < 0 {
+			return nil
+		}
+		opaque = opaque[:end+2]
+		for _, c := range []byte(opaque) {
+			if c <= ' ' || c == 0x7f {
+				return nil
+			}
+		}
+		tag := opaque
+		if weak {
+			tag = "W/" + opaque
+		}
+		tags = append(tags, tag)
+		list = strings.TrimLeft(list[len(tag):], " \t")
+		if list != "" && list[0] != ',' {
+			return nil
+		}
+		list = strings.TrimLeft(list, " \t,")
+	}
+	return tags
 }
 
 // page is what a test says of a list; its links are by relation.
@@ -711,6 +767,117 @@ func TestLinksStayInReach(t *testing.T) {
 	}
 }
 
+// FuzzListQuery holds a query against wantWrong, and then follows each link of a table of
+// users whose ids are all even.
+func FuzzListQuery(f *testing.F) {
+	for _, query := range []string{
+		"", "page=1", "page=3&per_page=7", "per_page=100&page=1001", "per_page=100&page=1002", "after=0",
+		"after=9223372036854775807", "after=9223372036854775808", "page=9223372036854775807&per_page=1",
+		"page=4611686018427387905&per_page=4", "page=100001&per_page=1", "page=1&after=1", "p%61ge=%31",
+		"page=+1", "page=-1", "page=01", "page=1_0", "page=", "page", "page=1&page=1", "PAGE=1&x=%00&%zz",
+		"per_page=0", "per_page=101", "a;b", "page=%D9%A1", "&&", "after=-0", "after=4&per_page=2&per_page=",
+	} {
+		for _, total := range []uint32{0, 1, 10, 200_001} {
+			f.Add(query, total)
+		}
+	}
+	f.Fuzz(func(t *testing.T, query string, size uint32) {
+		q, err := parseListQuery(query)
+		wrong, parsed := wantWrong(query)
+		if err != nil {
+			got := make(map[string]bool)
+			p, ok := err.(*problem)
+			if !ok || p.Status != http.StatusBadRequest || parsed != (len(p.Errors) > 0) {
+				t.Fatalf("%q: %+v", query, err)
+			}
+			for _, e := range p.Errors {
+				got[e.Parameter] = true
+			}
+			if !maps.Equal(got, wrong) || parsed && len(wrong) == 0 {
+				t.Errorf("%q: the wrong parameters are %v, not %v", query, got, wrong)
+			}
+			return
+		}
+		if !parsed || len(wrong) > 0 {
+			t.Fatalf("%q is accepted, but wrong are %v", query, wrong)
+		}
+		total := int64(size % 300_000)
+		list := q.list(evenUsers(q, total), total)
+		if n := int64(len(list.Users)); n > q.perPage || q.offset() < 0 || q.offset() > 100_000 {
+			t.Fatalf("%q skips %d users and has %d", query, q.offset(), n)
+		}
+		last := max(0, total-1)/q.perPage + 1 // page
+		want := map[string]listQuery{}
+		if q.page > 0 {
+			want["first"] = listQuery{page: 1, perPage: q.perPage}
+			if (last-1)*q.perPage <= 100_000 {
+				want["last"] = listQuery{page: last, perPage: q.perPage}
+			}
+		}
+		if q.page > 1 {
+			want["prev"] = listQuery{page: min(q.page-1, last), perPage: q.perPage}
+		}
+		if n := len(list.Users); n > 0 && list.Users[n-1].ID < 2*total {
+			want["next"] = listQuery{after: list.Users[n-1].ID, perPage: q.perPage}
+		}
+		a := answer{header: http.Header{"Link": {q.links(list)}}}
+		if a.header.Get("Link") == "" {
+			a.header.Del("Link")
+		}
+		got := links(t, a)
+		for relation, target := range got {
+			linked, err := parseListQuery(strings.TrimPrefix(target, "/users?"))
+			linked.values = nil
+			if err != nil || !reflect.DeepEqual(linked, want[relation]) {
+				t.Errorf("%q of %d: %s is %s (%v), not %+v", query, total, relation, target, err, want[relation])
+			}
+		}
+		if len(got) != len(want) {
+			t.Errorf("%q of %d: the links are %v, not %v", query, total, got, want)
+		}
+	})
+}
+
+// evenUsers is what a store with total users, from 2 to 2*total, returns for q.
+func evenUsers(q listQuery, total int64) []User {
+	users := []User{}
+	for i := min(q.after, 2*total)/2 + q.offset(); i < total && int64(len(users)) <= q.perPage; i++ {
+		users = append(users, User{ID: 2 * (i + 1)})
+	}
+	return users
+}
+
+// wantWrong returns the parameters that a list must refuse, or false for no query at all.
+func wantWrong(query string) (wrong map[string]bool, ok bool) {
+	values, err := url.ParseQuery(query)
+	if err != nil {
+		return nil, false
+	}
+	wrong = make(map[string]bool)
+	high := map[string]string{"page": "9223372036854775807", "per_page": "100", "after": "9223372036854775807"}
+	number := map[string]*big.Int{"page": big.NewInt(1), "per_page": big.NewInt(10)}
+	for name, texts := range values {
+		limit, _ := new(big.Int).SetString(high[name], 10)
+		n, isNumber := new(big.Int).SetString(texts[0], 10)
+		if high[name] == "" || len(texts) > 1 || !isNumber || strings.Trim(texts[0], "0123456789") != "" ||
+			n.Cmp(limit) > 0 || name != "after" && n.Sign() == 0 {
+			wrong[name] = true
+		}
+		number[name] = n
+	}
+	skipped := new(big.Int)
+	if len(wrong) == 0 {
+		skipped.Mul(skipped.Sub(number["page"], big.NewInt(1)), number["per_page"])
+	}
+	switch {
+	case values.Has("page") && values.Has("after"):
+		wrong["after"] = true
+	case skipped.Cmp(big.NewInt(100_000)) > 0:
+		wrong["page"] = true
+	}
+	return wrong, true
+}
+
 func TestListRefuses(t *testing.T) {
 	t.Parallel()
 	s := startService(t, memorySettings())
@@ -798,6 +965,28 @@ func TestQueryElsewhere(t *testing.T) {
 			t.Errorf("%s %s: %d %s", test.method, test.path, a.status, a.body)
 		}
 	}
+}
+
+// FuzzUserID holds the id of a path against the words of the contract.
+func FuzzUserID(f *testing.F) {
+	for _, text := range []string{"0", "1", "9223372036854775807", "9223372036854775808", "00", "01", "-0", "-1", "+1",
+		" 1", "1 ", "", "1_0", "0x1", "1e0", "1.0", "\u0661", "\uff11", "1\x00", "18446744073709551617", "9999999999999999999"} {
+		f.Add(text)
+	}
+	digits := regexp.MustCompile(`^(0|[1-9][0-9]{0,18})$`)
+	f.Fuzz(func(t *testing.T, text string) {
+		r := &http.Request{}
+		r.SetPathValue("id", text)
+		id, err := userID(r)
+		n, isNumber := new(big.Int).SetString(text, 10)
+		if isNumber && digits.MatchString(text) && n.IsInt64() {
+			if err != nil || id != n.Int64() {
+				t.Errorf("%q is %d, %v", text, id, err)
+			}
+		} else if !errors.Is(err, errNoRoute) || id != 0 {
+			t.Errorf("%q is %d, %v", text, id, err)
+		}
+	})
 }
 
 func TestUserIDs(t *testing.T) {
@@ -906,6 +1095,22 @@ func TestVerifyPasswordHasItsLimit(t *testing.T) {
 				t.Errorf("try %d of user %d: %d, %q", try, id, a.status, a.header.Get("Retry-After"))
 			}
 		}
+	}
+}
+
+// TestVerifyPasswordHashesForNobody has no room for another hash: that a user is missing does
+// not make the answer come sooner.
+func TestVerifyPasswordHashesForNobody(t *testing.T) {
+	t.Parallel()
+	server := newServer(settings{}, slog.New(slog.DiscardHandler), metrics.NewSet())
+	a := newAPI(newMemory(), settings{passwordMinLength: 8}, server.log)
+	server.addRoutes(nil, keyedRoutes(a, &health{}))
+	for range cap(a.hasher.admitted) {
+		a.hasher.admitted <- struct{}{}
+	}
+	got := ask(server, "POST", "/users/999/password/verify", strings.NewReader(`{"password": "x"}`))
+	if got.status != 503 {
+		t.Errorf("without a hash: %d %s", got.status, got.body)
 	}
 }
 
