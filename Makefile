@@ -5,9 +5,10 @@ SHELL       := bash
 STATICCHECK := go run honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOTESTSUM   := go run gotest.tools/gotestsum@v1.13.0
 
-TEST_LOG := test-log.json
+TEST_LOG     := test-log.json
+CONFINED_LOG := test-log-confined.json
 
-.PHONY: help run build test drill bench lint services clean
+.PHONY: help run build test confined drill bench lint services clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 12
@@ -23,6 +24,12 @@ test: lint ## lint, then all tests with the race detector against real services
 	REQUIRE_SERVICES=1 $(GOTESTSUM) --format pkgname-and-test-fails --hide-summary output \
 		--jsonfile $(TEST_LOG) -- -race -count=1 -parallel 8 ./...
 	@! grep -E '"Action":"skip".*"Test":' $(TEST_LOG) || { echo "skipped tests count as failed"; exit 1; }
+
+confined: ## all tests as the image runs the service: no root, no capability, nothing to write to
+	exports=$$(.ci/services); eval "$$exports"; \
+	REQUIRE_SERVICES=1 $(GOTESTSUM) --format pkgname-and-test-fails --hide-summary output \
+		--jsonfile $(CONFINED_LOG) --raw-command -- .ci/confined -test.parallel=8
+	@! grep -E '"Action":"skip".*"Test":' $(CONFINED_LOG) || { echo "skipped tests count as failed"; exit 1; }
 
 drill: ## run the service under every fault that the README lists, and print what became of it
 	go test -count=1 -timeout 60m -run '^TestDrill$$' -v . -drill
@@ -40,4 +47,4 @@ services: ## provide PostgreSQL, RabbitMQ and Chromium for the tests, and print 
 	@.ci/services
 
 clean: ## remove what the other targets made
-	rm -f user-service $(TEST_LOG)
+	rm -f user-service $(TEST_LOG) $(CONFINED_LOG)
