@@ -6,10 +6,7 @@ STATICCHECK := go run honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOSEC       := go run github.com/securego/gosec/v2/cmd/gosec@v2.30.0
 GOTESTSUM   := go run gotest.tools/gotestsum@v1.13.0
 
-TEST_LOG := test-log.json
-FUZZTIME ?= 5m
-
-.PHONY: help run build test fuzz drill bench lint services clean
+.PHONY: help run build test fuzz confined drill bench lint services clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 12
@@ -34,6 +31,12 @@ fuzz: ## run each fuzz target for FUZZTIME; an input that fails one goes to test
 		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 1s .; \
 	done
 
+confined: ## all tests as the image runs the service: no root, no capability, nothing to write to
+	exports=$$(.ci/services); eval "$$exports"; \
+	REQUIRE_SERVICES=1 $(GOTESTSUM) --format pkgname-and-test-fails --hide-summary output \
+		--jsonfile $(CONFINED_LOG) --raw-command -- .ci/confined -test.parallel=8
+	@! grep -E '"Action":"skip".*"Test":' $(CONFINED_LOG) || { echo "skipped tests count as failed"; exit 1; }
+
 drill: ## run the service under every fault that the README lists, and print what became of it
 	go test -count=1 -timeout 60m -run '^TestDrill$$' -v . -drill
 
@@ -53,4 +56,4 @@ services: ## provide PostgreSQL, RabbitMQ and Chromium for the tests, and print 
 	@.ci/services
 
 clean: ## remove what the other targets made
-	rm -f user-service $(TEST_LOG)
+	rm -f user-service $(TEST_LOG) $(CONFINED_LOG)
