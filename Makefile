@@ -6,6 +6,10 @@ STATICCHECK := go run honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOSEC       := go run github.com/securego/gosec/v2/cmd/gosec@v2.30.0
 GOTESTSUM   := go run gotest.tools/gotestsum@v1.13.0
 
+TEST_LOG     := test-log.json
+CONFINED_LOG := test-log-confined.json
+FUZZTIME     ?= 5m
+
 .PHONY: help run build test fuzz confined drill bench lint services clean
 
 help: ## list the targets
