@@ -54,8 +54,8 @@ var securityHeaders = http.Header{
 	"X-Content-Type-Options":  {"nosniff"},
 }
 
-// admit says why r is not let in, or answers it where it is a preflight. It notes whose key
-// it has. Probes are always let in: an overloaded process lives.
+// admit says why r is not let in, and notes whose key it has. Probes are always let in: an
+// overloaded process lives.
 func (a *access) admit(w *response, r *http.Request, inFlight int64) error {
 	w.key = a.keyOf(r.Header)
 	a.allowOrigin(w.Header(), r.Header.Get("Origin"))

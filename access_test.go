@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"fmt"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -329,4 +330,40 @@ func TestCrossOrigin(t *testing.T) {
 	if plain.header.Get("Access-Control-Allow-Origin") != "" || plain.header.Get("Vary") != "" {
 		t.Errorf("without CORS_ORIGINS: %v", plain.header)
 	}
+}
+
+// TestSlowClients has connections that never finish their headers, their body, or the reading
+// of their answers: everybody else is answered.
+func TestSlowClients(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *service) {
+		for range 20 {
+			s.createUser("John", "Doe")
+		}
+		const slow = 150
+		for range slow {
+			for _, head := range []string{
+				"GET /users HTTP/1.1\r\nHost: slow\r\n",
+				"POST /users HTTP/1.1\r\nHost: slow\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{",
+				strings.Repeat("GET /users?per_page=100 HTTP/1.1\r\nHost: slow\r\n\r\n", 20),
+			} {
+				conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				if _, err := conn.Write([]byte(head)); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		for id := range 20 {
+			if a := s.do("GET", fmt.Sprintf("/users/%d", id+1), ""); a.status != 200 {
+				t.Errorf("beside slow clients: %d %s", a.status, a.body)
+			}
+			if a := s.do("PUT", fmt.Sprintf("/users/%d", id+1), `{"name": "Jane"}`); a.status != 200 {
+				t.Errorf("beside slow clients: %d %s", a.status, a.body)
+			}
+		}
+	})
 }

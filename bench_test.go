@@ -190,7 +190,10 @@ func (r *rig) startServer(kind string, env ...string) *subject {
 	var line struct{ Port int }
 	eventually(r.t, kind+" that listens", func() bool {
 		text, _ := os.ReadFile(log.Name())
-		return json.NewDecoder(bytes.NewReader(text)).Decode(&line) == nil && line.Port > 0
+		lines := json.NewDecoder(bytes.NewReader(text))
+		for line.Port == 0 && lines.Decode(&line) == nil {
+		}
+		return line.Port > 0
 	})
 	return &subject{name: kind, url: fmt.Sprintf("http://127.0.0.1:%d", line.Port), pid: cmd.Process.Pid}
 }

@@ -645,6 +645,44 @@ func TestPostgresListsLeaveConnections(t *testing.T) {
 	}
 }
 
+// TestPostgresActivityTellsNoSecret looks at what the server shows of statements that wait.
+func TestPostgresActivityTellsNoSecret(t *testing.T) {
+	t.Parallel()
+	set := postgresSettings(t)
+	s := startService(t, set)
+	id := s.createUser("John", "Doe")
+	db := connect(t, set.databaseURL)
+	tx, err := db.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback(context.Background())
+	if _, err := tx.Exec(t.Context(), "LOCK users"); err != nil {
+		t.Fatal(err)
+	}
+	var requests sync.WaitGroup
+	user := fmt.Sprintf(`{"name": "Ann", "surname": "Lee", "password": %q}`, secret)
+	requests.Go(func() { s.do("POST", "/users", user, "Idempotency-Key: key") })
+	requests.Go(func() { s.do("PUT", fmt.Sprintf("/users/%d", id), user) })
+	requests.Go(func() {
+		s.do("POST", fmt.Sprintf("/users/%d/password/verify", id), fmt.Sprintf(`{"password": %q}`, secret))
+	})
+	const waiting = `SELECT coalesce(string_agg(query, E'\n'), '') FROM pg_stat_activity
+		WHERE datname = current_database() AND wait_event_type = 'Lock'`
+	watcher := connect(t, set.databaseURL)
+	var queries string
+	eventually(t, "three statements that wait", func() bool {
+		queries = queryValue[string](t, watcher, waiting)
+		return strings.Contains(queries, "INSERT INTO users") && strings.Contains(queries, "UPDATE users") &&
+			strings.Contains(queries, "SELECT password")
+	})
+	if strings.Contains(queries, secret) || strings.Contains(queries, "argon2id") {
+		t.Errorf("the server shows a password:\n%s", queries)
+	}
+	tx.Rollback(t.Context())
+	requests.Wait()
+}
+
 func TestPostgresSurvivesLostConnections(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
