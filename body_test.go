@@ -441,7 +441,8 @@ func FuzzParseString(f *testing.F) {
 	for _, value := range []string{
 		`"John"`, `""`, `null`, `5`, `{}`, `"\u0000"`, `"\ud83d\ude00"`, `"\ud83d"`, `"\ude00\ud83d"`,
 		`"\\ud83d"`, `"\ud83d\\ude00"`, `"\ud83d\ud83d\ude00"`, `"\ufffd"`, `"\uD83D\n\uDE00"`,
-		`"\\\udc00"`, `"\ud83d\ude00\udE00"`, `"\uD7ff\uE000"`, `" \u0000"`, "\"\\u005cud83d\ufffd\"",
+		`"\\\udc00"`, `"\ud83d\ude00\udE00"`, `"\udc00\udc00"`,
+		`"\uD7ff\uE000"`, `" \u0000"`, "\"\\u005cud83d\ufffd\"",
 		`"\"\/\b\f\n\r\t"`, "\"\xff\"", "\"\xed\xa0\xbd\"", "\"\xed\xa0\xbd\\ude00\"",
 	} {
 		f.Add([]byte(value))
@@ -515,11 +516,14 @@ func FuzzReadUser(f *testing.F) {
 	for _, body := range []string{
 		``, `{}`, `[]`, `null`, john, john + "{}", `{"name": "Jane"}`, `{"name": " Jane\u00a0"}`,
 		`{"password": " ` + secret + `\u0001 "}`, `{"password": "7 chars"}`, `{"password": "8letters"}`,
-		`{"name": "a", "n\u0061me": "a"}`, `{"NAME": "a"}`, `{"\u017furname": "a"}`, `{"a/b~c%": 1, "": 2}`,
+		`{"name": "a", "n\u0061me": "a"}`, `{"NAME": "a"}`, `{"\u017furname": "a"}`,
+		`{"a/b~c%": 1, "": 2}`,
 		`{"name": null, "surname": 5, "password": []}`, `{"name": "\ud83d", "surname": "\u0000"}`,
 		`{"name": "\u0085", "surname": "\u200b"}`, "{\"name\": \"\xff\", \"\xff\": 1}",
-		`{"surname": "` + strings.Repeat("é", 255) + `"}`, `{"surname": "` + strings.Repeat("x", 256) + `"}`,
-		`{"password": "` + strings.Repeat("😀", 128) + `"}`, `{"password": "` + strings.Repeat("x", 129) + `"}`,
+		`{"surname": "` + strings.Repeat("é", 255) + `"}`,
+		`{"surname": "` + strings.Repeat("x", 256) + `"}`,
+		`{"password": "` + strings.Repeat("😀", 128) + `"}`,
+		`{"password": "` + strings.Repeat("x", 129) + `"}`,
 	} {
 		f.Add([]byte(body), "application/json", true)
 		f.Add([]byte(body), "application/json", false)
@@ -528,6 +532,7 @@ func FuzzReadUser(f *testing.F) {
 	f.Add([]byte(john), "application/json; charset=latin1", true)
 	f.Add([]byte(john), "application/json, application/json", true)
 	f.Add([]byte(strings.Repeat(" ", maxBodyBytes)+"{}"), "application/json", true)
+	fragment := regexp.MustCompile(`^#/[!-~]*$`)
 	f.Fuzz(func(t *testing.T, body []byte, contentType string, creates bool) {
 		var required []string
 		if creates {
@@ -558,7 +563,7 @@ func FuzzReadUser(f *testing.F) {
 		got := make(map[string]bool)
 		for _, e := range p.Errors {
 			got[e.Pointer] = true
-			if strings.ContainsFunc(e.Pointer, func(c rune) bool { return c <= ' ' || c > '~' }) || e.Detail == "" {
+			if !fragment.MatchString(e.Pointer) || e.Detail == "" {
 				t.Errorf("%q: %+v", body, e)
 			}
 		}

@@ -71,8 +71,8 @@ func TestLogValues(t *testing.T) {
 
 // FuzzLogLine writes a line of whatever a request can bring in, and what a mistake can.
 func FuzzLogLine(f *testing.F) {
-	for _, text := range []string{"GET", "/users", "", "a\nb\r\n", `"}{"`, `\`, "\x00\x1b\x7f", "\u2028\u2029",
-		"\xff\xfe", "\xed\xa0\x80", "<&>", "😀", "timestamp"} {
+	for _, text := range []string{"GET", "/users", "", "a\nb\r\n", `"}{"`, `\`,
+		"\x00\x1b\x7f", "\u2028\u2029", "\xff\xfe", "\xed\xa0\x80", "<&>", "😀", "timestamp"} {
 		f.Add(text, text, text, text, int64(7), 0.25)
 	}
 	f.Add("", "", "", "", int64(math.MinInt64), math.MaxFloat64)
@@ -85,7 +85,8 @@ func FuzzLogLine(f *testing.F) {
 		ctx := withTraceID(context.Background(), id)
 		logger.LogAttrs(ctx, slog.Level(n%20), message, slog.String("text", text), slog.Int64("n", n),
 			slog.Float64("x", x), slog.Any("error", errors.New(text)), slog.Any("bytes", []byte(text)),
-			slog.Uint64("u", math.Float64bits(x)), slog.Duration("d", time.Duration(n)), slog.Time("t", time.Unix(n, 0)),
+			slog.Uint64("u", math.Float64bits(x)), slog.Duration("d", time.Duration(n)),
+			slog.Time("t", time.Unix(n, 0)),
 			slog.Group("g"+key, slog.String(key, text)), slog.Any("nothing", nil), slog.Any("k"+key, id))
 		flushLog(logger)
 		if slog.Level(n%20) < slog.LevelDebug {

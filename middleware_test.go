@@ -191,9 +191,11 @@ func TestTraceID(t *testing.T) {
 func FuzzTraceID(f *testing.F) {
 	const valid = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 	for _, parent := range []string{
-		"", valid, valid + "-x", "01" + valid[2:], "cc" + valid[2:] + "-a-b", "cc" + valid[2:] + ".x", "ff" + valid[2:],
-		strings.ToUpper(valid), valid[:53], "0" + valid, strings.Replace(valid, "b7ad6b7169203331", "0000000000000000", 1),
-		"00-00000000000000000000000000000000-b7ad6b7169203331-01", "00-" + strings.Repeat("-", 32) + valid[35:],
+		"", valid, valid + "-x", "01" + valid[2:], "ff" + valid[2:],
+		"cc" + valid[2:] + "-a-b", "cc" + valid[2:] + ".x", strings.ToUpper(valid), valid[:53], "0" + valid,
+		strings.Replace(valid, "b7ad6b7169203331", "0000000000000000", 1),
+		"00-00000000000000000000000000000000-b7ad6b7169203331-01",
+		"00-" + strings.Repeat("-", 32) + valid[35:],
 	} {
 		f.Add("", parent, byte(2)) // only the traceparent
 		f.Add("AZaz09._:-", parent, byte(3))
@@ -201,7 +203,9 @@ func FuzzTraceID(f *testing.F) {
 		f.Add("a", parent, byte(3|4)) // two request ids
 		f.Add("", parent, byte(2|8))  // two traceparents
 	}
-	for _, id := range []string{strings.Repeat("x", 128), strings.Repeat("x", 129), "a\n", "é", "a\xff", "\x00", "{}", "a,b"} {
+	for _, id := range []string{
+		strings.Repeat("x", 128), strings.Repeat("x", 129), "a\n", "é", "a\xff", "\x00", "{}", "a,b",
+	} {
 		f.Add(id, valid, byte(1))
 		f.Add(id, valid, byte(3))
 	}
@@ -210,9 +214,12 @@ func FuzzTraceID(f *testing.F) {
 			return // no field of a header can
 		}
 		h := make(http.Header)
-		for bit, name := range map[byte]string{1: "X-Request-Id", 2: "Traceparent", 4: "X-Request-Id", 8: "Traceparent"} {
-			if given&bit != 0 {
-				h.Add(name, map[string]string{"X-Request-Id": id, "Traceparent": parent}[name])
+		for bit := byte(1); bit <= 8; bit <<= 1 {
+			switch given & bit {
+			case 1, 4:
+				h.Add("X-Request-Id", id)
+			case 2, 8:
+				h.Add("Traceparent", parent)
 			}
 		}
 		got, want := requestTraceID(h), wantTraceID(h)
@@ -227,12 +234,9 @@ func FuzzTraceID(f *testing.F) {
 
 // wantTraceID is "" where the contract asks for a new one.
 func wantTraceID(h http.Header) string {
-	const hexadecimal = "0123456789abcdef"
-	const word = ".:-_0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+	const digits, letters = "0123456789", "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 	if ids := h["X-Request-Id"]; len(ids) == 1 && len(ids[0]) >= 1 && len(ids[0]) <= 128 &&
-		strings.Trim(ids[0], word) == "" && !strings.ContainsFunc(ids[0], func(c rune) bool {
-		return !strings.ContainsRune(word, c)
-	}) {
+		consistsOf(ids[0], digits+letters+"._:-") {
 		return ids[0]
 	}
 	if len(h["Traceparent"]) != 1 {
@@ -243,16 +247,20 @@ func wantTraceID(h http.Header) string {
 		return ""
 	}
 	for i, length := range []int{2, 32, 16, 2} {
-		if len(fields[i]) != length || strings.ContainsFunc(fields[i], func(c rune) bool {
-			return !strings.ContainsRune(hexadecimal, c)
-		}) {
+		if len(fields[i]) != length || !consistsOf(fields[i], digits+"abcdef") {
 			return ""
 		}
 	}
-	if strings.Count(fields[1], "0") == 32 || strings.Count(fields[2], "0") == 16 {
+	if consistsOf(fields[1], "0") || consistsOf(fields[2], "0") {
 		return ""
 	}
 	return fields[1]
+}
+
+func consistsOf(text, characters string) bool {
+	return !strings.ContainsFunc(text, func(c rune) bool {
+		return !strings.ContainsRune(characters, c)
+	})
 }
 
 // onceRecorder fails a test whose handler writes a status twice.
@@ -275,27 +283,47 @@ func (r *onceRecorder) WriteHeader(status int) {
 func FuzzRequest(f *testing.F) {
 	const jsonType = "Content-Type: application/json\r\n"
 	for _, seed := range []struct{ method, target, headers, body string }{
-		{"GET", "/users?per_page=1&page=2", "", ""}, {"GET", "/users/?after=0", "", ""},
-		{"GET", "/users?page=0&x=" + "%00", "", ""}, {"GET", "/users?%zz", "", ""}, {"HEAD", "/users/9", "", ""},
-		{"GET", "/users/1", "If-None-Match: W/\"1\"\r\n", ""}, {"GET", "/users/%31?a", "X-Request-Id: a\r\n", ""},
-		{"POST", "/users", jsonType, john}, {"POST", "/users/", jsonType, `{"name": "\ud800", "password": "` + secret},
+		{"GET", "/users?per_page=1&page=2", "", ""},
+		{"GET", "/users/?after=0", "", ""},
+		{"GET", "/users?page=0&x=%00", "", ""},
+		{"GET", "/users?%zz", "", ""},
+		{"HEAD", "/users/9", "", ""},
+		{"GET", "/users/1", "If-None-Match: W/\"1\"\r\n", ""},
+		{"GET", "/users/%31?a", "X-Request-Id: a\r\n", ""},
+		{"POST", "/users", jsonType, john},
+		{"POST", "/users/", jsonType, `{"name": "\ud800", "password": "` + secret},
 		{"POST", "/users", jsonType + "Idempotency-Key: \"used\"\r\n", john},
 		{"POST", "/users", jsonType, `{"name": "a", "surname": "b", "password": ["` + secret + `"]}`},
 		{"POST", "/users", jsonType, `{"x": "` + secret + `", "a/~": 1}`},
-		{"POST", "/users", jsonType + "Idempotency-Key: \"used\"\r\n", strings.Replace(john, "Doe", "Roe", 1)},
-		{"POST", "/users", jsonType + "Idempotency-Key: \"\"\r\n", john}, {"POST", "/users", "", john},
+		{"POST", "/users", jsonType + "Idempotency-Key: \"used\"\r\n",
+			strings.Replace(john, "Doe", "Roe", 1)},
+		{"POST", "/users", jsonType + "Idempotency-Key: \"\"\r\n", john},
+		{"POST", "/users", "", john},
 		{"POST", "/users", jsonType + "Transfer-Encoding: chunked\r\n", "2\r\n{}\r\n0\r\n\r\n"},
 		{"POST", "/users", jsonType + "Transfer-Encoding: chunked\r\n", "zz"},
 		{"POST", "/users", jsonType, strings.Repeat(" ", maxBodyBytes) + "{}"},
 		{"PUT", "/users/1", jsonType, `{"name": "Jane", "password": "` + secret + `"}`},
 		{"PUT", "/users/1", jsonType + "If-Match: \"1\"\r\n", `{"surname": " Roe "}`},
 		{"PATCH", "/users/1", "Content-Type: application/merge-patch+json\r\n", `{"name": "Jane"}`},
-		{"PATCH", "/users/1", jsonType + "If-Match: \"2\"\r\n", `{"name": "Jane"}`}, {"PUT", "/users/2", jsonType, `[]`},
-		{"DELETE", "/users/1", "", ""}, {"DELETE", "/users/1", "If-Match: x\r\n", ""}, {"DELETE", "/users/x", "", ""},
-		{"OPTIONS", "*", "", ""}, {"CONNECT", "a:1", "", ""}, {"FOO", "/users/1%2F2%0A%22", "", ""}, {"GET", "//users", "", ""},
-		{"GET", "/a/../users", "", ""}, {"GET", "http://a/healthz", "", ""}, {"GET", "/readyz", "", ""}, {"GET", "/metrics", "", ""},
-		{"GET", "/openapi.json", "Range: bytes=1-2\r\n", ""}, {"GET", "/docs", "", ""}, {"GET", "/docs/start.js", "", ""}, {"GET", "/", "", ""},
-		{"GET", "/x%ff?%ff", "traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n", ""},
+		{"PATCH", "/users/1", jsonType + "If-Match: \"2\"\r\n", `{"name": "Jane"}`},
+		{"PUT", "/users/2", jsonType, `[]`},
+		{"DELETE", "/users/1", "", ""},
+		{"DELETE", "/users/1", "If-Match: x\r\n", ""},
+		{"DELETE", "/users/x", "", ""},
+		{"OPTIONS", "*", "", ""},
+		{"CONNECT", "a:1", "", ""},
+		{"FOO", "/users/1%2F2%0A%22", "", ""},
+		{"GET", "//users", "", ""},
+		{"GET", "/a/../users", "", ""},
+		{"GET", "http://a/healthz", "", ""},
+		{"GET", "/readyz", "", ""},
+		{"GET", "/metrics", "", ""},
+		{"GET", "/openapi.json", "Range: bytes=1-2\r\n", ""},
+		{"GET", "/docs", "", ""},
+		{"GET", "/docs/start.js", "", ""},
+		{"GET", "/", "", ""},
+		{"GET", "/x%ff?%ff",
+			"traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n", ""},
 	} {
 		f.Add(seed.method, seed.target, seed.headers, []byte(seed.body))
 	}
@@ -319,7 +347,7 @@ func FuzzRequest(f *testing.F) {
 		store.createUser(t.Context(), input("John", "Doe", hash), "used")
 		server := newServer(settings{}, logger, metrics.NewSet())
 		a := newAPI(store, settings{passwordMinLength: 8}, logger)
-		h := &health{store: store, broker: inProcess{}, metrics: server.metrics, draining: &server.draining}
+		h := &health{store, inProcess{}, server.metrics, &server.draining}
 		server.addRoutes(openRoutes(h), keyedRoutes(a, h))
 		recorder := httptest.NewRecorder()
 		aborted := serveOnce(server, &onceRecorder{ResponseRecorder: recorder, t: t}, r)
@@ -379,7 +407,8 @@ func (s *service) checkRequestLog(r *http.Request, id string) logLine {
 	}
 	for i, event := range []string{"Request started", "Request completed"} {
 		line, path := lines[i], string([]rune(r.URL.Path))
-		if line["event"] != event || line["trace_id"] != id || line["method"] != r.Method || line["path"] != path {
+		if line["event"] != event || line["trace_id"] != id || line["method"] != r.Method ||
+			line["path"] != path {
 			s.t.Errorf("%s %q has the line %v", r.Method, r.URL.Path, line)
 		}
 	}

@@ -98,7 +98,7 @@ func FuzzPHC(f *testing.F) {
 		head + "m=8,t=1,p=1$c2FsdHNhbHQ$a2V5cw", // the least
 		head + "m=65536,t=10,p=99$" + strings.Repeat("A", 86) + "$" + strings.Repeat("A", 86),
 		head + "m=65537,t=3,p=1$" + salt + "$" + key,
-		head + "m=99999,t=11,p=1$" + salt + "$" + key,
+		head + "m=12288,t=11,p=1$" + salt + "$" + key,
 		head + "m=15,t=1,p=2$" + salt + "$" + key,
 		head + "m=12288,t=0,p=0$" + salt + "$" + key,
 		head + "m=012288,t=03,p=1$" + salt + "$" + key,
@@ -106,6 +106,7 @@ func FuzzPHC(f *testing.F) {
 		head + "m=12288,t=3,p=1$" + salt + "$",
 		head + "m=12288,t=3,p=1$" + salt + "$AA",
 		head + "m=12288,t=3,p=1$" + salt[:21] + "B$" + key, // bits that no byte has
+		head + "m=12288,t=3,p=1$" + salt + "$" + key[:42] + "V",
 		head + "m=12288,t=3,p=1$" + salt + "$" + key + "=",
 		head + "m=12288,t=3,p=1$" + salt + "$" + key + "\n",
 		head + "m=12288,t=3,p=1$" + salt + "$" + strings.Repeat("A", 87),
@@ -123,8 +124,9 @@ func FuzzPHC(f *testing.F) {
 		}
 		if err != nil {
 			h := &hasher{} // whose do has no place for anybody
-			if same, verifyErr := h.verify(t.Context(), secret, phc); same || fmt.Sprint(verifyErr) != err.Error() {
-				t.Errorf("%q: verify is %t, %v, not %v", phc, same, verifyErr, err)
+			same, got := h.verify(t.Context(), secret, phc)
+			if same || fmt.Sprint(got) != err.Error() {
+				t.Errorf("%q: verify is %t, %v, not %v", phc, same, got, err)
 			}
 		}
 	})

@@ -548,11 +548,13 @@ func TestParseEntityTags(t *testing.T) {
 // lines of a field are one list, and a version is in each list that it is added to.
 func FuzzEntityTags(f *testing.F) {
 	for _, line := range []string{
-		``, `*`, `"2"`, `W/"1", "2"`, `"a,b" ,, "c\"`, `"a" "b"`, `W/`, "\"\xff\"", ` , "2"	,`, `"02", "+2", "-2"`,
-		`*, "2"`, `"2", *`, `"2`, `w/"2"`, `W/ "2"`, `W/"2"W/"3"`, `"", "2""3"`, `"9223372036854775808"`, "\"2\x7f\"",
+		``, `*`, `"2"`, `W/"1", "2"`, `"a,b" ,, "c\"`, `"a" "b"`, `W/`, "\"\xff\"",
+		` , "2"	,`, `"02", "+2", "-2"`,
+		`*, "2"`, `"2", *`, `"2`, `w/"2"`, `W/ "2"`, `W/"2"W/"3"`,
+		`"", "2""3"`, `"9223372036854775808"`, "\"2\x7f\"",
 	} {
-		f.Add(line, `"1"`, int64(2))
-		f.Add(`W/"2"`, line, int64(math.MaxInt64))
+		f.Add(line, `W/"1"`, int64(1))
+		f.Add(`"2"`, line, int64(math.MaxInt64))
 	}
 	f.Fuzz(func(t *testing.T, first, second string, version int64) {
 		field := first + "," + second
@@ -775,7 +777,8 @@ func FuzzListQuery(f *testing.F) {
 		"after=9223372036854775807", "after=9223372036854775808", "page=9223372036854775807&per_page=1",
 		"page=4611686018427387905&per_page=4", "page=100001&per_page=1", "page=1&after=1", "p%61ge=%31",
 		"page=+1", "page=-1", "page=01", "page=1_0", "page=", "page", "page=1&page=1", "PAGE=1&x=%00&%zz",
-		"per_page=0", "per_page=101", "a;b", "page=%D9%A1", "&&", "after=-0", "after=4&per_page=2&per_page=",
+		"per_page=0", "per_page=101", "a;b", "page=%D9%A1", "&&",
+		"after=-0", "after=4&per_page=2&per_page=",
 	} {
 		for _, total := range []uint32{0, 1, 10, 200_001} {
 			f.Add(query, total)
@@ -829,7 +832,8 @@ func FuzzListQuery(f *testing.F) {
 			linked, err := parseListQuery(strings.TrimPrefix(target, "/users?"))
 			linked.values = nil
 			if err != nil || !reflect.DeepEqual(linked, want[relation]) {
-				t.Errorf("%q of %d: %s is %s (%v), not %+v", query, total, relation, target, err, want[relation])
+				t.Errorf("%q of %d: %s is %s (%v), not %+v",
+					query, total, relation, target, err, want[relation])
 			}
 		}
 		if len(got) != len(want) {
@@ -854,12 +858,14 @@ func wantWrong(query string) (wrong map[string]bool, ok bool) {
 		return nil, false
 	}
 	wrong = make(map[string]bool)
-	high := map[string]string{"page": "9223372036854775807", "per_page": "100", "after": "9223372036854775807"}
+	const maxInt64 = "9223372036854775807"
+	high := map[string]string{"page": maxInt64, "per_page": "100", "after": maxInt64}
 	number := map[string]*big.Int{"page": big.NewInt(1), "per_page": big.NewInt(10)}
 	for name, texts := range values {
 		limit, _ := new(big.Int).SetString(high[name], 10)
 		n, isNumber := new(big.Int).SetString(texts[0], 10)
-		if high[name] == "" || len(texts) > 1 || !isNumber || strings.Trim(texts[0], "0123456789") != "" ||
+		if high[name] == "" || len(texts) > 1 || !isNumber ||
+			strings.Trim(texts[0], "0123456789") != "" ||
 			n.Cmp(limit) > 0 || name != "after" && n.Sign() == 0 {
 			wrong[name] = true
 		}
@@ -969,8 +975,10 @@ func TestQueryElsewhere(t *testing.T) {
 
 // FuzzUserID holds the id of a path against the words of the contract.
 func FuzzUserID(f *testing.F) {
-	for _, text := range []string{"0", "1", "9223372036854775807", "9223372036854775808", "00", "01", "-0", "-1", "+1",
-		" 1", "1 ", "", "1_0", "0x1", "1e0", "1.0", "\u0661", "\uff11", "1\x00", "18446744073709551617", "9999999999999999999"} {
+	for _, text := range []string{
+		"0", "1", "9223372036854775807", "9223372036854775808", "18446744073709551617", "00", "01",
+		"-0", "-1", "+1", " 1", "1 ", "", "1_0", "0x1", "1e0", "1.0", "\u0661", "\uff11", "1\x00",
+	} {
 		f.Add(text)
 	}
 	digits := regexp.MustCompile(`^(0|[1-9][0-9]{0,18})$`)
