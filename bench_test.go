@@ -36,6 +36,7 @@ const (
 	compareRounds = 5
 	compareTime   = 3 * time.Second // for each measurement of a round
 	connections   = 64
+	creators      = 16 // connections that create users: more would wait too long for their hash
 )
 
 // subject is what is measured: a server, or a command that prints its own rate.
@@ -295,7 +296,11 @@ func (r *rig) wrk(w workload, url string) (m measurement, err error) {
 	if err := os.WriteFile(script, []byte(text), 0o600); err != nil {
 		return m, err
 	}
-	output, err := exec.Command("wrk", "-t1", "--timeout", "20s", fmt.Sprintf("-c%d", connections),
+	n := connections
+	if strings.HasPrefix(w.name, "POST") {
+		n = creators
+	}
+	output, err := exec.Command("wrk", "-t1", "--timeout", "20s", fmt.Sprintf("-c%d", n),
 		fmt.Sprintf("-d%ds", int(compareTime.Seconds())), "-s", script, url).Output()
 	if err != nil {
 		return m, err
