@@ -97,15 +97,28 @@ func unzip(t *testing.T, a answer) string {
 	return string(content)
 }
 
-// TestDocsInBrowser does what a newcomer does: open /docs, press Execute on each operation
-// with what the page offers for it, and read the answer.
+// TestDocsInBrowser does what a newcomer does: open /docs, authorize with an API key, press
+// Execute on each operation with what the page offers for it, and read the answer.
 func TestDocsInBrowser(t *testing.T) {
 	t.Parallel()
-	s := startService(t, memorySettings())
-	s.createUser("John", "Doe") // the user 1 of the examples
-	s.createUser("Zoë", "O'Neil")
+	key, setting := newTestKey(t, "newcomer", false)
+	set := memorySettings()
+	set.apiKeys = []apiKey{setting}
+	s := startService(t, set)
+	for _, name := range []string{"John", "Zoë"} { // John is the user 1 of the examples
+		body := fmt.Sprintf(`{"name": %q, "surname": "Doe", "password": %q}`, name, secret)
+		if a := s.do("POST", "/users", body, "Authorization: Bearer "+key); a.status != 201 {
+			t.Fatalf("POST /users: %d %s", a.status, a.body)
+		}
+	}
 	b := startBrowser(t)
 	b.open(strings.Replace(s.url, "127.0.0.1", remoteHost, 1), "/docs")
+	b.click(".btn.authorize")
+	b.waitFor(".modal-ux input")
+	b.evaluate(find(".modal-ux input") + ".focus()")
+	b.call("Input.insertText", map[string]any{"text": key}, nil)
+	b.click(".modal-ux .btn.authorize")
+	b.click(".modal-ux .btn-done")
 
 	const toggle = ".opblock-summary-control"
 	press := func(o *operation) (block string) {
