@@ -599,23 +599,13 @@ func TestPostgresGivesUpOnLockedTable(t *testing.T) {
 	}
 }
 
-// TestPostgresSurvivesLostConnections cuts every connection of the service. Reads go on,
-// and a write that reached no server is sent again.
 // TestPostgresListsLeaveConnections has more lists than there are connections wait for a
 // locked table: a statement about another one still finds a connection at once.
 func TestPostgresListsLeaveConnections(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
 	s := openTestPostgres(t, url)
-	db := connect(t, url)
-	tx, err := db.Begin(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tx.Rollback(context.Background())
-	if _, err := tx.Exec(t.Context(), "LOCK users"); err != nil {
-		t.Fatal(err)
-	}
+	_, unlock := lockUsers(&service{t: t, settings: settings{databaseURL: url}})
 	ctx, leave := context.WithCancel(t.Context())
 	left := make(chan error)
 	for range 2 * maxPoolSize {
@@ -637,7 +627,7 @@ func TestPostgresListsLeaveConnections(t *testing.T) {
 			t.Errorf("a list that waited: %v", err)
 		}
 	}
-	tx.Rollback(t.Context())
+	unlock()
 	for range maxPages {
 		if err := <-left; err != nil {
 			t.Errorf("a list whose client left: %v", err)
@@ -651,15 +641,7 @@ func TestPostgresActivityTellsNoSecret(t *testing.T) {
 	set := postgresSettings(t)
 	s := startService(t, set)
 	id := s.createUser("John", "Doe")
-	db := connect(t, set.databaseURL)
-	tx, err := db.Begin(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tx.Rollback(context.Background())
-	if _, err := tx.Exec(t.Context(), "LOCK users"); err != nil {
-		t.Fatal(err)
-	}
+	_, unlock := lockUsers(s)
 	var requests sync.WaitGroup
 	user := fmt.Sprintf(`{"name": "Ann", "surname": "Lee", "password": %q}`, secret)
 	requests.Go(func() { s.do("POST", "/users", user, "Idempotency-Key: key") })
@@ -679,10 +661,12 @@ func TestPostgresActivityTellsNoSecret(t *testing.T) {
 	if strings.Contains(queries, secret) || strings.Contains(queries, "argon2id") {
 		t.Errorf("the server shows a password:\n%s", queries)
 	}
-	tx.Rollback(t.Context())
+	unlock()
 	requests.Wait()
 }
 
+// TestPostgresSurvivesLostConnections cuts every connection of the service. Reads go on,
+// and a write that reached no server is sent again.
 func TestPostgresSurvivesLostConnections(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
