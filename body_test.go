@@ -538,7 +538,7 @@ func FuzzReadUser(f *testing.F) {
 		if creates {
 			required = []string{"name", "surname", "password"}
 		}
-		a := newAPI(nil, settings{passwordMinLength: 8}, nil)
+		a := newAPI(nil, settings{passwordMinLength: 8}, nil, nil)
 		read := func(body []byte) (userInput, error) {
 			r := httptest.NewRequest("POST", "/users", bytes.NewReader(body))
 			r.Header.Set("Content-Type", contentType)

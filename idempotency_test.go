@@ -220,7 +220,7 @@ func TestMemoryForgetsKeys(t *testing.T) {
 
 func TestVerify(t *testing.T) {
 	t.Parallel()
-	h := newHasher()
+	h := newHasher(&traffic{})
 	phc := mustHash(t, secret)
 	for password, want := range map[string]bool{secret: true, secret + "!": false, "": false} {
 		if got, err := h.verify(t.Context(), password, phc); got != want || err != nil {

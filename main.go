@@ -105,8 +105,8 @@ type store interface {
 
 // tune sets what GOGC, GOMEMLIMIT and GOMAXPROCS do not. Garbage may wait: the heap is small,
 // but each password takes 12 MiB; with users in memory the heap has no limit. And the
-// kernel has to choose between twice as many threads as cores: where each core hashes a
-// password, Go alone lets other requests wait for 10 ms at each step.
+// kernel has to choose between one thread more than cores: where passwords are hashed, Go
+// alone lets other requests wait for 10 ms at each step. With more threads hashing is slower.
 func tune(s settings) {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(400)
@@ -115,7 +115,7 @@ func tune(s settings) {
 		debug.SetMemoryLimit(memoryLimit)
 	}
 	if os.Getenv("GOMAXPROCS") == "" {
-		runtime.GOMAXPROCS(2 * cores)
+		runtime.GOMAXPROCS(cores + 1)
 	}
 }
 
@@ -136,8 +136,8 @@ func run(ctx context.Context, s settings, log *slog.Logger) error {
 	if len(s.apiKeys) == 0 {
 		log.Warn("No API_KEYS: everybody who reaches the service may do everything")
 	}
-	api := newAPI(store, s, log)
 	server := newServer(s, log, set)
+	api := newAPI(store, s, &server.traffic, log)
 	health := &health{store: store, broker: broker, metrics: set, draining: &server.draining}
 	server.addRoutes(openRoutes(health), keyedRoutes(api, health))
 

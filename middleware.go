@@ -45,9 +45,19 @@ func newServer(s settings, log *slog.Logger, set *metrics.Set) *server {
 }
 
 // traffic counts the requests.
-type traffic struct{ begun, ended atomic.Int64 }
+type traffic struct {
+	begun, ended atomic.Int64
+	other        atomic.Int64 // when the last that is no POST ended, in ns since 1970
+}
 
 func (t *traffic) underWay() int64 { return t.begun.Load() - t.ended.Load() }
+
+const mixedFor = 250 * time.Millisecond
+
+// mixed says whether requests come that hash no password, as each POST does.
+func (t *traffic) mixed() bool {
+	return time.Since(time.Unix(0, t.other.Load())) < mixedFor
+}
 
 // route is a method of a path, and what answers it.
 type route struct {
@@ -116,6 +126,9 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	logInfo(r.Context(), s.log, end, "Request completed", attrs...)
 	s.observe(r.Pattern, res.status, elapsed)
+	if r.Method != http.MethodPost {
+		s.traffic.other.Store(end.UnixNano())
+	}
 	if !answered { // net/http would send an empty 200, or end half an answer as a whole one
 		panic(http.ErrAbortHandler)
 	}

@@ -88,6 +88,22 @@ func serveHandler(t *testing.T, h handler) *service {
 	return &service{t: t, url: web.URL, log: log}
 }
 
+// What hashes passwords leaves a core to the rest, so it has to know whether there is any.
+func TestMixedTraffic(t *testing.T) {
+	t.Parallel()
+	server := newServer(settings{}, slog.New(slog.DiscardHandler), metrics.NewSet())
+	server.handle("/", func(http.ResponseWriter, *http.Request) error { return nil })
+	for _, test := range []struct {
+		method string
+		mixed  bool
+	}{{"POST", false}, {"GET", true}, {"POST", true}} {
+		server.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest(test.method, "/users", nil))
+		if mixed := server.traffic.mixed(); mixed != test.mixed {
+			t.Errorf("after a %s the traffic is mixed: %t", test.method, mixed)
+		}
+	}
+}
+
 var (
 	uuidV4 = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`)
 	uuidV7 = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`)
@@ -327,7 +343,7 @@ func FuzzRequest(f *testing.F) {
 	} {
 		f.Add(seed.method, seed.target, seed.headers, []byte(seed.body))
 	}
-	hash, err := newHasher().hash(context.Background(), secret)
+	hash, err := newHasher(&traffic{}).hash(context.Background(), secret)
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -346,7 +362,7 @@ func FuzzRequest(f *testing.F) {
 		store := newMemory()
 		store.createUser(t.Context(), input("John", "Doe", hash), "used")
 		server := newServer(settings{}, logger, metrics.NewSet())
-		a := newAPI(store, settings{passwordMinLength: 8}, logger)
+		a := newAPI(store, settings{passwordMinLength: 8}, &server.traffic, logger)
 		h := &health{store, inProcess{}, server.metrics, &server.draining}
 		server.addRoutes(openRoutes(h), keyedRoutes(a, h))
 		recorder := httptest.NewRecorder()

@@ -576,7 +576,7 @@ func newServerOf(set settings, s faultyStore, draining bool) *server {
 	server := newServer(set, slog.New(slog.DiscardHandler), metrics.NewSet())
 	h := &health{store: s, broker: inProcess{}, metrics: server.metrics, draining: &server.draining}
 	server.draining.Store(draining)
-	api := newAPI(s, settings{passwordMinLength: 8}, server.log)
+	api := newAPI(s, settings{passwordMinLength: 8}, &server.traffic, server.log)
 	api.creating.Store("running", true)
 	server.addRoutes(openRoutes(h), keyedRoutes(api, h))
 	return server

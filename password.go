@@ -64,19 +64,24 @@ func newPasswordRule(minLength int, blocklist bool) fieldRule {
 // errBusy means that more passwords wait to be hashed than can be within hashWait.
 var errBusy = errors.New("too many passwords to hash")
 
-// hasher bounds how many passwords are hashed at once: each takes a core and 12 MiB.
+// hasher bounds how many passwords are hashed at once: each takes a core and 12 MiB. While
+// other requests come, one core is theirs.
 type hasher struct {
+	traffic  *traffic
 	admitted chan struct{} // holds one token for each call at work or waiting
 	working  chan struct{} // holds one token for each call at work
+	beside   chan struct{} // holds one token for each call at work that began beside others
 }
 
 // cores is how many threads Go would use by itself.
 var cores = runtime.GOMAXPROCS(0)
 
-func newHasher() *hasher {
+func newHasher(t *traffic) *hasher {
 	return &hasher{
+		traffic:  t,
 		admitted: make(chan struct{}, cores*(1+hashQueue)),
 		working:  make(chan struct{}, cores),
+		beside:   make(chan struct{}, max(cores-1, 1)),
 	}
 }
 
@@ -98,6 +103,19 @@ func (h *hasher) do(ctx context.Context, f func()) error {
 		return errBusy
 	case <-ctx.Done():
 		return ctx.Err()
+	}
+	for h.traffic.mixed() {
+		select {
+		case h.beside <- struct{}{}:
+			defer func() { <-h.beside }()
+			f()
+			return nil
+		case <-time.After(mixedFor / 10): // and if no others came
+		case <-timer.C:
+			return errBusy
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
 	f()
 	return nil

@@ -39,7 +39,7 @@ func verifies(t *testing.T, hash, password string) bool {
 
 func mustHash(t *testing.T, password string) string {
 	t.Helper()
-	hash, err := newHasher().hash(t.Context(), password)
+	hash, err := newHasher(&traffic{}).hash(t.Context(), password)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -153,17 +153,18 @@ func scanPHC(phc string) (h argonHash, ok bool) {
 
 func TestHasherSize(t *testing.T) {
 	t.Parallel()
-	h := newHasher()
+	h := newHasher(&traffic{})
 	cores := runtime.GOMAXPROCS(0)
-	if cap(h.working) != cores || cap(h.admitted) != cores*(1+hashQueue) {
-		t.Errorf("%d at work and %d admitted on %d cores", cap(h.working), cap(h.admitted), cores)
+	if cap(h.working) != cores || cap(h.admitted) != cores*(1+hashQueue) || cap(h.beside) != max(cores-1, 1) {
+		t.Errorf("%d at work, %d beside others and %d admitted on %d cores",
+			cap(h.working), cap(h.beside), cap(h.admitted), cores)
 	}
 }
 
 // TestHasherHoldsItsPlaces watches the places while more calls come than can be at work.
 func TestHasherHoldsItsPlaces(t *testing.T) {
 	t.Parallel()
-	h := &hasher{admitted: make(chan struct{}, 20), working: make(chan struct{}, 2)}
+	h := &hasher{traffic: &traffic{}, admitted: make(chan struct{}, 20), working: make(chan struct{}, 2)}
 	var group sync.WaitGroup
 	for range cap(h.admitted) {
 		group.Go(func() {
@@ -185,24 +186,38 @@ func TestHasherHoldsItsPlaces(t *testing.T) {
 // TestHasherRefuses has a hasher whose places others hold, in the time of a bubble.
 func TestHasherRefuses(t *testing.T) {
 	t.Parallel()
-	type places struct{ admitted, working int } // taken by others, of 3 and 1
+	type places struct{ admitted, working, beside int } // taken by others, of 3, 1 and 1
 	for name, test := range map[string]struct {
 		taken places
 		leave time.Duration // 0: the caller stays
 		free  time.Duration // 0: nobody makes room
 		want  error
 		after time.Duration
+		reads time.Duration // for so long, other requests come
 	}{
-		"queue full":        {taken: places{3, 1}, want: errBusy},
-		"no turn in time":   {taken: places{2, 1}, want: errBusy, after: hashWait},
-		"turn in time":      {taken: places{2, 1}, free: hashWait / 2, after: hashWait / 2},
-		"caller leaves":     {taken: places{2, 1}, leave: hashWait / 2, want: context.DeadlineExceeded, after: hashWait / 2},
-		"nobody else there": {taken: places{0, 0}},
+		"queue full":        {taken: places{3, 1, 0}, want: errBusy},
+		"no turn in time":   {taken: places{2, 1, 0}, want: errBusy, after: hashWait},
+		"turn in time":      {taken: places{2, 1, 0}, free: hashWait / 2, after: hashWait / 2},
+		"caller leaves":     {taken: places{2, 1, 0}, leave: hashWait / 2, want: context.DeadlineExceeded, after: hashWait / 2},
+		"nobody else there": {},
+		"a core for reads":  {reads: time.Hour},
+		"no core for reads": {taken: places{1, 0, 1}, reads: time.Hour, want: errBusy, after: hashWait},
+		"until reads end":   {taken: places{1, 0, 1}, reads: mixedFor, after: 2 * mixedFor},
+		"no reads":          {taken: places{1, 0, 1}},
+		"caller leaves at last": {taken: places{1, 0, 1}, reads: time.Hour, leave: hashWait / 2,
+			want: context.DeadlineExceeded, after: hashWait / 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
-				h := &hasher{admitted: make(chan struct{}, 3), working: make(chan struct{}, 1)}
+				h := &hasher{traffic: &traffic{}, admitted: make(chan struct{}, 3),
+					working: make(chan struct{}, 1), beside: make(chan struct{}, 1)}
+				if test.reads > 0 {
+					h.traffic.other.Store(time.Now().Add(test.reads).UnixNano())
+				}
+				for range test.taken.beside {
+					h.beside <- struct{}{}
+				}
 				for range test.taken.admitted {
 					h.admitted <- struct{}{}
 				}
@@ -227,7 +242,7 @@ func TestHasherRefuses(t *testing.T) {
 				if waited := time.Since(start); waited != test.after {
 					t.Errorf("waited for %v, not %v", waited, test.after)
 				}
-				if left := (places{len(h.admitted), len(h.working)}); left != test.taken {
+				if left := (places{len(h.admitted), len(h.working), len(h.beside)}); left != test.taken {
 					t.Errorf("left %+v, not %+v", left, test.taken)
 				}
 			})
@@ -282,7 +297,7 @@ func TestPasswordFlood(t *testing.T) {
 		t.Errorf("statuses and their number: %v", count)
 	}
 	// A machine of many cores may take them all.
-	if tooMany := 2 * cap(newHasher().admitted); requests > tooMany && count[503] == 0 {
+	if tooMany := 2 * cap(newHasher(&traffic{}).admitted); requests > tooMany && count[503] == 0 {
 		t.Errorf("nothing was refused: %v", count)
 	}
 	if total := s.do("GET", "/users?per_page=1", "").json(t, "total"); total != float64(count[201]) {

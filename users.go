@@ -89,10 +89,10 @@ type fieldRule func(text string) (string, error)
 // guesses is how many passwords may be tried on a user within a minute.
 const guesses = 10
 
-func newAPI(store userStore, s settings, log *slog.Logger) *api {
+func newAPI(store userStore, s settings, t *traffic, log *slog.Logger) *api {
 	return &api{
 		store:  store,
-		hasher: newHasher(),
+		hasher: newHasher(t),
 		log:    log,
 		fields: map[string]fieldRule{"name": checkName, "surname": checkName,
 			"password": newPasswordRule(s.passwordMinLength, s.passwordBlocklist)},

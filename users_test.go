@@ -1091,7 +1091,7 @@ func TestVerifyPassword(t *testing.T) {
 func TestVerifyPasswordHasItsLimit(t *testing.T) {
 	t.Parallel()
 	server := newServer(settings{}, slog.New(slog.DiscardHandler), metrics.NewSet())
-	a := newAPI(newMemory(), settings{passwordMinLength: 8}, server.log)
+	a := newAPI(newMemory(), settings{passwordMinLength: 8}, &server.traffic, server.log)
 	if limit := a.verifications; limit.burst != 10 || math.Abs(float64(limit.rate)*60-10) > 1e-9 {
 		t.Errorf("the limit is %v a second, %d at once", limit.rate, limit.burst)
 	}
@@ -1116,7 +1116,7 @@ func TestVerifyPasswordHasItsLimit(t *testing.T) {
 func TestVerifyPasswordHashesForNobody(t *testing.T) {
 	t.Parallel()
 	server := newServer(settings{}, slog.New(slog.DiscardHandler), metrics.NewSet())
-	a := newAPI(newMemory(), settings{passwordMinLength: 8}, server.log)
+	a := newAPI(newMemory(), settings{passwordMinLength: 8}, &server.traffic, server.log)
 	server.addRoutes(nil, keyedRoutes(a, &health{}))
 	for range cap(a.hasher.admitted) {
 		a.hasher.admitted <- struct{}{}
