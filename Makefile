@@ -48,7 +48,7 @@ drill: ## run the service under every fault that the README lists, and print wha
 	go test -count=1 -timeout 60m -run '^TestDrill$$' -v . -drill
 
 bench: ## measure the service beside others and draw docs/bench.svg; then the hot functions
-	go test -count=1 -timeout 60m -run '^TestCompare$$' -v . -compare
+	go test -count=1 -timeout 60m -run '^Test(Compare|Growth)$$' -v . -compare
 	go test -count=1 -run '^$$' -bench . -benchmem .
 
 lint: ## go vet, staticcheck, gosec, gofmt

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -91,7 +92,7 @@ func TestCompare(t *testing.T) {
 	if !*compare {
 		return // `make bench` runs it
 	}
-	r := newRig(t)
+	r := newRig(t, compareUsers, ours, uncoalesced, plain, noDatabase)
 	results := make(map[string]map[string][]measurement)
 	latency := make(map[string][]measurement)
 	for round := range compareRounds {
@@ -121,6 +122,65 @@ func TestCompare(t *testing.T) {
 	}
 }
 
+// TestGrowth measures one client's requests on a small and a large table, in turn.
+func TestGrowth(t *testing.T) {
+	if !*compare {
+		return // `make bench` runs it
+	}
+	sizes := []int{1000, 10_000_000}
+	var urls []string
+	for _, size := range sizes {
+		urls = append(urls, newRig(t, size, ours).subjects[ours].url)
+	}
+	fmt.Printf("\n| request | p50 ms, %d users | p50 ms, %d users | ratio |\n|:--|--:|--:|--:|\n", sizes[0], sizes[1])
+	for _, request := range []struct {
+		name, method, path, body string // path: %d is an id
+		times                    int
+	}{
+		{"GET /users/{id}", "GET", "/users/%d", "", 3000},
+		{"GET /users", "GET", "/users", "", 2000},
+		{"GET /users?after=", "GET", "/users?after=%d", "", 2000},
+		{"PUT /users/{id}", "PUT", "/users/%d", `{"name": "N%d"}`, 2000},
+		{"POST /users", "POST", "/users", `{"name": "John", "surname": "Doe", "password": "correct horse"}`, 100},
+	} {
+		var elapsed [2][]float64 // ms
+		for n := range 2 * request.times {
+			i := (n + n/2) % 2 // each begins as often as the other
+			path, body := request.path, request.body
+			if strings.Contains(path, "%d") {
+				path = fmt.Sprintf(path, 1+rand.IntN(sizes[i]))
+			}
+			if strings.Contains(body, "%d") {
+				body = fmt.Sprintf(body, rand.Int())
+			}
+			start := time.Now()
+			send(t, request.method, urls[i]+path, body)
+			elapsed[i] = append(elapsed[i], time.Since(start).Seconds()*1000)
+		}
+		small, _, _ := spread(elapsed[0])
+		large, _, _ := spread(elapsed[1])
+		fmt.Printf("| %s | %.3f | %.3f | %.2f |\n", request.name, small, large, large/small)
+	}
+}
+
+// send wants a 2xx.
+func send(t *testing.T, method, url, body string) {
+	t.Helper()
+	request, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	request.Header.Set("Content-Type", "application/json")
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	if _, err := io.Copy(io.Discard, response.Body); err != nil || response.StatusCode/100 != 2 {
+		t.Fatalf("%s %s: %s, %v", method, url, response.Status, err)
+	}
+}
+
 // rig is the subjects at work on one database.
 type rig struct {
 	t        *testing.T
@@ -130,7 +190,8 @@ type rig struct {
 	subjects map[string]*subject
 }
 
-func newRig(t *testing.T) *rig {
+// newRig has so many users, and the servers that are named.
+func newRig(t *testing.T, users int, servers ...string) *rig {
 	for _, tool := range []string{"wrk", "pgbench"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			t.Fatalf("%v: apt-get install wrk postgresql-contrib provides both", err)
@@ -146,8 +207,8 @@ func newRig(t *testing.T) *rig {
 		t.Fatal(err)
 	}
 	t.Cleanup(r.db.Close)
-	r.seed()
-	for _, name := range []string{ours, uncoalesced, plain, noDatabase} {
+	r.seed(users)
+	for _, name := range servers {
 		r.subjects[name] = r.startServer(name, "DATABASE_URL="+url, "RABBITMQ_URL="+testRabbitURL,
 			"BENCH_EXCHANGE="+newExchange(t))
 	}
@@ -163,11 +224,11 @@ func (r *rig) exec(sql string, args ...any) {
 	}
 }
 
-func (r *rig) seed() {
-	r.t.Logf("seeding %d users", compareUsers)
+func (r *rig) seed(users int) {
+	r.t.Logf("seeding %d users", users)
 	r.exec(`INSERT INTO users (name, surname, password)
-		SELECT 'John ' || n, 'Doe', repeat('x', 97) FROM generate_series(1, $1::int) AS n`, compareUsers)
-	r.exec("VACUUM (ANALYZE) users")
+		SELECT 'John ' || n, 'Doe', repeat('x', 97) FROM generate_series(1, $1::int) AS n`, users)
+	r.exec("VACUUM (FREEZE, ANALYZE) users")
 }
 
 // startServer runs this test binary as a server.
