@@ -145,7 +145,8 @@ func (a *access) needsKey(h handler) handler {
 		switch {
 		case key == nil:
 			w.Header().Set("WWW-Authenticate", "Bearer")
-			return newProblem(http.StatusUnauthorized, "The request needs the header Authorization: Bearer <key>")
+			return newProblem(http.StatusUnauthorized,
+				"The request needs the header Authorization: Bearer <key>")
 		case key.readOnly && r.Method != http.MethodGet && r.Method != http.MethodHead:
 			return newProblem(http.StatusForbidden, "The key is one to read only")
 		}
@@ -242,7 +243,8 @@ type limiter[K comparable] struct {
 }
 
 func newLimiter[K comparable](name string, r rate.Limit, burst int) *limiter[K] {
-	return &limiter[K]{name: name, rate: r, burst: burst, buckets: recent[K, *rate.Limiter]{max: maxClients}}
+	return &limiter[K]{name: name, rate: r, burst: burst,
+		buckets: recent[K, *rate.Limiter]{max: maxClients}}
 }
 
 // admit takes one of the client's tokens. h says what is left (draft-ietf-httpapi-ratelimit-
@@ -261,10 +263,12 @@ func (l *limiter[K]) admit(h http.Header, client K) error {
 
 	seconds := func(tokens float64) int { return int(math.Ceil(tokens / float64(l.rate))) }
 	h.Add("RateLimit-Policy", fmt.Sprintf(`%q;q=%d;w=%d`, l.name, l.burst, seconds(float64(l.burst))))
-	h.Add("RateLimit", fmt.Sprintf(`%q;r=%d;t=%d`, l.name, int(max(left, 0)), seconds(float64(l.burst)-left)))
+	h.Add("RateLimit", fmt.Sprintf(`%q;r=%d;t=%d`, l.name, int(max(left, 0)),
+		seconds(float64(l.burst)-left)))
 	if !allowed {
 		h.Set("Retry-After", strconv.Itoa(max(seconds(1-left), 1)))
-		return newProblem(http.StatusTooManyRequests, "Too many requests; Retry-After says when to come again")
+		return newProblem(http.StatusTooManyRequests,
+			"Too many requests; Retry-After says when to come again")
 	}
 	return nil
 }

@@ -371,7 +371,8 @@ func (b inProcess) status() string { return "in-process" }
 // keepUp runs a session again whenever it ends, until ctx does. The log has one line when
 // a session fails and one when the next is restored; between attempts it waits with full
 // jitter, below a bound that doubles from 0.25 s to 5 s.
-func keepUp(ctx context.Context, log *slog.Logger, name string, session func(restored func()) error) {
+func keepUp(ctx context.Context, log *slog.Logger, name string,
+	session func(restored func()) error) {
 	failures := 0
 	restored := func() {
 		if failures > 0 {

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"strconv"
 	"time"
-	"unicode/utf8"
 )
 
 // jsonAppender is what is encoded so often that reflection would show. The bytes are those
@@ -55,7 +54,8 @@ func (t timestamp) appendJSON(b []byte) []byte {
 // appendJSONString leaves what is not plain ASCII to encoding/json.
 func appendJSONString(b []byte, text string) []byte {
 	for i := range len(text) {
-		if c := text[i]; c < ' ' || c >= utf8.RuneSelf || c == '"' || c == '\\' || c == '<' || c == '>' || c == '&' || c == 0x7f {
+		switch c := text[i]; {
+		case c < ' ', c >= 0x7f, c == '"', c == '\\', c == '<', c == '>', c == '&':
 			quoted, _ := json.Marshal(text) // a string has no error
 			return append(b, quoted...)
 		}

@@ -82,7 +82,8 @@ func command(ctx context.Context, args []string, stdout io.Writer) int {
 func makeKey(args []string, stdout io.Writer, log *slog.Logger) int {
 	readOnly := len(args) == 2 && args[1] == "read"
 	if len(args) != 1 && !readOnly {
-		log.Error("Unknown command", "error", "the arguments of key are a name and, for a key to read only, read")
+		log.Error("Unknown command", "error",
+			"the arguments of key are a name and, for a key to read only, read")
 		return 2
 	}
 	key, setting, err := newAPIKey(args[0], readOnly)

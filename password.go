@@ -104,7 +104,7 @@ func (h *hasher) do(ctx context.Context, f func()) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	for h.traffic.mixed() {
+	for h.traffic.mixed() { // one core is theirs
 		select {
 		case h.beside <- struct{}{}:
 			defer func() { <-h.beside }()

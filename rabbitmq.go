@@ -287,7 +287,8 @@ func (p *rabbitPublisher) publish(ctx context.Context, events []event) (int, err
 }
 
 // sendAll returns the confirms to wait for, of those events that were sent.
-func (p *rabbitPublisher) sendAll(ctx context.Context, events []event) (confirms []*amqp.DeferredConfirmation, err error) {
+func (p *rabbitPublisher) sendAll(ctx context.Context, events []event) (
+	confirms []*amqp.DeferredConfirmation, err error) {
 	p.conn.socket.cork()
 	defer func() { err = cmp.Or(err, p.conn.socket.uncork()) }()
 	for _, e := range events {
@@ -404,7 +405,8 @@ func (b *rabbitMQ) subscribe(conn *amqp.Connection) (<-chan amqp.Delivery, error
 
 // settle handles d and what has come behind it, which the prefetch bounds, and then tells
 // the broker once for all. What is not acknowledged when the connection ends comes again.
-func settle(ctx context.Context, d amqp.Delivery, more <-chan amqp.Delivery, to messageHandler) error {
+func settle(ctx context.Context, d amqp.Delivery, more <-chan amqp.Delivery,
+	to messageHandler) error {
 	var handled amqp.Delivery
 	for ok := true; ok; {
 		err := to.handle(ctx, d.Body)

@@ -102,7 +102,8 @@ func preferPlain(c *pgconn.Config) {
 }
 
 // openPostgres waits until the database answers and has the schema, for a minute at most.
-func openPostgres(ctx context.Context, databaseURL, appName string, log *slog.Logger) (*postgres, error) {
+func openPostgres(ctx context.Context, databaseURL, appName string,
+	log *slog.Logger) (*postgres, error) {
 	config, err := poolConfig(databaseURL, appName)
 	if err != nil {
 		return nil, err
@@ -382,8 +383,10 @@ type changer struct {
 }
 
 func (s *postgres) newChanger(sql string) changer {
-	return changer{sql, &Group[*userChange, changed]{run: s.changeTogether(sql), budget: statementBudget,
-		alone: coalescing.writesAlone, limit: coalescing.writes}}
+	return changer{sql, &Group[*userChange, changed]{
+		run: s.changeTogether(sql), budget: statementBudget,
+		alone: coalescing.writesAlone, limit: coalescing.writes,
+	}}
 }
 
 // change makes c together with the changes that came while others were made. It says
@@ -410,7 +413,8 @@ func (s *postgres) change(ctx context.Context, by changer, c userChange) (User, 
 // changeTogether makes changes in one transaction. It leaves out what has to be made alone:
 // the second change of a user, that of a user who is locked or missing, and all of them
 // where PostgreSQL refused one.
-func (s *postgres) changeTogether(sql string) func(context.Context, []*userChange) (map[*userChange]changed, error) {
+func (s *postgres) changeTogether(sql string) func(context.Context, []*userChange) (
+	map[*userChange]changed, error) {
 	together := strings.Replace(sql, "/* of several */", "SKIP LOCKED", 1)
 	return func(ctx context.Context, changes []*userChange) (map[*userChange]changed, error) {
 		results := make(map[*userChange]changed, len(changes))
@@ -444,7 +448,8 @@ func (s *postgres) changeOne(ctx context.Context, sql string, c *userChange) (ch
 	return all[0], nil
 }
 
-func (s *postgres) changeUsers(ctx context.Context, sql string, changes []*userChange) (all []changed, err error) {
+func (s *postgres) changeUsers(ctx context.Context, sql string, changes []*userChange) (
+	all []changed, err error) {
 	err = s.write(ctx, "changing users", func(ctx context.Context, conn *pgxpool.Conn) error {
 		rows, _ := conn.Query(ctx, sql, changes)
 		all, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (c changed, err error) {

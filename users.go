@@ -117,7 +117,8 @@ func (a *api) listUsers(w http.ResponseWriter, r *http.Request) error {
 }
 
 func (a *api) createUser(w http.ResponseWriter, r *http.Request) error {
-	fields, err := readFields(w, r, a.fields, []string{"name", "surname", "password"}, "application/json")
+	fields, err := readFields(w, r, a.fields, []string{"name", "surname", "password"},
+		"application/json")
 	if err != nil {
 		return err
 	}
