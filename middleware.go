@@ -52,9 +52,12 @@ type traffic struct {
 
 func (t *traffic) underWay() int64 { return t.begun.Load() - t.ended.Load() }
 
+// mixedFor is how long one request announces others: where at least four a second come, a core
+// stays theirs, and a probe now and then hardly slows the creation of users.
 const mixedFor = 250 * time.Millisecond
 
-// mixed says whether requests come that hash no password, as each POST does.
+// mixed says whether requests come that need not hash a password: all but POST count as such.
+// Those under way would not tell: where every core hashes, others wait before they are read.
 func (t *traffic) mixed() bool {
 	return time.Since(time.Unix(0, t.other.Load())) < mixedFor
 }

@@ -70,7 +70,7 @@ type hasher struct {
 	traffic  *traffic
 	admitted chan struct{} // holds one token for each call at work or waiting
 	working  chan struct{} // holds one token for each call at work
-	beside   chan struct{} // holds one token for each call at work that began beside others
+	beside   chan struct{} // holds one token for each call at work that began in mixed traffic
 }
 
 // cores is how many threads Go would use by itself.
@@ -85,8 +85,8 @@ func newHasher(t *traffic) *hasher {
 	}
 }
 
-// do runs f, which hashes, in its turn. It fails with errBusy, or with the context's error
-// when the caller leaves before that.
+// do runs f, which hashes, in its turn, and in mixed traffic only where another core is free.
+// It fails with errBusy, or with the context's error when the caller leaves before that.
 func (h *hasher) do(ctx context.Context, f func()) error {
 	select {
 	case h.admitted <- struct{}{}:
@@ -104,13 +104,13 @@ func (h *hasher) do(ctx context.Context, f func()) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	for h.traffic.mixed() { // one core is theirs
+	for h.traffic.mixed() {
 		select {
 		case h.beside <- struct{}{}:
 			defer func() { <-h.beside }()
 			f()
 			return nil
-		case <-time.After(mixedFor / 10): // and if no others came
+		case <-time.After(mixedFor / 10): // to look again whether others come
 		case <-timer.C:
 			return errBusy
 		case <-ctx.Done():
