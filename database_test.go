@@ -1,0 +1,288 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/url"
+	"strings"
+	"sync"
+	"testing"
+)
+
+// withParameter adds a parameter to the URL of a database.
+func withParameter(t *testing.T, databaseURL, name, value string) string {
+	t.Helper()
+	u, err := url.Parse(databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	query := u.Query()
+	query.Set(name, value)
+	u.RawQuery = strings.ReplaceAll(query.Encode(), "+", "%20") // pgx takes + as it is
+	return u.String()
+}
+
+// strangeName has what a text could be spoilt by on its way to a column, an array or a message.
+const strangeName = `Łukasz 🙂 "quoted" {a,b} \ NULL '%s'`
+
+// userBody returns a body of POST or PUT.
+func userBody(t *testing.T, name, surname string) string {
+	t.Helper()
+	user := map[string]string{"name": name, "surname": surname, "password": secret}
+	body, err := json.Marshal(user)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(body)
+}
+
+// conform goes once through all that the service does with users, and checks what it answers.
+func conform(t *testing.T, s settings) {
+	t.Helper()
+	svc := startService(t, s)
+	conformCreating(t, svc)
+	conformChanging(t, svc)
+	conformSharing(t, svc)
+	conn := connect(t, s.databaseURL)
+	checkTotal(t, conn)
+	eventually(t, "an empty outbox", func() bool {
+		return queryValue[int](t, conn, "SELECT count(*) FROM outbox") == 0
+	})
+	for _, line := range svc.log.lines("") {
+		if line["event"] == "Database maintenance failed" || line["event"] == "Event connection lost" {
+			t.Errorf("the log has %v", line)
+		}
+	}
+}
+
+// conformCreating leaves the users 1 and 2.
+func conformCreating(t *testing.T, svc *service) {
+	t.Helper()
+	body := userBody(t, strangeName, "Doe")
+	first := svc.do("POST", "/users", body, "X-Request-Id: create-1")
+	if first.status != 201 || first.json(t, "name") != strangeName {
+		t.Fatalf("POST: %d %s", first.status, first.body)
+	}
+	keyed := svc.do("POST", "/users", body, "Idempotency-Key: key", "X-Request-Id: create-2")
+	again := svc.do("POST", "/users", body, "Idempotency-Key: key")
+	if keyed.status != 201 || again.status != 201 || keyed.body != again.body {
+		t.Errorf("POST with a key: %d %s, then %d %s", keyed.status, keyed.body, again.status, again.body)
+	}
+	other := svc.do("POST", "/users", userBody(t, "John", "Doe"), "Idempotency-Key: key")
+	if other.status != 422 {
+		t.Errorf("another body with the key: %d %s", other.status, other.body)
+	}
+	if a := svc.do("GET", "/users/1", ""); a.status != 200 || a.body != first.body {
+		t.Errorf("GET: %d %s, not %s", a.status, a.body, first.body)
+	}
+	if a := svc.do("GET", "/users", ""); a.status != 200 || a.json(t, "total") != 2.0 {
+		t.Errorf("the list: %d %s", a.status, a.body)
+	}
+	for id := 1; id <= 2; id++ {
+		svc.waitForLine(fmt.Sprintf("Received event user.created with user_id=%d", id),
+			"trace_id", fmt.Sprint("create-", id), "version", 1)
+	}
+}
+
+// conformChanging changes user 1, and deletes it.
+func conformChanging(t *testing.T, svc *service) {
+	t.Helper()
+	name := strangeName + " II"
+	put := userBody(t, name, "Roe")
+	verify := func(password string) string { return fmt.Sprintf(`{"password": %q}`, password) }
+	for _, step := range []struct {
+		method, path, body string
+		headers            []string
+		status             int
+		has                string
+	}{
+		{method: "PUT", path: "/users/1", body: put, status: 200},
+		{method: "PUT", path: "/users/1", body: `{"surname": "Roe"}`, status: 200},
+		{method: "PUT", path: "/users/1", body: `{"surname": "Poe"}`, status: 412,
+			headers: []string{`If-Match: "1", "7"`}},
+		{method: "PATCH", path: "/users/1", body: `{"surname": "Poe"}`, status: 200,
+			headers: []string{`If-Match: "2", "7"`}, has: `"Poe"`},
+		{method: "GET", path: "/users/1", status: 200, has: `"Poe"`},
+		{method: "POST", path: "/users/1/password/verify", body: verify(secret), status: 200, has: "true"},
+		{method: "POST", path: "/users/1/password/verify", body: verify("other"), status: 200, has: "false"},
+		{method: "PUT", path: "/users/99", body: put, status: 404},
+		{method: "DELETE", path: "/users/1", status: 412, headers: []string{`If-Match: "2"`}},
+		{method: "DELETE", path: "/users/1", status: 200, headers: []string{`If-Match: "3"`}},
+		{method: "DELETE", path: "/users/1", status: 404},
+		{method: "GET", path: "/users/1", status: 404},
+	} {
+		a := svc.do(step.method, step.path, step.body, step.headers...)
+		if a.status != step.status || !strings.Contains(a.body, step.has) {
+			t.Errorf("%s %s %s %v: %d %s, want %d", step.method, step.path, step.body, step.headers,
+				a.status, a.body, step.status)
+		}
+		if step.method == "PATCH" && a.json(t, "name") != name {
+			t.Errorf("PATCH: %s has not the name %s", a.body, name)
+		}
+	}
+	for version, change := range map[int]string{2: "updated", 3: "updated", 4: "deleted"} {
+		svc.waitForLine("Received event user."+change+" with user_id=1", "version", version)
+	}
+}
+
+// conformSharing has four users changed by many clients at once.
+func conformSharing(t *testing.T, svc *service) {
+	t.Helper()
+	var ids []int64
+	for range 4 {
+		ids = append(ids, svc.createUser("John", "Doe"))
+	}
+	var group sync.WaitGroup
+	const clients, rounds = 12, 4
+	for c := range clients {
+		group.Go(func() {
+			for i := range rounds {
+				body := fmt.Sprintf(`{"name": "name %d %d"}`, c, i)
+				a := svc.do("PUT", fmt.Sprint("/users/", ids[c%len(ids)]), body)
+				if a.status != 200 || !strings.Contains(a.body, fmt.Sprintf(`"name %d %d"`, c, i)) {
+					t.Errorf("PUT: %d %s", a.status, a.body)
+				}
+			}
+		})
+	}
+	group.Wait()
+	for _, id := range ids {
+		for version := 2; version <= 1+rounds*clients/len(ids); version++ {
+			svc.waitForLine(fmt.Sprintf("Received event user.updated with user_id=%d", id),
+				"version", version)
+		}
+	}
+}
+
+// TestConformsWithSettings runs the service where the settings of the database are not those that
+// PostgreSQL comes with.
+func TestConformsWithSettings(t *testing.T) {
+	t.Parallel()
+	for _, setting := range []string{
+		"default_transaction_isolation = 'repeatable read'",
+		"default_transaction_isolation = 'serializable'",
+		"default_transaction_isolation = 'read uncommitted'",
+		"default_transaction_deferrable = on",
+		"DateStyle = 'German, DMY'",
+		"IntervalStyle = 'sql_standard'",
+		"client_encoding = 'LATIN1'",
+		"timezone = 'Asia/Kathmandu'",
+		"synchronous_commit = off",
+		"plan_cache_mode = force_custom_plan",
+		"standard_conforming_strings = off",
+		"bytea_output = 'escape'",
+		"extra_float_digits = -15",
+		"array_nulls = off",
+		"row_security = off",
+		"session_replication_role = local",
+		"search_path = own, public",
+	} {
+		t.Run(setting, func(t *testing.T) {
+			t.Parallel()
+			conformWith(t, setting)
+		})
+	}
+}
+
+// conformWith runs the service with a setting of its role in its database.
+func conformWith(t *testing.T, setting string) {
+	t.Helper()
+	s := memorySettings()
+	s.databaseURL = emptyDatabase(t, "")
+	conn := connect(t, asSuperuser(t, s.databaseURL))
+	execute(t, conn, fmt.Sprintf("CREATE SCHEMA own AUTHORIZATION %s; ALTER ROLE %s IN DATABASE %s SET %s",
+		template.role, template.role, conn.Config().Database, setting))
+	conform(t, s)
+	where := queryValue[string](t, conn,
+		"SELECT string_agg(schemaname, ', ') FROM pg_tables WHERE tablename = 'users'")
+	if want := strings.Contains(setting, "own"); (where == "own") != want {
+		t.Errorf("the table users is in the schema %s", where)
+	}
+}
+
+// TestConformsWithExecModes runs the service in each way that pgx knows to send a statement.
+func TestConformsWithExecModes(t *testing.T) {
+	t.Parallel()
+	for _, mode := range []string{"cache_statement", "cache_describe", "describe_exec", "exec",
+		"simple_protocol"} {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			s := postgresSettings(t)
+			s.databaseURL = withParameter(t, s.databaseURL, "default_query_exec_mode", mode)
+			conform(t, s)
+		})
+	}
+}
+
+// TestSchemasAreApart runs two services in two schemas of one database.
+func TestSchemasAreApart(t *testing.T) {
+	t.Parallel()
+	database := emptyDatabase(t, "")
+	conn := connect(t, database)
+	execute(t, conn, `CREATE SCHEMA one; CREATE SCHEMA "The other"`)
+	t.Run("at once", func(t *testing.T) {
+		for _, schema := range []string{"one", `"The other"`} {
+			t.Run(schema, func(t *testing.T) {
+				t.Parallel()
+				s := memorySettings()
+				s.databaseURL = withParameter(t, database, "search_path", schema)
+				conform(t, s)
+			})
+		}
+	})
+	for _, schema := range []string{"one", `"The other"`} {
+		n := queryValue[int](t, conn, "SELECT count(*) FROM "+schema+".users")
+		total := queryValue[int](t, conn, "SELECT sum(n) FROM "+schema+".user_counts")
+		if n != 5 || total != 5 {
+			t.Errorf("%s has %d users and the total %d, want 5", schema, n, total)
+		}
+	}
+	execute(t, conn, `TRUNCATE one.users`)
+	if n := queryValue[int](t, conn, `SELECT sum(n) FROM "The other".user_counts`); n != 5 {
+		t.Errorf("users of another schema change the total to %d", n)
+	}
+}
+
+// TestSearchPathOfNoSchema opens a database as a role whose search_path names nothing.
+func TestSearchPathOfNoSchema(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	conn := connect(t, url)
+	before := queryValue[string](t, conn, catalog)
+	for _, path := range []string{"nowhere", ""} {
+		log, err := openLogged(t, withParameter(t, url, "search_path", path))
+		if err == nil || len(log.lines("")) > 0 || !strings.Contains(err.Error(), "search_path") {
+			t.Errorf("search_path %q: %v\n%s", path, err, log)
+		}
+	}
+	if lines := differences(before, queryValue[string](t, conn, catalog)); len(lines) > 0 {
+		t.Errorf("a refused database was changed: %q", lines)
+	}
+}
+
+// TestEncodings creates databases that can or cannot store every name.
+func TestEncodings(t *testing.T) {
+	t.Parallel()
+	for encoding, usable := range map[string]bool{"UTF8": true, "SQL_ASCII": true, "LATIN1": false,
+		"EUC_JP": false} {
+		t.Run(encoding, func(t *testing.T) {
+			t.Parallel()
+			options := "TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C' ENCODING " + encoding
+			s := memorySettings()
+			s.databaseURL = emptyDatabase(t, options)
+			if usable {
+				conform(t, s)
+				return
+			}
+			log, err := openLogged(t, s.databaseURL)
+			if err == nil || len(log.lines("")) > 0 || !strings.Contains(err.Error(), encoding) {
+				t.Errorf("%v\n%s", err, log)
+			}
+			tables := queryValue[int](t, connect(t, s.databaseURL),
+				"SELECT count(*) FROM pg_class WHERE relnamespace = current_schema()::regnamespace")
+			if tables > 0 {
+				t.Errorf("a refused database has %d relations", tables)
+			}
+		})
+	}
+}
