@@ -10,8 +10,11 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/jackc/pgx/v5"
 )
 
 // eachStoreAlone runs a test against the stores themselves, with no relay that empties
@@ -386,6 +389,305 @@ func TestPostgresChangesAlone(t *testing.T) {
 	}
 }
 
+// lockedUserService returns a service whose user 1 is locked, and clients that change the user
+// until all of them have been answered.
+func lockedUserService(t *testing.T, clients int) (svc *service, answered *atomic.Int64, wait func()) {
+	t.Helper()
+	svc = startService(t, postgresSettings(t))
+	for range 3 {
+		svc.createUser("John", "Doe")
+	}
+	unlock := lockUser(t, svc.settings.databaseURL, 1)
+	answered = new(atomic.Int64)
+	var group sync.WaitGroup
+	for i := range clients {
+		group.Go(func() {
+			a := svc.do("PUT", "/users/1", fmt.Sprintf(`{"name": "locked %d"}`, i))
+			if a.status != 200 && a.status != 503 {
+				t.Errorf("the locked user: %d %s", a.status, a.body)
+			}
+			answered.Add(1)
+		})
+	}
+	watcher := connect(t, svc.settings.databaseURL)
+	eventually(t, "a change that waits", func() bool {
+		return queryValue[bool](t, watcher, blockedHere)
+	})
+	return svc, answered, func() { unlock(); group.Wait() }
+}
+
+// TestLockedUserHoldsUpNobody has many clients change a locked user. Everything else goes on, while
+// not one of them is answered.
+func TestLockedUserHoldsUpNobody(t *testing.T) {
+	t.Parallel()
+	svc, answered, wait := lockedUserService(t, 40)
+	for i := range 5 {
+		for _, step := range []struct{ method, path, body string }{
+			{"GET", "/users/1", ""}, {"GET", "/users/2", ""}, {"GET", "/users", ""},
+			{"GET", "/readyz", ""}, {"GET", "/metrics", ""},
+			{"PUT", "/users/2", fmt.Sprintf(`{"name": "free %d"}`, i)},
+			{"PUT", "/users/3", fmt.Sprintf(`{"surname": "free %d"}`, i)},
+		} {
+			if a := svc.do(step.method, step.path, step.body); a.status != 200 {
+				t.Errorf("%s %s: %d %s", step.method, step.path, a.status, a.body)
+			}
+		}
+	}
+	svc.createUser("Jane", "Doe")
+	if n := answered.Load(); n > 0 {
+		t.Errorf("%d changes of the locked user were answered before all others", n)
+	}
+	watcher := connect(t, svc.settings.databaseURL)
+	blocked := queryValue[int](t, watcher, `SELECT count(*) FROM pg_stat_activity
+		WHERE datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0`)
+	if blocked > 1 {
+		t.Errorf("%d connections wait for one user", blocked)
+	}
+	wait()
+}
+
+// TestLockedUsersLeaveConnections locks more users than there are connections.
+func TestLockedUsersLeaveConnections(t *testing.T) {
+	t.Parallel()
+	svc := startService(t, postgresSettings(t))
+	const locked = 2 * defaultPoolSize
+	for range locked + 1 {
+		svc.createUser("John", "Doe")
+	}
+	tx, err := connect(t, svc.settings.databaseURL).Begin(t.Context())
+	if err == nil {
+		_, err = tx.Exec(t.Context(), "SELECT FROM users WHERE id <= $1 FOR UPDATE", locked)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	var group sync.WaitGroup
+	var answered atomic.Int64
+	for id := 1; id <= locked; id++ {
+		group.Go(func() {
+			svc.do("PUT", fmt.Sprint("/users/", id), `{"name": "locked"}`)
+			answered.Add(1)
+		})
+	}
+	watcher := connect(t, svc.settings.databaseURL)
+	eventually(t, "two changes that wait", func() bool {
+		return queryValue[int](t, watcher, `SELECT count(*) FROM pg_stat_activity
+			WHERE datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0`) >= 2
+	})
+	for _, step := range []struct{ method, path, body string }{
+		{"GET", "/users/1", ""}, {"GET", "/users", ""}, {"GET", "/readyz", ""},
+		{"PUT", fmt.Sprint("/users/", locked+1), `{"name": "free"}`}, {"GET", "/metrics", ""},
+	} {
+		if a := svc.do(step.method, step.path, step.body); a.status != 200 {
+			t.Errorf("%s %s: %d %s", step.method, step.path, a.status, a.body)
+		}
+	}
+	svc.createUser("Jane", "Doe")
+	if n := answered.Load(); n > 0 {
+		t.Errorf("%d changes of locked users were answered before all others", n)
+	}
+	if err := tx.Rollback(t.Context()); err != nil {
+		t.Error(err)
+	}
+	group.Wait()
+}
+
+// siteRules are what a site may add to the table: each refuses the user whose name is refused.
+var siteRules = []struct {
+	name, sql, refused string
+	status             int
+}{
+	{
+		name:    "CHECK",
+		sql:     "ALTER TABLE users ADD CONSTRAINT site CHECK (name <> 'refused')",
+		refused: `{"name": "refused"}`, status: 409,
+	},
+	{
+		name:    "UNIQUE",
+		sql:     "CREATE UNIQUE INDEX site ON users (surname) WHERE surname IN ('taken')",
+		refused: `{"surname": "taken"}`, status: 409,
+	},
+	{
+		name: "trigger with a code of integrity",
+		sql: `CREATE FUNCTION site() RETURNS trigger LANGUAGE plpgsql AS
+				$$ BEGIN RAISE 'refused' USING ERRCODE = 'check_violation'; END $$;
+			CREATE TRIGGER site BEFORE UPDATE ON users FOR EACH ROW WHEN (NEW.name = 'refused')
+			EXECUTE FUNCTION site()`,
+		refused: `{"name": "refused"}`, status: 409,
+	},
+	{
+		name: "trigger that raises",
+		sql: `CREATE FUNCTION site() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'refused'; END $$;
+			CREATE TRIGGER site BEFORE UPDATE ON users FOR EACH ROW WHEN (NEW.name = 'refused')
+			EXECUTE FUNCTION site()`,
+		refused: `{"name": "refused"}`, status: 409,
+	},
+	{
+		name: "trigger that skips the row",
+		sql: `CREATE FUNCTION site() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
+			CREATE TRIGGER site BEFORE UPDATE ON users FOR EACH ROW WHEN (NEW.name = 'refused')
+			EXECUTE FUNCTION site()`,
+		refused: `{"name": "refused"}`, status: 409,
+	},
+	{
+		name: "lock timeout",
+		sql: `CREATE FUNCTION site() RETURNS trigger LANGUAGE plpgsql AS
+				$$ BEGIN RAISE 'refused' USING ERRCODE = 'lock_not_available'; END $$;
+			CREATE TRIGGER site BEFORE UPDATE ON users FOR EACH ROW WHEN (NEW.name = 'refused')
+			EXECUTE FUNCTION site()`,
+		refused: `{"name": "refused"}`, status: 503,
+	},
+	{
+		name: "statement timeout",
+		sql: `CREATE FUNCTION site() RETURNS trigger LANGUAGE plpgsql AS
+				$$ BEGIN RAISE 'refused' USING ERRCODE = 'query_canceled'; END $$;
+			CREATE TRIGGER site BEFORE UPDATE ON users FOR EACH ROW WHEN (NEW.name = 'refused')
+			EXECUTE FUNCTION site()`,
+		refused: `{"name": "refused"}`, status: 503,
+	},
+}
+
+// TestRefusedChangeIsItsCallers has one of many changes at once refused by a rule of the site: its
+// client is told, and all others succeed.
+func TestRefusedChangeIsItsCallers(t *testing.T) {
+	t.Parallel()
+	for _, rule := range siteRules {
+		t.Run(rule.name, func(t *testing.T) {
+			t.Parallel()
+			svc := startService(t, postgresSettings(t))
+			conn := connect(t, svc.settings.databaseURL)
+			execute(t, conn, `INSERT INTO users (name, surname, password)
+				SELECT 'John', CASE i WHEN 20 THEN 'taken' ELSE 'Doe' END, 'x'
+				FROM generate_series(1, 20) AS i`)
+			execute(t, conn, rule.sql)
+			var group sync.WaitGroup
+			for i := range 60 {
+				id, body, want := i%20+1, fmt.Sprintf(`{"name": "name %d"}`, i), 200
+				if id == 7 {
+					body, want = rule.refused, rule.status
+				}
+				group.Go(func() {
+					a := svc.do("PUT", fmt.Sprint("/users/", id), body)
+					if a.status != want || strings.Contains(a.body, "site") {
+						t.Errorf("user %d: %d %s, want %d", id, a.status, a.body, want)
+					}
+				})
+			}
+			group.Wait()
+			versions := queryValue[string](t, conn,
+				"SELECT string_agg(DISTINCT version::text, ' ') FROM users WHERE id <> 7")
+			if version := queryValue[int](t, conn, "SELECT version FROM users WHERE id = 7"); version != 1 ||
+				versions != "4" {
+				t.Errorf("the refused user has version %d, the others %s", version, versions)
+			}
+		})
+	}
+}
+
+// TestUniqueIndexOfASite refuses a creation.
+func TestUniqueIndexOfASite(t *testing.T) {
+	t.Parallel()
+	svc := startService(t, postgresSettings(t))
+	conn := connect(t, svc.settings.databaseURL)
+	execute(t, conn, "CREATE UNIQUE INDEX site ON users (name, surname)")
+	svc.createUser("John", "Doe")
+	for _, headers := range [][]string{nil, {"Idempotency-Key: key"}} {
+		if a := svc.do("POST", "/users", john, headers...); a.status != 409 {
+			t.Errorf("with %v: %d %s", headers, a.status, a.body)
+		}
+	}
+	if id := svc.createUser("Jane", "Doe"); id < 2 {
+		t.Errorf("the next user has the id %d", id)
+	}
+	checkTotal(t, conn)
+}
+
+// TestReferencedUser is one to whom a table of the site refers: it cannot be deleted, and others
+// that are deleted at the same time are.
+func TestReferencedUser(t *testing.T) {
+	t.Parallel()
+	svc := startService(t, postgresSettings(t))
+	conn := connect(t, svc.settings.databaseURL)
+	execute(t, conn, `INSERT INTO users (name, surname, password)
+		SELECT 'John', 'Doe', 'x' FROM generate_series(1, 20)`)
+	execute(t, conn, `CREATE TABLE orders (user_id bigint REFERENCES users);
+		INSERT INTO orders VALUES (7)`)
+	var group sync.WaitGroup
+	for id := 1; id <= 20; id++ {
+		want := map[bool]int{true: 409, false: 200}[id == 7]
+		group.Go(func() {
+			if a := svc.do("DELETE", fmt.Sprint("/users/", id), ""); a.status != want {
+				t.Errorf("user %d: %d %s", id, a.status, a.body)
+			}
+		})
+	}
+	group.Wait()
+	execute(t, conn, "DROP TABLE orders")
+	if a := svc.do("DELETE", "/users/7", ""); a.status != 200 {
+		t.Errorf("without the reference: %d %s", a.status, a.body)
+	}
+	svc.waitForLine("Received event user.deleted with user_id=7", "version", 2)
+}
+
+// TestAlteredColumns changes the types of columns, and adds and drops one, under load.
+func TestAlteredColumns(t *testing.T) {
+	t.Parallel()
+	svc := startService(t, postgresSettings(t))
+	conn := connect(t, svc.settings.databaseURL)
+	for range 4 {
+		svc.createUser("John", "Doe")
+	}
+	done := make(chan struct{})
+	var group sync.WaitGroup
+	for c := range 4 {
+		group.Go(func() {
+			for i := 0; ; i++ {
+				select {
+				case <-done:
+					return
+				default:
+				}
+				path, name := fmt.Sprint("/users/", c+1), fmt.Sprintf(`{"name": "name %d %d"}`, c, i)
+				for method, body := range map[string]string{"GET": "", "PUT": name} {
+					if a := svc.do(method, path, body); a.status != 200 {
+						t.Errorf("%s %s: %d %s", method, path, a.status, a.body)
+					}
+				}
+				if a := svc.do("GET", "/users", ""); a.status != 200 {
+					t.Errorf("the list: %d %s", a.status, a.body)
+				}
+			}
+		})
+	}
+	for _, ddl := range []string{
+		"ALTER COLUMN name TYPE varchar(300)", "ALTER COLUMN surname TYPE varchar(300)",
+		"ADD COLUMN email text", "ALTER COLUMN name TYPE text", "DROP COLUMN email",
+		"ALTER COLUMN surname TYPE text",
+	} {
+		execute(t, conn, "ALTER TABLE users "+ddl)
+		svc.createUser("Jane", "Doe")
+	}
+	close(done)
+	group.Wait()
+	checkTotal(t, conn)
+}
+
+// TestCancelledStatement has an administrator cancel a change that waits for a lock.
+func TestCancelledStatement(t *testing.T) {
+	t.Parallel()
+	svc, _, wait := lockedUserService(t, 3)
+	watcher := connect(t, svc.settings.databaseURL)
+	const cancel = `SELECT count(*) FILTER (WHERE pg_cancel_backend(pid)) FROM pg_stat_activity
+		WHERE datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0`
+	for range 4 {
+		eventually(t, "a statement to cancel", func() bool { return queryValue[int](t, watcher, cancel) > 0 })
+	}
+	wait()
+	if a := svc.do("PUT", "/users/1", `{"name": "after"}`); a.status != 200 {
+		t.Errorf("after the cancels: %d %s", a.status, a.body)
+	}
+}
+
 // TestStoreMatchesOnce lets clients compete for one version: one of them wins.
 func TestStoreMatchesOnce(t *testing.T) {
 	t.Parallel()
@@ -461,6 +763,114 @@ func TestPostgresCountsForeignRows(t *testing.T) {
 		}
 		if _, total, err := s.listUsers(t.Context(), 0, 0, 1); err != nil || total != step.want {
 			t.Errorf("after %q the total is %d, not %d (%v)", step.sql, total, step.want, err)
+		}
+	}
+}
+
+// TestTotalIsExactWhileFolded compares the total with the number of users, in one snapshot, while
+// many write and two stores fold.
+func TestTotalIsExactWhileFolded(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	first, second := openTestPostgres(t, url), openTestPostgres(t, url)
+	open, err := connect(t, url).Begin(t.Context())
+	if err == nil {
+		_, err = open.Exec(t.Context(), "INSERT INTO users (name, surname, password) VALUES ('a', 'b', 'c')")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	var writers, folders sync.WaitGroup
+	for c := range 50 {
+		s := []*postgres{first, second}[c%2]
+		writers.Go(func() {
+			for range 8 {
+				u, err := s.createUser(context.Background(), input("John", "Doe", "hash"), "")
+				if err == nil && c%3 == 0 {
+					err = s.deleteUser(context.Background(), u.ID, nil)
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	done := make(chan struct{})
+	for _, s := range []*postgres{first, second} {
+		folders.Go(func() {
+			for working := true; working; {
+				select {
+				case <-done:
+					working = false
+				default:
+				}
+				if err := s.fold(context.Background()); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	go func() { writers.Wait(); close(done) }()
+	compareTotals(t, connect(t, url), done)
+	folders.Wait()
+	if err := open.Commit(t.Context()); err != nil {
+		t.Error(err)
+	}
+	conn := connect(t, url)
+	checkTotal(t, conn)
+	n := queryValue[int64](t, conn, "SELECT count(*) FROM users")
+	if _, total, err := first.listUsers(t.Context(), 0, 0, 1); err != nil || total != n {
+		t.Errorf("the list has the total %d of %d, %v", total, n, err)
+	}
+}
+
+// compareTotals compares the total with the number of users, in one snapshot each time, until
+// done is closed and at least ten times.
+func compareTotals(t *testing.T, conn *pgx.Conn, done <-chan struct{}) {
+	t.Helper()
+	for compared, working := 0, true; working || compared < 10; compared++ {
+		select {
+		case <-done:
+			working = false
+		default:
+		}
+		options := pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}
+		err := pgx.BeginTxFunc(t.Context(), conn, options, func(pgx.Tx) error {
+			checkTotal(t, conn)
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestFold makes one row of many, whatever their sum is, and leaves a few and a single one.
+func TestFold(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s, conn := openTestPostgres(t, url), connect(t, url)
+	for _, test := range []struct {
+		name, rows string
+		want       string
+	}{
+		{"one row", "VALUES (7)", "1 7"},
+		{"a few rows", "SELECT 1 FROM generate_series(1, 49)", "49 49"},
+		{"many rows", "SELECT i FROM generate_series(1, 50) AS i", "1 1275"},
+		{"a sum of 0", "SELECT (-1) ^ i FROM generate_series(1, 1000) AS i", "1 0"},
+		{"rows of 0", "SELECT 0 FROM generate_series(1, 100)", "1 0"},
+		{"more than at once", "SELECT 1 FROM generate_series(1, 120000)", "1 120000"},
+	} {
+		execute(t, conn, "DELETE FROM user_counts")
+		execute(t, conn, "INSERT INTO user_counts "+test.rows)
+		for range 3 { // what more than one statement has made is folded by the next
+			if err := s.fold(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		got := queryValue[string](t, conn, "SELECT count(*) || ' ' || sum(n) FROM user_counts")
+		if got != test.want && !(test.name == "more than at once" && strings.HasSuffix(got, " 120000")) {
+			t.Errorf("%s: %s, want %s", test.name, got, test.want)
 		}
 	}
 }
