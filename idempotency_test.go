@@ -104,6 +104,72 @@ func TestIdempotencyKeyIsCheckedLast(t *testing.T) {
 	}
 }
 
+// TestIdempotencyKeysAreOwned has two API keys use the same Idempotency-Key, with the same body and
+// with another one: each makes its user.
+func TestIdempotencyKeysAreOwned(t *testing.T) {
+	t.Parallel()
+	for name, set := range map[string]func(*testing.T) settings{
+		"memory":   func(*testing.T) settings { return memorySettings() },
+		"postgres": postgresSettings,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			shop, shopKey := newTestKey(t, "shop", false)
+			crm, crmKey := newTestKey(t, "crm", false)
+			s := set(t)
+			s.apiKeys = []apiKey{shopKey, crmKey}
+			svc := startService(t, s)
+			jane := strings.Replace(john, "John", "Jane", 1)
+			for _, step := range []struct {
+				owner, key, body string
+				status           int
+				id               float64
+			}{
+				{owner: shop, key: "order-1", body: john, status: 201, id: 1},
+				{owner: crm, key: "order-1", body: john, status: 201, id: 2},
+				{owner: shop, key: "order-2", body: john, status: 201, id: 3},
+				{owner: crm, key: "order-2", body: jane, status: 201, id: 4},
+				{owner: shop, key: "order-1", body: john, status: 201, id: 1},
+				{owner: crm, key: "order-1", body: john, status: 201, id: 2},
+				{owner: crm, key: "order-2", body: john, status: 422},
+			} {
+				a := svc.do("POST", "/users", step.body, "Authorization: Bearer "+step.owner,
+					"Idempotency-Key: "+step.key)
+				if a.status != step.status || step.id > 0 && a.json(t, "id") != step.id {
+					t.Errorf("%s: %d %s, want %d with the id %v", step.key, a.status, a.body,
+						step.status, step.id)
+				}
+			}
+		})
+	}
+}
+
+// TestIdempotencyKeyTellsNoPassword repeats a creation with other passwords. Each costs a try, so
+// that nobody can guess for long.
+func TestIdempotencyKeyTellsNoPassword(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *service) {
+		s.do("POST", "/users", john, "Idempotency-Key: key")
+		for i := range guesses {
+			body := strings.Replace(john, secret, fmt.Sprint(secret, i), 1)
+			if a := s.do("POST", "/users", body, "Idempotency-Key: key"); a.status != 422 {
+				t.Errorf("password %d: %d %s", i, a.status, a.body)
+			}
+		}
+		a := s.do("POST", "/users", john, "Idempotency-Key: key")
+		if a.status != 429 || a.header.Get("Retry-After") == "" {
+			t.Errorf("after %d passwords: %d %s", guesses, a.status, a.body)
+		}
+		a = s.do("POST", "/users/1/password/verify", fmt.Sprintf(`{"password": %q}`, secret))
+		if a.status != 429 {
+			t.Errorf("a verification after %d passwords: %d %s", guesses, a.status, a.body)
+		}
+		if a := s.do("POST", "/users", john, "Idempotency-Key: other"); a.status != 201 {
+			t.Errorf("another key: %d %s", a.status, a.body)
+		}
+	})
+}
+
 // TestIdempotencyKeyRace sends one request many times at once, to two replicas: one user
 // comes of it, and whoever gets a 201 gets that user.
 func TestIdempotencyKeyRace(t *testing.T) {
@@ -202,6 +268,31 @@ func TestPostgresForgetsKeys(t *testing.T) {
 	const left = "SELECT string_agg(key, ' ' ORDER BY key) FROM idempotency_keys"
 	if got := queryValue[string](t, conn, left); got != "old-1 young" {
 		t.Errorf("the keys that are left: %s", got)
+	}
+}
+
+// TestPostgresForgetsManyKeys deletes more old keys than one statement does, among young ones.
+func TestPostgresForgetsManyKeys(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s, conn := openTestPostgres(t, url), connect(t, url)
+	execute(t, conn, `
+		INSERT INTO idempotency_keys (key, user_id, name, surname, password, created_at)
+		SELECT i, i, 'John', 'Doe', repeat('x', 100),
+			now() - interval '1 day' + CASE WHEN i % 100 = 0 THEN interval '1 minute' ELSE '0' END
+		FROM generate_series(1, 40000) AS i`)
+	pages := queryValue[int](t, conn, `SELECT pg_relation_size('idempotency_keys')
+		/ current_setting('block_size')::int`)
+	if pages <= keyPages {
+		t.Fatalf("%d pages are no more than one statement takes", pages)
+	}
+	if err := s.sweepKeys(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	got := queryValue[string](t, conn, `SELECT count(*) || ' ' ||
+		count(*) FILTER (WHERE user_id % 100 = 0) FROM idempotency_keys`)
+	if got != "400 400" {
+		t.Errorf("keys that are left, and young ones: %s, want 400 400", got)
 	}
 }
 
