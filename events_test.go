@@ -395,6 +395,54 @@ func TestConsumerTriesAgain(t *testing.T) {
 	}
 }
 
+// TestSettleWaitsForTheLog gives the consumer good and unreadable messages while its log cannot be
+// written. It keeps them, and settles each once when the log can be written again.
+func TestSettleWaitsForTheLog(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		log := &logBuffer{}
+		out := &switchedWriter{to: log}
+		out.broken.Store(true)
+		c := newConsumer(newLogger(out, slog.LevelDebug), metrics.NewSet())
+		var acks acknowledger
+		deliveries := make(chan amqp.Delivery, 2)
+		bodies := [][]byte{encode(t, newEvent(userCreated, 1, 1)), []byte("not JSON"),
+			encode(t, newEvent(userUpdated, 1, 2))}
+		first := amqp.Delivery{Acknowledger: &acks, DeliveryTag: 1, Body: bodies[0]}
+		for i, body := range bodies[1:] {
+			deliveries <- amqp.Delivery{Acknowledger: &acks, DeliveryTag: uint64(i + 2), Body: body}
+		}
+		settled := make(chan error, 1)
+		go func() {
+			b := &rabbitMQ{log: c.log}
+			settled <- b.settle(t.Context(), connState(false), first, deliveries, c)
+		}()
+		time.Sleep(5 * time.Minute)
+		synctest.Wait()
+		if len(acks) > 0 || len(settled) > 0 {
+			t.Errorf("settled although no line can be written: %q", acks)
+		}
+		out.broken.Store(false)
+		time.Sleep(maxPause)
+		synctest.Wait()
+		if err := <-settled; err != nil {
+			t.Error(err)
+		}
+		if want := (acknowledger{"reject 2 false", "ack 3 true"}); !slices.Equal(acks, want) {
+			t.Errorf("%q, want %q", acks, want)
+		}
+		for _, event := range []string{"Received event user.created with user_id=1",
+			"Received event user.updated with user_id=1"} {
+			if len(log.lines(event)) == 0 {
+				t.Errorf("no line %q", event)
+			}
+		}
+		if c.consumed.Get() != 2 {
+			t.Errorf("consumed %d, want 2", c.consumed.Get())
+		}
+	})
+}
+
 type switchedWriter struct {
 	to     io.Writer
 	broken atomic.Bool
@@ -502,6 +550,110 @@ func TestBrokerAndStoreCombine(t *testing.T) {
 			})
 		}
 	}
+}
+
+// strangeEvents are rows of the outbox that no release of the service writes.
+const strangeEvents = `
+	SET session_replication_role = replica;
+	INSERT INTO outbox (event_type, user_id, version, trace_id, occurred_at) VALUES
+		('user.renamed', 1, 1, 'strange-1', now()),
+		('x', 1, 1, 'strange-2', now()),
+		('user.updated', 0, 1, 'strange-3', now()),
+		('user.updated', 1, 2, repeat('x', 300), now()),
+		('user.updated', 7, 2, 'good', now());
+	RESET session_replication_role`
+
+// TestStrangeEventsStopNobody puts events into the outbox that no consumer can read. Each is set
+// aside with a line, and the others go on.
+func TestStrangeEventsStopNobody(t *testing.T) {
+	t.Parallel()
+	for broker, aside := range map[string][]string{
+		"in process": {"strange-1", "strange-2", "strange-3", strings.Repeat("x", 300)},
+		"rabbitmq":   {"strange-2", strings.Repeat("x", 300)}, // others are dead letters
+	} {
+		t.Run(broker, func(t *testing.T) {
+			t.Parallel()
+			s := postgresSettings(t)
+			if broker == "rabbitmq" {
+				s.rabbitURL, s.exchange = testRabbitURL, newExchange(t)
+			}
+			svc := startService(t, s)
+			svc.log.allowErrors(len(aside))
+			execute(t, connect(t, asSuperuser(t, s.databaseURL)), strangeEvents)
+			id := svc.createUser("John", "Doe")
+			svc.waitForLine("Received event user.updated with user_id=7", "trace_id", "good")
+			svc.waitForLine(fmt.Sprintf("Received event user.created with user_id=%d", id))
+			conn := connect(t, s.databaseURL)
+			eventually(t, "an empty outbox", func() bool {
+				return queryValue[int](t, conn, "SELECT count(*) FROM outbox") == 0
+			})
+			for _, traceID := range aside {
+				line := svc.waitForLine("Event set aside", "trace_id", traceID)
+				if line["level"] != "ERROR" || line["event_id"] == nil || line["version"] == nil {
+					t.Errorf("what is set aside is told as %v", line)
+				}
+			}
+		})
+	}
+}
+
+// alwaysLeads is a store whose relay believes that it leads.
+type alwaysLeads struct{ *postgres }
+
+func (alwaysLeads) lead(context.Context) (bool, error) { return true, nil }
+
+// TestTwoRelaysKeepOrder has two relays that both believe that they lead publish the same outbox.
+// There may be copies, but the first arrivals of each user's versions are in order and complete.
+func TestTwoRelaysKeepOrder(t *testing.T) {
+	t.Parallel()
+	url, exchange := newDatabase(t), newExchange(t)
+	events := record(t, exchange)
+	s := openTestPostgres(t, url)
+	const users, clients, rounds = 5, 20, 15
+	for range users {
+		mustCreate(t, s, "John")
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var relays, writers sync.WaitGroup
+	defer func() { cancel(); relays.Wait() }()
+	for range 2 {
+		set := metrics.NewSet()
+		log := newLogger(t.Output(), slog.LevelWarn)
+		b := newRabbitMQ(settings{rabbitURL: testRabbitURL, exchange: exchange, appName: "test"}, log, set)
+		r := newRelay(alwaysLeads{openTestPostgres(t, url)}, b, &traffic{}, log, set)
+		relays.Go(func() { r.run(ctx) })
+	}
+	for c := range clients {
+		writers.Go(func() {
+			for i := range rounds {
+				in := input(fmt.Sprint("name ", c, " ", i), "", "")
+				if _, err := s.updateUser(context.Background(), int64((c+i)%users+1), in, nil); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	writers.Wait()
+	checkFirstArrivals(t, events, users+clients*rounds)
+}
+
+// checkFirstArrivals waits for so many different events. Copies may come later.
+func checkFirstArrivals(t *testing.T, events *recorder, want int) {
+	t.Helper()
+	last := make(map[int64]int64)
+	copies := 0
+	for n := 0; n < want; {
+		switch d := events.next(t).Data; {
+		case d.Version == last[d.UserID]+1:
+			last[d.UserID] = d.Version
+			n++
+		case d.Version > last[d.UserID]:
+			t.Fatalf("version %d of user %d follows %d", d.Version, d.UserID, last[d.UserID])
+		default:
+			copies++
+		}
+	}
+	t.Logf("%d copies of %d events", copies, want)
 }
 
 // TestOneRelayAmongReplicas lets clients change few users through three replicas on one

@@ -433,6 +433,51 @@ func throughProxy(t *testing.T, target string, p *proxy) string {
 	return u.String()
 }
 
+// refusedAddress returns an address on which nobody listens.
+func refusedAddress(t *testing.T) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	return listener.Addr().String()
+}
+
+// withHosts returns a URL of the tests' broker with other hosts.
+func withHosts(t *testing.T, hosts ...string) string {
+	t.Helper()
+	u, err := url.Parse(testRabbitURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Replace(testRabbitURL, u.Host, strings.Join(hosts, ","), 1)
+}
+
+// TestBrokerOfSeveralHosts starts the service with hosts of which one answers, then another one.
+func TestBrokerOfSeveralHosts(t *testing.T) {
+	t.Parallel()
+	s := memorySettings()
+	s.exchange = newExchange(t)
+	first, second := newProxy(t, testRabbitURL), newProxy(t, testRabbitURL)
+	second.set(false)
+	s.rabbitURL = withHosts(t, refusedAddress(t), first.address, second.address)
+	svc := startService(t, s)
+	for i, up := range []*proxy{first, second, first} {
+		for _, p := range []*proxy{first, second} {
+			p.set(p == up)
+		}
+		id := svc.createUser("John", "Doe")
+		svc.waitForLine(fmt.Sprintf("Received event user.created with user_id=%d", id))
+		eventually(t, "readiness with a broker", func() bool {
+			return svc.do("GET", "/readyz", "").json(t, "rabbitmq") == "up"
+		})
+		if id != int64(i+1) {
+			t.Errorf("id %d", id)
+		}
+	}
+}
+
 // TestBrokerThatNeverAnswers gives the service an address that accepts and then says
 // nothing. Neither requests nor the stop wait for it.
 func TestBrokerThatNeverAnswers(t *testing.T) {
