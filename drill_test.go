@@ -114,6 +114,10 @@ var scenarios = []scenario{
 	{name: "RabbitMQ: the exchange deleted", onlyRabbit: true, bindingLost: true, fault: deleteExchange},
 	{name: "RabbitMQ: all bindings removed", onlyRabbit: true, bindingLost: true, fault: removeBindings},
 	{name: "RabbitMQ: our queue with other arguments", onlyRabbit: true, before: declareForeignQueue},
+	{name: "RabbitMQ: cluster of three, leader killed", onlyRabbit: true, before: startCluster,
+		fault: killQueueLeader},
+	{name: "RabbitMQ: one of the hosts is dead at start", onlyRabbit: true, before: nameDeadHosts,
+		fault: loseLivingHost},
 	{name: "unreadable messages", onlyRabbit: true, fault: sendUnreadable},
 
 	// PostgreSQL.
@@ -495,6 +499,8 @@ type trial struct {
 	names      *rabbitMQ
 	db         *pgxpool.Pool // as the superuser
 	toRabbit   *wire
+	brokers    string // the RABBITMQ_URL of the replicas where it is not that of toRabbit
+	cluster    []*rabbitNode
 	toPostgres *wire
 	ledger     *ledger
 	client     *http.Client
@@ -630,7 +636,7 @@ func (r *trial) prepareRabbit() {
 func (r *trial) startReplica(slot int) {
 	r.t.Helper()
 	p, err := r.servers.startReplica(r.ledger.hear, "DATABASE_URL="+r.toPostgres.url,
-		"RABBITMQ_URL="+r.toRabbit.url, "SHUTDOWN_DELAY=1s")
+		"RABBITMQ_URL="+cmp.Or(r.brokers, r.toRabbit.url), "SHUTDOWN_DELAY=1s")
 	if err != nil {
 		r.t.Fatal(err)
 	}
