@@ -63,7 +63,8 @@ func (s *servers) newCluster() ([]*rabbitNode, error) {
 		"cluster_formation.peer_discovery_backend = classic_config\n"
 	var nodes []*rabbitNode
 	for i := range clusterSize {
-		n := &rabbitNode{name: fmt.Sprintf("drill_%d_%d@localhost", os.Getpid(), i+1), port: freePort()}
+		name := fmt.Sprintf("drill_%d_%d@localhost", os.Getpid(), i+1)
+		n := &rabbitNode{name: name, port: freePort()}
 		config += fmt.Sprintf("cluster_formation.classic_config.nodes.%d = %s\n", i+1, n.name)
 		nodes = append(nodes, n)
 	}
@@ -113,8 +114,8 @@ type quorumQueue struct {
 
 // quorumQueues asks a node of the cluster that runs. Without an answer it returns none.
 func (r *trial) quorumQueues(node *rabbitNode) map[string]quorumQueue {
-	output, err := r.tryCtl(r.t.Context(), "-q", "-n", node.name, "list_queues", "--formatter", "json",
-		"name", "leader", "members", "online")
+	output, err := r.tryCtl(r.t.Context(), "-q", "-n", node.name, "list_queues",
+		"--formatter", "json", "name", "leader", "members", "online")
 	var list []quorumQueue
 	if err == nil {
 		err = json.Unmarshal([]byte(output), &list)

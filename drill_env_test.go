@@ -250,12 +250,15 @@ func (s *servers) tail(name string) string {
 // preparePostgres returns the command that has to run before the server. PostgreSQL
 // refuses to run as root, so there it is somebody else's.
 func (s *servers) preparePostgres() (initdb *exec.Cmd, err error) {
-	const debian = "/usr/lib/postgresql/*/bin"
-	initdbPath, err := findProgram("initdb", debian)
+	places := []string{"/usr/lib/postgresql/*/bin"}
+	if bin := os.Getenv("TEST_POSTGRES_BIN"); bin != "" { // .ci/compat sets it
+		places = []string{bin}
+	}
+	initdbPath, err := findProgram("initdb", places...)
 	if err != nil {
 		return nil, err
 	}
-	postgresPath, err := findProgram("postgres", debian)
+	postgresPath, err := findProgram("postgres", places...)
 	if err != nil {
 		return nil, err
 	}
@@ -394,7 +397,8 @@ func (s *servers) tryCtl(ctx context.Context, args ...string) (string, error) {
 	cmd.Env, cmd.WaitDelay = s.rabbitEnv, time.Second
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
-		return "", fmt.Errorf("rabbitmqctl %s: %w\n%s%s", strings.Join(args, " "), err, &stdout, &stderr)
+		return "", fmt.Errorf("rabbitmqctl %s: %w\n%s%s",
+			strings.Join(args, " "), err, &stdout, &stderr)
 	}
 	return stdout.String(), nil
 }

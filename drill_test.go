@@ -1392,7 +1392,6 @@ func (s *servers) versions(t *testing.T) string {
 		t.Fatal(err)
 	}
 	defer broker.Close()
-	database, _, _ := strings.Cut(conn.PgConn().ParameterStatus("server_version"), " ")
 	return fmt.Sprintf("%s, PostgreSQL %s, RabbitMQ %v, %s, %d cores", time.Now().UTC().Format(time.DateOnly),
-		database, broker.Properties["version"], runtime.Version(), runtime.NumCPU())
+		postgresVersion(t, conn), broker.Properties["version"], runtime.Version(), runtime.NumCPU())
 }
