@@ -127,8 +127,12 @@ func (s *daemon) end(signal syscall.Signal) {
 	<-s.ended
 }
 
-// findProgram looks where Debian keeps what is not for every user, then in PATH.
+// findProgram looks in TEST_POSTGRES_BIN, which .ci/compat sets, then where Debian keeps what
+// is not for every user, then in PATH.
 func findProgram(name string, patterns ...string) (string, error) {
+	if bin := os.Getenv("TEST_POSTGRES_BIN"); bin != "" {
+		patterns = slices.Insert(patterns, 0, bin)
+	}
 	for _, pattern := range patterns {
 		if paths, _ := filepath.Glob(filepath.Join(pattern, name)); len(paths) > 0 {
 			return paths[len(paths)-1], nil
@@ -250,15 +254,12 @@ func (s *servers) tail(name string) string {
 // preparePostgres returns the command that has to run before the server. PostgreSQL
 // refuses to run as root, so there it is somebody else's.
 func (s *servers) preparePostgres() (initdb *exec.Cmd, err error) {
-	places := []string{"/usr/lib/postgresql/*/bin"}
-	if bin := os.Getenv("TEST_POSTGRES_BIN"); bin != "" { // .ci/compat sets it
-		places = []string{bin}
-	}
-	initdbPath, err := findProgram("initdb", places...)
+	const debian = "/usr/lib/postgresql/*/bin"
+	initdbPath, err := findProgram("initdb", debian)
 	if err != nil {
 		return nil, err
 	}
-	postgresPath, err := findProgram("postgres", places...)
+	postgresPath, err := findProgram("postgres", debian)
 	if err != nil {
 		return nil, err
 	}
