@@ -50,7 +50,7 @@ func startCluster(r *trial) {
 	for _, n := range nodes {
 		r.rabbitPorts = append(r.rabbitPorts, n.port)
 	}
-	r.cluster, r.brokers = nodes, r.rabbitURL()
+	r.cluster, r.toRabbit.url = nodes, r.rabbitURL()
 	r.prepareRabbit()
 }
 
@@ -195,7 +195,7 @@ func nameDeadHosts(r *trial) {
 	silent := newWire(r.t, r.rabbitURL())
 	silent.swallow(fromClient, true)
 	living := hostOf(r.toRabbit.url)
-	r.brokers = strings.Replace(r.toRabbit.url, living,
+	r.toRabbit.url = strings.Replace(r.toRabbit.url, living,
 		"127.0.0.1:"+freePort()+","+hostOf(silent.url)+","+living, 1)
 }
 

@@ -35,7 +35,8 @@ type servers struct {
 	dir      string
 	postgres *daemon
 	rabbit   *daemon
-	epmd     *daemon // where Erlang nodes find each other; not the one of the machine
+	epmd     *daemon   // where Erlang nodes find each other; not the one of the machine
+	nodes    []*daemon // of a RabbitMQ cluster, while a row has one; under mu
 
 	postgresPort string
 	rabbitPorts  []string // of the node, or of the nodes of a cluster
@@ -46,7 +47,6 @@ type servers struct {
 
 	mu     sync.Mutex
 	others []*os.Process // what else must not outlive the test
-	nodes  []*daemon     // of a RabbitMQ cluster, likewise
 	frozen []int         // processes of PostgreSQL
 }
 

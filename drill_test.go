@@ -499,7 +499,6 @@ type trial struct {
 	names      *rabbitMQ
 	db         *pgxpool.Pool // as the superuser
 	toRabbit   *wire
-	brokers    string // the RABBITMQ_URL of the replicas where it is not that of toRabbit
 	cluster    []*rabbitNode
 	toPostgres *wire
 	ledger     *ledger
@@ -636,7 +635,7 @@ func (r *trial) prepareRabbit() {
 func (r *trial) startReplica(slot int) {
 	r.t.Helper()
 	p, err := r.servers.startReplica(r.ledger.hear, "DATABASE_URL="+r.toPostgres.url,
-		"RABBITMQ_URL="+cmp.Or(r.brokers, r.toRabbit.url), "SHUTDOWN_DELAY=1s")
+		"RABBITMQ_URL="+r.toRabbit.url, "SHUTDOWN_DELAY=1s")
 	if err != nil {
 		r.t.Fatal(err)
 	}
