@@ -114,6 +114,10 @@ var scenarios = []scenario{
 	{name: "RabbitMQ: the exchange deleted", onlyRabbit: true, bindingLost: true, fault: deleteExchange},
 	{name: "RabbitMQ: all bindings removed", onlyRabbit: true, bindingLost: true, fault: removeBindings},
 	{name: "RabbitMQ: our queue with other arguments", onlyRabbit: true, before: declareForeignQueue},
+	{name: "RabbitMQ: cluster of three, leader killed", onlyRabbit: true, before: startCluster,
+		fault: killQueueLeader},
+	{name: "RabbitMQ: one of the hosts is dead at start", onlyRabbit: true, before: nameDeadHosts,
+		fault: loseLivingHost},
 	{name: "unreadable messages", onlyRabbit: true, fault: sendUnreadable},
 
 	// PostgreSQL.
@@ -495,6 +499,7 @@ type trial struct {
 	names      *rabbitMQ
 	db         *pgxpool.Pool // as the superuser
 	toRabbit   *wire
+	cluster    []*rabbitNode
 	toPostgres *wire
 	ledger     *ledger
 	client     *http.Client
@@ -1386,7 +1391,6 @@ func (s *servers) versions(t *testing.T) string {
 		t.Fatal(err)
 	}
 	defer broker.Close()
-	database, _, _ := strings.Cut(conn.PgConn().ParameterStatus("server_version"), " ")
 	return fmt.Sprintf("%s, PostgreSQL %s, RabbitMQ %v, %s, %d cores", time.Now().UTC().Format(time.DateOnly),
-		database, broker.Properties["version"], runtime.Version(), runtime.NumCPU())
+		postgresVersion(t, conn), broker.Properties["version"], runtime.Version(), runtime.NumCPU())
 }
