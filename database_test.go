@@ -49,7 +49,8 @@ func conform(t *testing.T, s settings) {
 		return queryValue[int](t, conn, "SELECT count(*) FROM outbox") == 0
 	})
 	for _, line := range svc.log.lines("") {
-		if line["event"] == "Database maintenance failed" || line["event"] == "Event connection lost" {
+		switch line["event"] {
+		case "Database maintenance failed", "Event connection lost":
 			t.Errorf("the log has %v", line)
 		}
 	}
@@ -66,7 +67,8 @@ func conformCreating(t *testing.T, svc *service) {
 	keyed := svc.do("POST", "/users", body, "Idempotency-Key: key", "X-Request-Id: create-2")
 	again := svc.do("POST", "/users", body, "Idempotency-Key: key")
 	if keyed.status != 201 || again.status != 201 || keyed.body != again.body {
-		t.Errorf("POST with a key: %d %s, then %d %s", keyed.status, keyed.body, again.status, again.body)
+		t.Errorf("POST with a key: %d %s, then %d %s",
+			keyed.status, keyed.body, again.status, again.body)
 	}
 	other := svc.do("POST", "/users", userBody(t, "John", "Doe"), "Idempotency-Key: key")
 	if other.status != 422 {
@@ -89,6 +91,7 @@ func conformChanging(t *testing.T, svc *service) {
 	t.Helper()
 	name := strangeName + " II"
 	put := userBody(t, name, "Roe")
+	const verification = "/users/1/password/verify"
 	verify := func(password string) string { return fmt.Sprintf(`{"password": %q}`, password) }
 	for _, step := range []struct {
 		method, path, body string
@@ -103,8 +106,8 @@ func conformChanging(t *testing.T, svc *service) {
 		{method: "PATCH", path: "/users/1", body: `{"surname": "Poe"}`, status: 200,
 			headers: []string{`If-Match: "2", "7"`}, has: `"Poe"`},
 		{method: "GET", path: "/users/1", status: 200, has: `"Poe"`},
-		{method: "POST", path: "/users/1/password/verify", body: verify(secret), status: 200, has: "true"},
-		{method: "POST", path: "/users/1/password/verify", body: verify("other"), status: 200, has: "false"},
+		{method: "POST", path: verification, body: verify(secret), status: 200, has: "true"},
+		{method: "POST", path: verification, body: verify("other"), status: 200, has: "false"},
 		{method: "PUT", path: "/users/99", body: put, status: 404},
 		{method: "DELETE", path: "/users/1", status: 412, headers: []string{`If-Match: "2"`}},
 		{method: "DELETE", path: "/users/1", status: 200, headers: []string{`If-Match: "3"`}},
@@ -190,8 +193,9 @@ func conformWith(t *testing.T, setting string) {
 	s := memorySettings()
 	s.databaseURL = emptyDatabase(t, "")
 	conn := connect(t, asSuperuser(t, s.databaseURL))
-	execute(t, conn, fmt.Sprintf("CREATE SCHEMA own AUTHORIZATION %s; ALTER ROLE %s IN DATABASE %s SET %s",
-		template.role, template.role, conn.Config().Database, setting))
+	execute(t, conn, fmt.Sprintf(`CREATE SCHEMA own AUTHORIZATION %[1]s;
+		ALTER ROLE %[1]s IN DATABASE %[2]s SET %[3]s`,
+		template.role, conn.Config().Database, setting))
 	conform(t, s)
 	where := queryValue[string](t, conn,
 		"SELECT string_agg(schemaname, ', ') FROM pg_tables WHERE tablename = 'users'")

@@ -405,17 +405,16 @@ func TestSettleWaitsForTheLog(t *testing.T) {
 		out.broken.Store(true)
 		c := newConsumer(newLogger(out, slog.LevelDebug), metrics.NewSet())
 		var acks acknowledger
-		deliveries := make(chan amqp.Delivery, 2)
-		bodies := [][]byte{encode(t, newEvent(userCreated, 1, 1)), []byte("not JSON"),
-			encode(t, newEvent(userUpdated, 1, 2))}
-		first := amqp.Delivery{Acknowledger: &acks, DeliveryTag: 1, Body: bodies[0]}
-		for i, body := range bodies[1:] {
-			deliveries <- amqp.Delivery{Acknowledger: &acks, DeliveryTag: uint64(i + 2), Body: body}
+		var deliveries []amqp.Delivery
+		for i, body := range [][]byte{encode(t, newEvent(userCreated, 1, 1)), []byte("not JSON"),
+			encode(t, newEvent(userUpdated, 1, 2))} {
+			deliveries = append(deliveries,
+				amqp.Delivery{Acknowledger: &acks, DeliveryTag: uint64(i + 1), Body: body})
 		}
 		settled := make(chan error, 1)
 		go func() {
 			b := &rabbitMQ{log: c.log}
-			settled <- b.settle(t.Context(), connState(false), first, deliveries, c)
+			settled <- b.settle(t.Context(), connState(false), deliveries, c)
 		}()
 		time.Sleep(5 * time.Minute)
 		synctest.Wait()
@@ -619,7 +618,8 @@ func TestTwoRelaysKeepOrder(t *testing.T) {
 	for range 2 {
 		set := metrics.NewSet()
 		log := newLogger(t.Output(), slog.LevelWarn)
-		b := newRabbitMQ(settings{rabbitURL: testRabbitURL, exchange: exchange, appName: "test"}, log, set)
+		to := settings{rabbitURL: testRabbitURL, exchange: exchange, appName: "test"}
+		b := newRabbitMQ(to, log, set)
 		r := newRelay(alwaysLeads{openTestPostgres(t, url)}, b, &traffic{}, log, set)
 		relays.Go(func() { r.run(ctx) })
 	}
@@ -627,7 +627,8 @@ func TestTwoRelaysKeepOrder(t *testing.T) {
 		writers.Go(func() {
 			for i := range rounds {
 				in := input(fmt.Sprint("name ", c, " ", i), "", "")
-				if _, err := s.updateUser(context.Background(), int64((c+i)%users+1), in, nil); err != nil {
+				id := int64((c+i)%users + 1)
+				if _, err := s.updateUser(context.Background(), id, in, nil); err != nil {
 					t.Error(err)
 				}
 			}

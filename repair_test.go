@@ -31,7 +31,8 @@ var repairs = []struct {
 	users     int    // that are left
 	line      string // what a line of the log says; "" where nothing needs a repair
 }{
-	{name: "no content at all", sql: `TRUNCATE users, outbox, idempotency_keys, user_counts, relay_lease`},
+	{name: "no content at all",
+		sql: "TRUNCATE users, outbox, idempotency_keys, user_counts, relay_lease"},
 	{name: "no content, deleted", sql: `DELETE FROM users; DELETE FROM outbox;
 		DELETE FROM idempotency_keys; DELETE FROM user_counts; DELETE FROM relay_lease`},
 	{name: "triggers of users disabled", superuser: true, users: 5,
@@ -40,7 +41,8 @@ var repairs = []struct {
 		line: "trigger"},
 	{name: "users restored without triggers", superuser: true, users: 5,
 		sql: `ALTER TABLE users DISABLE TRIGGER ALL;
-			INSERT INTO users (id, name, surname, password) VALUES (70, 'a', 'b', 'c'), (71, 'a', 'b', 'c');
+			INSERT INTO users (id, name, surname, password)
+			VALUES (70, 'a', 'b', 'c'), (71, 'a', 'b', 'c');
 			ALTER TABLE users ENABLE TRIGGER ALL`,
 		line: "total"},
 	{name: "users deleted by a replica", superuser: true, users: 1,
@@ -67,8 +69,8 @@ var repairs = []struct {
 		sql: `CREATE TABLE copy AS SELECT * FROM users; DROP TABLE users;
 			ALTER TABLE copy RENAME TO users`},
 	{name: "users by LIKE", users: 3, line: "users",
-		sql: `CREATE TABLE copy (LIKE users); INSERT INTO copy SELECT * FROM users; DROP TABLE users;
-			ALTER TABLE copy RENAME TO users`},
+		sql: `CREATE TABLE copy (LIKE users); INSERT INTO copy SELECT * FROM users;
+			DROP TABLE users; ALTER TABLE copy RENAME TO users`},
 	{name: "users by LIKE INCLUDING ALL", users: 3, line: "users",
 		sql: `CREATE TABLE copy (LIKE users INCLUDING ALL); INSERT INTO copy SELECT * FROM users;
 			DROP TABLE users; ALTER TABLE copy RENAME TO users`},
@@ -83,8 +85,8 @@ var repairs = []struct {
 			ALTER TABLE copy RENAME TO idempotency_keys`},
 	{name: "a trigger dropped", users: 3, sql: "DROP TRIGGER user_service_insert ON users",
 		line: "user_service_insert"},
-	{name: "the trigger of outbox dropped", users: 3, sql: "DROP TRIGGER user_service_adopt ON outbox",
-		line: "user_service_adopt"},
+	{name: "the trigger of outbox dropped", users: 3, line: "user_service_adopt",
+		sql: "DROP TRIGGER user_service_adopt ON outbox"},
 	{name: "a function dropped", users: 3, sql: "DROP FUNCTION user_service_record CASCADE",
 		line: "user_service_insert"},
 	{name: "the function of ids dropped", users: 3, sql: "DROP FUNCTION user_service_uuid CASCADE",
@@ -102,7 +104,8 @@ var repairs = []struct {
 		sql: `INSERT INTO users (name, surname, password) VALUES ('a', 'b', 'c');
 			DELETE FROM users WHERE name = 'a'; ALTER TABLE outbox ALTER id RESTART`},
 	{name: "ids copied", users: 5, line: "sequence",
-		sql: "INSERT INTO users (id, name, surname, password) VALUES (4, 'a', 'b', 'c'), (5, 'a', 'b', 'c')"},
+		sql: `INSERT INTO users (id, name, surname, password)
+			VALUES (4, 'a', 'b', 'c'), (5, 'a', 'b', 'c')`},
 	{name: "the sequence set back by setval", users: 3, line: "sequence",
 		sql: "SELECT setval('users_id_seq', 1)"},
 	{name: "the sequence restarted", users: 3, line: "sequence",
@@ -169,19 +172,21 @@ func checkServes(t *testing.T, svc *service, users int) {
 	id := int64(first.json(t, "id").(float64))
 	second := svc.createUser("Ann", "Lee")
 	path := fmt.Sprint("/users/", id)
-	if a := svc.do("PUT", path, `{"name": "Jane"}`); a.status != 200 || a.header.Get("ETag") != `"2"` {
+	a := svc.do("PUT", path, `{"name": "Jane"}`)
+	if a.status != 200 || a.header.Get("ETag") != `"2"` {
 		t.Errorf("PUT: %d %s", a.status, a.body)
 	}
 	if a := svc.do("DELETE", fmt.Sprint("/users/", second), ""); a.status != 200 {
 		t.Errorf("DELETE: %d %s", a.status, a.body)
 	}
-	a := svc.do("GET", "/users?per_page=100", "")
+	a = svc.do("GET", "/users?per_page=100", "")
 	if a.status != 200 || a.json(t, "total") != float64(users+1) ||
 		len(a.json(t, "users").([]any)) != users+1 {
 		t.Errorf("the list of %d users: %d %s", users+1, a.status, a.body)
 	}
 	svc.waitForLine(fmt.Sprintf("Received event user.updated with user_id=%d", id), "version", 2)
-	svc.waitForLine(fmt.Sprintf("Received event user.deleted with user_id=%d", second), "version", 2)
+	svc.waitForLine(fmt.Sprintf("Received event user.deleted with user_id=%d", second),
+		"version", 2)
 }
 
 // TestStartOnDumpOfSchema restores a dump of the schema alone into an empty database.
@@ -269,8 +274,8 @@ func TestStartRefuses(t *testing.T) {
 			sql:  "CREATE TABLE outbox (id bigint PRIMARY KEY, payload json)",
 			says: []string{"public.outbox", "event_id"}},
 		{name: "a view users", empty: true,
-			sql: `CREATE VIEW users AS SELECT 1::bigint AS id, '' AS name, '' AS surname, '' AS password,
-				1::bigint AS version, now() AS created_at, now() AS updated_at`,
+			sql: `CREATE VIEW users AS SELECT 1::bigint AS id, '' AS name, '' AS surname,
+				'' AS password, 1::bigint AS version, now() AS created_at, now() AS updated_at`,
 			says: []string{"public.users"}},
 		{name: "a sequence users", empty: true, sql: "CREATE SEQUENCE users",
 			says: []string{"public.users"}},

@@ -170,8 +170,9 @@ var writers = []struct {
 		users: "1 Ann 1, 2 Bob 5, 3 Cid 1",
 	},
 	{
-		name:   "UPDATE of a version beside a name",
-		sql:    "UPDATE users SET version = 1, name = 'Eve', updated_at = '2001-01-01' WHERE id = 2",
+		name: "UPDATE of a version beside a name",
+		sql: `UPDATE users SET version = 1, name = 'Eve', updated_at = '2001-01-01'
+			WHERE id = 2`,
 		users:  "1 Ann 1, 2 Eve 6*, 3 Cid 1",
 		events: "updated 2/6",
 	},
@@ -220,7 +221,8 @@ var writers = []struct {
 	},
 	{
 		name: "several modifying CTEs",
-		sql: `WITH i AS (INSERT INTO users (id, name, surname, password) VALUES (7, 'New', 'N', 'x')),
+		sql: `WITH i AS (
+				INSERT INTO users (id, name, surname, password) VALUES (7, 'New', 'N', 'x')),
 			u AS (UPDATE users SET name = 'Eve' WHERE id = 1),
 			v AS (UPDATE users SET name = 'Eve' WHERE id = 2)
 			DELETE FROM users WHERE id = 3`,
@@ -252,7 +254,8 @@ var writers = []struct {
 	},
 	{
 		name: "several changes in a transaction",
-		sql: `UPDATE users SET name = 'Eve' WHERE id = 1; UPDATE users SET name = 'Fay' WHERE id = 1;
+		sql: `UPDATE users SET name = 'Eve' WHERE id = 1;
+			UPDATE users SET name = 'Fay' WHERE id = 1;
 			DELETE FROM users WHERE id = 1`,
 		users:  "2 Bob 5, 3 Cid 1",
 		events: "updated 1/2, updated 1/3, deleted 1/4",
@@ -350,7 +353,8 @@ func checkEvents(t *testing.T, conn *pgx.Conn) {
 	if err != nil {
 		t.Error(err)
 	}
-	disorder := queryValue[int](t, conn, `SELECT count(*) FROM outbox a JOIN outbox b USING (user_id)
+	disorder := queryValue[int](t, conn, `
+		SELECT count(*) FROM outbox a JOIN outbox b USING (user_id)
 		WHERE a.id < b.id AND a.version >= b.version`)
 	if disorder > 0 {
 		t.Errorf("%d pairs of events are not in the order of their versions", disorder)
@@ -499,8 +503,8 @@ func TestTableRefuses(t *testing.T) {
 	execute(t, conn, resetWriters)
 	before := queryValue[string](t, conn, usersText)
 	insert := func(columns, values string) string {
-		return fmt.Sprintf("INSERT INTO users (name, surname, password, %s) VALUES ('a', 'b', 'c', %s)",
-			columns, values)
+		return fmt.Sprintf(`INSERT INTO users (name, surname, password, %s)
+			VALUES ('a', 'b', 'c', %s)`, columns, values)
 	}
 	for _, test := range []struct{ sql, code string }{
 		{insert("id", "0"), "23514"},

