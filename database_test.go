@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"net/url"
@@ -44,6 +45,11 @@ func conform(t *testing.T, s settings) {
 	conformChanging(t, svc)
 	conformSharing(t, svc)
 	conn := connect(t, s.databaseURL)
+	stored := queryValue[string](t, conn,
+		"SELECT encode(convert_to(name, 'UTF8'), 'hex') FROM users WHERE id = 2")
+	if want := hex.EncodeToString([]byte(strangeName)); stored != want {
+		t.Errorf("the table has the name %s, not %s", stored, want)
+	}
 	checkTotal(t, conn)
 	eventually(t, "an empty outbox", func() bool {
 		return queryValue[int](t, conn, "SELECT count(*) FROM outbox") == 0

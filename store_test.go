@@ -842,7 +842,8 @@ func TestFold(t *testing.T) {
 		{"many rows", "SELECT i FROM generate_series(1, 50) AS i", "1 1275"},
 		{"a sum of 0", "SELECT (-1) ^ i FROM generate_series(1, 1000) AS i", "1 0"},
 		{"rows of 0", "SELECT 0 FROM generate_series(1, 100)", "1 0"},
-		{"rows of many pages", "SELECT 1 FROM generate_series(1, 20000)", "1 20000"},
+		{"rows of many pages", "SELECT 1 FROM generate_series(1, 40000)", "1 40000"},
+		{"one row in many pages", "VALUES (7)", "1 7"},
 	} {
 		execute(t, conn, "DELETE FROM user_counts")
 		execute(t, conn, "INSERT INTO user_counts "+test.rows)
