@@ -119,7 +119,11 @@ func silenceStandby(r *trial) {
 			}
 			refused++
 			if a.outcome == outcomeOK {
-				r.problems["a change was acknowledged that the standby did not have"]++
+				what := "a change"
+				if a.change.Version == 1 {
+					what = "a creation"
+				}
+				r.problems[what+" was acknowledged that the standby did not have"]++
 			}
 		}
 		r.t.Logf("%d changes were refused while the standby was silent", refused)
