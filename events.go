@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"regexp"
+	"slices"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
@@ -23,7 +25,8 @@ const (
 	relayWindow   = 500  // events that are published before their confirms are awaited
 	relayPoll     = 100 * time.Millisecond
 	relayDrain    = 2 * time.Second
-	leadInterval  = 500 * time.Millisecond // between two attempts to take the lead
+	leadInterval  = 500 * time.Millisecond // between two attempts to take or renew the lease
+	resignWait    = 500 * time.Millisecond
 	maxEventBytes = 64 << 10
 	maxVersions   = 100_000 // users whose newest version the consumer remembers
 )
@@ -47,30 +50,43 @@ type event struct {
 	OccurredAt timestamp `json:"occurred_at"`
 }
 
+// eventPattern fits the types that queues are bound to.
+var eventPattern = regexp.MustCompile(`^user\.[a-z_]{1,64}$`)
+
+// check fails for what no broker could take to a queue, whatever its consumers know.
+func (e event) check() error {
+	if !eventPattern.MatchString(e.Type) || !requestIDPattern.MatchString(e.TraceID) {
+		return fmt.Errorf("%w: its type or trace id cannot be sent", errUnreadable)
+	}
+	return nil
+}
+
+// logSetAside is all that remains of an event.
+func logSetAside(ctx context.Context, log *slog.Logger, e event, err error) {
+	log.LogAttrs(withTraceID(ctx, e.TraceID), slog.LevelError, "Event set aside",
+		slog.Any("error", err), slog.String("event_id", e.ID), slog.String("event_type", e.Type),
+		slog.Int64("user_id", e.Data.UserID), slog.Int64("version", e.Data.Version))
+}
+
 type eventData struct {
 	UserID  int64 `json:"user_id"`
 	Version int64 `json:"version"`
 }
 
-// outbox is where the relay gets the events of committed changes.
+// outbox holds the events of committed changes until they are removed: what is in it is pending.
 type outbox interface {
-	// open connects to the backlog, which is the caller's to close.
-	open(ctx context.Context) (backlog, error)
+	// lead takes or renews the lease of this process, and says whether it has it. What pending
+	// returned before may be published only after that: lead makes sure that it cannot be lost.
+	lead(ctx context.Context) (bool, error)
+	// resign gives up the lease, so that another process can take it at once.
+	resign(ctx context.Context) error
+	// pending returns up to limit events, for each user in the order of versions.
+	pending(ctx context.Context, limit int) ([]event, error)
+	remove(ctx context.Context, events []event) error
 	// size counts the events that are pending, and how long the oldest has been.
 	size(ctx context.Context) (pending int64, oldest time.Duration, err error)
 	// changed receives soon after a change of this process was committed.
 	changed() <-chan struct{}
-}
-
-// backlog holds the events that were not removed yet: what is in it is pending.
-type backlog interface {
-	// lead says whether this process is the one that relays. If so, it is until the
-	// backlog fails or is closed.
-	lead(ctx context.Context) (bool, error)
-	// pending returns up to limit events, for each user in the order of versions.
-	pending(ctx context.Context, limit int) ([]event, error)
-	remove(ctx context.Context, events []event) error
-	close()
 }
 
 // broker takes events to consumers, at least once and in their order.
@@ -107,15 +123,20 @@ type messageHandler interface {
 // errUnreadable is a message that no consumer of this version can handle.
 var errUnreadable = errors.New("unreadable message")
 
-// poke makes a channel of capacity 1 ready to receive.
-func poke(c chan struct{}) {
+// wake makes a channel of capacity 1 ready to receive.
+func wake(c chan struct{}) {
 	select {
 	case c <- struct{}{}:
 	default:
 	}
 }
 
-// relay moves events from the outbox to the broker. Any number may run; one leads.
+// relay moves events from the outbox to the broker. Any number may run; one leads at a time.
+//
+// Two may both believe that they lead, such as one that was frozen and one that took its place. That
+// costs duplicates, but not the order: each publishes what is pending from the first event on, on
+// one channel, and removes only what the broker has confirmed. So whoever sends a version of a user
+// has sent the one before itself, or has not found it any more, because the broker had it.
 type relay struct {
 	outbox    outbox
 	broker    broker
@@ -123,6 +144,7 @@ type relay struct {
 	log       *slog.Logger
 	leads     *metrics.Gauge
 	published *metrics.Counter
+	renewed   time.Time // when the lease was last taken
 }
 
 func newRelay(o outbox, b broker, t *traffic, log *slog.Logger, set *metrics.Set) *relay {
@@ -146,29 +168,21 @@ func (r *relay) run(ctx context.Context) {
 	})
 }
 
-// session relays over one connection to the broker and one to the outbox. It returns nil
-// only when ctx has ended and nothing is pending.
+// session relays over one connection to the broker. It returns nil only when ctx has ended and
+// nothing is pending, or another replica leads.
 func (r *relay) session(ctx, work context.Context, restored func()) error {
 	p, err := r.broker.publisher(ctx)
 	if err != nil {
 		return fmt.Errorf("connecting to the broker: %w", err)
 	}
 	defer p.close()
-	b, err := r.outbox.open(ctx)
-	if err != nil {
-		return fmt.Errorf("connecting to the outbox: %w", err)
-	}
-	defer b.close()
-	if err := waitForLead(ctx, p, b, restored); err != nil {
-		return fmt.Errorf("taking the lead: %w", err)
-	}
-	r.leads.Set(1)
-	defer r.leads.Set(0)
-	for {
-		n, err := r.relayOnce(work, p, b)
-		if err != nil {
+	defer r.resign(work)
+	for leads := false; ; {
+		n := 0
+		if leads, n, err = r.relayOnce(work, p, leads); err != nil {
 			return err
 		}
+		r.leads.Set(map[bool]float64{true: 1}[leads])
 		restored()
 		if n == 0 && ctx.Err() != nil {
 			return nil
@@ -179,38 +193,75 @@ func (r *relay) session(ctx, work context.Context, restored func()) error {
 		if n == relayRead {
 			continue
 		}
+		pause := relayPoll
+		if !leads {
+			pause = leadInterval
+		}
 		select {
 		case <-ctx.Done():
 		case <-r.outbox.changed():
-		case <-time.After(relayPoll):
+		case <-time.After(pause):
 		}
 	}
 }
 
-// waitForLead asks again and again instead of waiting in the lock: a statement that waits
-// keeps vacuum from the rows that died since.
-func waitForLead(ctx context.Context, p publisher, b backlog, restored func()) error {
-	for ; ctx.Err() == nil; sleep(ctx, leadInterval) {
-		leads, err := b.lead(ctx)
-		if leads || err != nil {
+// resign lets another replica lead, whose broker may answer.
+func (r *relay) resign(ctx context.Context) {
+	r.leads.Set(0)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), resignWait)
+	defer cancel()
+	_ = r.outbox.resign(ctx) // the lease ends by itself
+}
+
+// keepLead renews the lease unless that was done within leadInterval.
+func (r *relay) keepLead(ctx context.Context) (leads bool, err error) {
+	if time.Since(r.renewed) < leadInterval {
+		return true, nil
+	}
+	return r.lead(ctx)
+}
+
+func (r *relay) lead(ctx context.Context) (leads bool, err error) {
+	r.renewed = time.Time{}
+	began := time.Now()
+	if leads, err = r.outbox.lead(ctx); leads {
+		r.renewed = began
+	}
+	return leads, err
+}
+
+// relayOnce publishes the oldest events and returns how many. First it reads them, then it renews
+// the lease: after that what was read cannot be lost any more.
+func (r *relay) relayOnce(ctx context.Context, p publisher, led bool) (leads bool, n int, err error) {
+	if !led {
+		leads, err = r.lead(ctx)
+		return leads, 0, err
+	}
+	events, err := r.outbox.pending(ctx, relayRead)
+	if err != nil {
+		return false, 0, err
+	}
+	if len(events) == 0 {
+		leads, err = r.keepLead(ctx)
+		return leads, 0, err
+	}
+	if leads, err = r.lead(ctx); err != nil || !leads {
+		return leads, 0, err
+	}
+	good, err := r.setAside(ctx, events)
+	if err == nil {
+		err = r.publishAll(ctx, p, good)
+	}
+	return true, len(events), err
+}
+
+// publishAll publishes events window by window, as long as this replica leads.
+func (r *relay) publishAll(ctx context.Context, p publisher, events []event) error {
+	requests, patience := r.traffic.begun.Load(), relayYield
+	for n := 0; n < len(events); {
+		if leads, err := r.keepLead(ctx); err != nil || !leads {
 			return err
 		}
-		if p.closed() {
-			return errBrokerGone
-		}
-		restored()
-	}
-	return ctx.Err()
-}
-
-// relayOnce publishes the oldest events, window by window, and returns how many.
-func (r *relay) relayOnce(ctx context.Context, p publisher, b backlog) (n int, err error) {
-	events, err := b.pending(ctx, relayRead)
-	if err != nil {
-		return 0, err
-	}
-	requests, patience := r.traffic.begun.Load(), relayYield
-	for n < len(events) {
 		came := r.traffic.begun.Load() - requests
 		requests += came
 		aside := (came > 0 || r.traffic.underWay() > 0) && came < relayFlood
@@ -220,8 +271,8 @@ func (r *relay) relayOnce(ctx context.Context, p publisher, b backlog) (n int, e
 		}
 		began := time.Now()
 		window := events[n:min(n+size, len(events))]
-		if err := r.publishWindow(ctx, p, b, window); err != nil {
-			return n, err
+		if err := r.publishWindow(ctx, p, window); err != nil {
+			return err
 		}
 		n += len(window)
 		patience = min(patience+time.Since(began), relayYield)
@@ -229,19 +280,36 @@ func (r *relay) relayOnce(ctx context.Context, p publisher, b backlog) (n int, e
 			patience -= r.giveWay(ctx, patience)
 		}
 	}
-	return n, nil
+	return nil
 }
 
 // publishWindow publishes events and removes those that the broker has: the longest run
 // from the first on, so that no event is passed over.
-func (r *relay) publishWindow(ctx context.Context, p publisher, b backlog, events []event) error {
+func (r *relay) publishWindow(ctx context.Context, p publisher, events []event) error {
 	n, publishErr := p.publish(ctx, events)
 	r.published.Add(n)
 	var err error
 	if n > 0 {
-		err = b.remove(ctx, events[:n])
+		err = r.outbox.remove(ctx, events[:n])
 	}
 	return errors.Join(publishErr, err)
+}
+
+// setAside removes what no broker could take, with a line in the log each, and returns the rest.
+func (r *relay) setAside(ctx context.Context, events []event) ([]event, error) {
+	var bad []event
+	good := slices.DeleteFunc(events, func(e event) bool {
+		err := e.check()
+		if err != nil {
+			logSetAside(ctx, r.log, e, err)
+			bad = append(bad, e)
+		}
+		return err != nil
+	})
+	if len(bad) == 0 {
+		return good, nil
+	}
+	return good, r.outbox.remove(ctx, bad)
 }
 
 // giveWay waits for the requests under way, and returns how long.
@@ -258,7 +326,14 @@ type consumer struct {
 	log      *slog.Logger
 	consumed *metrics.Counter
 	skipped  *metrics.Counter
-	seen     recent[int64, int64] // the newest version of a user
+	newest   recent[int64, seen] // by user
+	fresh    int                 // events since the last commit
+}
+
+// seen is the newest version of a user that the consumer got, and the event that told it.
+type seen struct {
+	version int64
+	eventID string
 }
 
 func newConsumer(log *slog.Logger, set *metrics.Set) *consumer {
@@ -266,7 +341,7 @@ func newConsumer(log *slog.Logger, set *metrics.Set) *consumer {
 		log:      log,
 		consumed: set.NewCounter("events_consumed_total"),
 		skipped:  set.NewCounter("events_skipped_total"),
-		seen:     recent[int64, int64]{max: maxVersions},
+		newest:   recent[int64, seen]{max: maxVersions},
 	}
 }
 
@@ -290,24 +365,33 @@ func (c *consumer) handle(ctx context.Context, body []byte) error {
 		slog.Int64("version", e.Data.Version),
 		slog.String("event_id", e.ID),
 	}
-	if newest, ok := c.seen.get(e.Data.UserID); ok && newest >= e.Data.Version {
+	if newest, ok := c.newest.get(e.Data.UserID); ok && newest.version >= e.Data.Version {
 		c.skipped.Inc()
+		if newest.version == e.Data.Version && newest.eventID != e.ID {
+			attrs = append(attrs, slog.String("known_event_id", newest.eventID))
+			c.log.LogAttrs(ctx, slog.LevelWarn,
+				"Conflicting event: the database was restored or lost changes in a failover", attrs...)
+			return nil
+		}
 		c.log.LogAttrs(ctx, slog.LevelDebug, "Skipped duplicate event", attrs...)
 		return nil
 	}
 	message := fmt.Sprintf("Received event %s with user_id=%d", e.Type, e.Data.UserID)
 	c.log.LogAttrs(ctx, slog.LevelInfo, message, attrs...)
-	c.seen.put(e.Data.UserID, e.Data.Version)
-	c.consumed.Inc()
+	c.newest.put(e.Data.UserID, seen{e.Data.Version, e.ID})
+	c.fresh++
 	return nil
 }
 
-// commit writes out the lines of the events. An event without its line is one not seen.
+// commit flushes the log. If that fails, the events since the last commit count as unseen.
 func (c *consumer) commit() error {
+	fresh := c.fresh
+	c.fresh = 0
 	if err := flushLog(c.log); err != nil {
-		c.seen = recent[int64, int64]{max: maxVersions}
+		c.newest = recent[int64, seen]{max: maxVersions}
 		return fmt.Errorf("logging events: %w", err)
 	}
+	c.consumed.Add(fresh)
 	return nil
 }
 
@@ -332,9 +416,10 @@ func parseEvent(body []byte) (event, error) {
 }
 
 // inProcess is the broker of a service without RabbitMQ: what it has published has been
-// handled.
+// handled, or set aside where nobody could read it.
 type inProcess struct {
-	to messageHandler
+	to  messageHandler
+	log *slog.Logger
 }
 
 func (b inProcess) publisher(context.Context) (publisher, error) { return b, nil }
@@ -345,7 +430,9 @@ func (b inProcess) publish(ctx context.Context, events []event) (int, error) {
 		if err == nil {
 			err = b.to.handle(ctx, body)
 		}
-		if err != nil {
+		if errors.Is(err, errUnreadable) {
+			logSetAside(ctx, b.log, e, err)
+		} else if err != nil {
 			return 0, fmt.Errorf("handing over an event: %w", err)
 		}
 	}

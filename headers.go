@@ -22,8 +22,10 @@ var (
 	unescape  = strings.NewReplacer(`\"`, `"`, `\\`, `\`)
 )
 
-// idempotencyKey is "" where the header is missing. Its error is a 400.
-func idempotencyKey(h http.Header) (string, error) {
+// idempotencyKey returns the key as it is stored, or "" where the header is missing. It belongs to
+// the API key that sent it: that key's name and a tab, which no key has, stand before it. Its error
+// is a 400.
+func idempotencyKey(h http.Header, owner *apiKey) (string, error) {
 	lines, given := h["Idempotency-Key"]
 	if !given {
 		return "", nil
@@ -37,6 +39,9 @@ func idempotencyKey(h http.Header) (string, error) {
 	if len(lines) > 1 || key == "" || len(key) > maxKeyLength {
 		return "", newProblem(http.StatusBadRequest, fmt.Sprintf(
 			"Idempotency-Key must be one string of 1 to %d printable ASCII characters", maxKeyLength))
+	}
+	if owner != nil {
+		key = owner.name + "\t" + key
 	}
 	return key, nil
 }

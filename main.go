@@ -101,6 +101,8 @@ type store interface {
 	userStore
 	outbox
 	ready(context.Context) string
+	// maintain does regular work on the tables until ctx ends.
+	maintain(ctx context.Context)
 	close()
 }
 
@@ -147,6 +149,7 @@ func run(ctx context.Context, s settings, log *slog.Logger) error {
 		return fmt.Errorf("listening on HOST and PORT: %w", err)
 	}
 	stopConsumer := start(func(ctx context.Context) { consumer.run(ctx, broker) })
+	stopUpkeep := start(store.maintain)
 	stopRelay := start(newRelay(store, broker, &server.traffic, log, set).run)
 	httpServer := newHTTPServer(server, log)
 	served := make(chan error, 1)
@@ -166,6 +169,7 @@ func run(ctx context.Context, s settings, log *slog.Logger) error {
 	}
 	stopRelay(drainEvents)
 	stopConsumer(drainConsumer)
+	stopUpkeep(0)
 	log.Info("Service stopped")
 	return err
 }
@@ -214,7 +218,7 @@ func openStore(ctx context.Context, s settings, log *slog.Logger) (store, error)
 
 // newBroker is where to gets its messages from.
 func newBroker(s settings, to messageHandler, log *slog.Logger, set *metrics.Set) broker {
-	var b broker = inProcess{to}
+	var b broker = inProcess{to, log}
 	if s.rabbitURL != "" {
 		b = newRabbitMQ(s, log, set)
 	}

@@ -15,7 +15,7 @@ type memory struct {
 	lastID int64
 	users  []memoryUser // in the order of ids
 	events []event      // committed and not yet published, oldest first
-	poke   chan struct{}
+	wake   chan struct{}
 
 	byKey     map[string]memoryUser // as created under an idempotency key
 	keysByAge []string              // the keys of byKey, oldest first
@@ -27,7 +27,7 @@ type memoryUser struct {
 }
 
 func newMemory() *memory {
-	return &memory{poke: make(chan struct{}, 1), byKey: make(map[string]memoryUser)}
+	return &memory{wake: make(chan struct{}, 1), byKey: make(map[string]memoryUser)}
 }
 
 func (m *memory) createUser(ctx context.Context, in userInput, key string) (User, error) {
@@ -192,14 +192,14 @@ func (m *memory) record(ctx context.Context, eventType string, u User) {
 		TraceID:    traceID(ctx),
 		OccurredAt: u.UpdatedAt,
 	})
-	poke(m.poke)
+	wake(m.wake)
 }
 
 func (m *memory) ready(context.Context) string { return "memory" }
 
 func (m *memory) close() {}
 
-func (m *memory) open(context.Context) (backlog, error) { return memoryBacklog{m}, nil }
+func (m *memory) maintain(context.Context) {}
 
 func (m *memory) size(context.Context) (int64, time.Duration, error) {
 	m.mu.RLock()
@@ -210,25 +210,23 @@ func (m *memory) size(context.Context) (int64, time.Duration, error) {
 	return int64(len(m.events)), time.Since(m.events[0].OccurredAt.Time), nil
 }
 
-func (m *memory) changed() <-chan struct{} { return m.poke }
+func (m *memory) changed() <-chan struct{} { return m.wake }
 
-type memoryBacklog struct{ *memory }
+// lead needs no lease: there is no other process.
+func (m *memory) lead(context.Context) (bool, error) { return true, nil }
 
-// lead needs no lock: there is no other process.
-func (b memoryBacklog) lead(context.Context) (bool, error) { return true, nil }
+func (m *memory) resign(context.Context) error { return nil }
 
-func (b memoryBacklog) pending(_ context.Context, limit int) ([]event, error) {
-	b.mu.RLock()
-	defer b.mu.RUnlock()
-	return slices.Clone(b.events[:min(limit, len(b.events))]), nil
+func (m *memory) pending(_ context.Context, limit int) ([]event, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return slices.Clone(m.events[:min(limit, len(m.events))]), nil
 }
 
-// remove takes what pending returned first.
-func (b memoryBacklog) remove(_ context.Context, events []event) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.events = b.events[len(events):]
+// remove takes what pending returned first: no event of this store is set aside.
+func (m *memory) remove(_ context.Context, events []event) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.events = m.events[len(events):]
 	return nil
 }
-
-func (b memoryBacklog) close() {}

@@ -345,6 +345,11 @@ func problemOf(err error, r *http.Request) *problem {
 			"If-Match does not name the current version of the user")
 	case errors.Is(err, errInvalidValue):
 		return newProblem(http.StatusBadRequest, "A value cannot be stored")
+	case errors.Is(err, errReferenced):
+		return newProblem(http.StatusConflict,
+			"Other data refer to user with id "+r.PathValue("id"))
+	case errors.Is(err, errRefused):
+		return newProblem(http.StatusConflict, "A rule of the database refuses the change")
 	case errors.Is(err, errUnavailable), errors.Is(err, errBusy):
 		return newProblem(http.StatusServiceUnavailable,
 			"The service cannot take the request now; nothing was changed")

@@ -2,114 +2,213 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
+	"math/rand/v2"
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// relayLock is the key of the advisory lock of the replica that relays.
-const relayLock = 7_301_951_002
+const (
+	leaseSeconds = 2.0 // by the database's clock; another replica may lead after that
 
-const vacuumAfter = 20_000 // events
+	upkeepInterval = time.Second
+	keySweep       = time.Hour // between two passes over the idempotency keys
+	keyPages       = 500       // pages of the table, of 8 KiB, for each statement of a pass
+	foldFrom       = 50        // rows of user_counts, below which there is nothing to fold
+	foldMost       = 50_000    // rows for each statement
+	vacuumFrom     = 2_000     // dead rows
+	vacuumBudget   = 5 * time.Minute
+	vacuumShare    = 10 // a table is vacuumed for at most one part in so many of the time
+)
+
+func (s *postgres) changed() <-chan struct{} { return s.wake }
 
 func (s *postgres) size(ctx context.Context) (pending int64, oldest time.Duration, err error) {
-	err = s.read(ctx, "counting events", func(ctx context.Context, conn *pgxpool.Conn) error {
-		return conn.QueryRow(ctx, `
-			SELECT count(*), coalesce(clock_timestamp() - min(occurred_at), '0') FROM outbox`,
-		).Scan(&pending, &oldest)
+	var seconds float64
+	err = s.do(ctx, "counting events", s.probe, func(ctx context.Context, db querier) error {
+		return db.QueryRow(ctx, `
+			SELECT count(*), coalesce(extract(epoch FROM clock_timestamp() - min(occurred_at)), 0)::float8
+			FROM outbox`).Scan(&pending, &seconds)
 	})
-	return pending, oldest, err
+	return pending, time.Duration(seconds * float64(time.Second)), err
 }
 
-func (s *postgres) changed() <-chan struct{} { return s.poke }
-
-// postgresBacklog has a connection of its own, not one of the pool's: a lock of the session
-// holds the lead.
-type postgresBacklog struct {
-	conn    *pgx.Conn
-	removed int       // since the last vacuum
-	swept   time.Time // when idempotency keys were last looked through
-}
-
-func (s *postgres) open(ctx context.Context) (backlog, error) {
-	config := s.pool.Config().ConnConfig
-	// Whatever the URL says: a frozen replica loses the lead, and a lost DELETE only means
-	// a message sent twice.
-	config.RuntimeParams["idle_session_timeout"] = "15s"
-	config.RuntimeParams["synchronous_commit"] = "off"
-	config.RuntimeParams["tcp_keepalives_idle"] = "5"
-	config.RuntimeParams["tcp_keepalives_interval"] = "2"
-	config.RuntimeParams["tcp_keepalives_count"] = "3"
-	conn, err := pgx.ConnectConfig(ctx, config)
-	return &postgresBacklog{conn: conn}, err
-}
-
-// lead fails where the database is read-only: events could be published there, again and
-// again, but not removed.
-func (b *postgresBacklog) lead(ctx context.Context) (leads bool, err error) {
-	ctx, cancel := context.WithTimeout(ctx, statementBudget)
-	defer cancel()
-	var readOnly bool
-	err = b.conn.QueryRow(ctx, `SELECT pg_try_advisory_lock($1),
-		current_setting('transaction_read_only')::bool`, relayLock).Scan(&leads, &readOnly)
-	if err == nil && readOnly {
-		err = errors.New("the database is read-only")
-	}
-	return leads, err
-}
-
-func (b *postgresBacklog) pending(ctx context.Context, limit int) ([]event, error) {
-	ctx, cancel := context.WithTimeout(ctx, statementBudget)
-	defer cancel()
-	b.sweep(ctx)
-	rows, _ := b.conn.Query(ctx, `
-		SELECT id, event_id, event_type, user_id, version, trace_id, occurred_at
-		FROM outbox ORDER BY id LIMIT $1`, limit)
-	events, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (e event, err error) {
-		return e, row.Scan(&e.outboxID, &e.ID, &e.Type, &e.Data.UserID, &e.Data.Version,
-			&e.TraceID, &e.OccurredAt.Time)
+// lead takes the lease where nobody else has it. There may be several rows, after a restore: they
+// count as one, because who leads holds all of them and a live row of somebody else stops it.
+//
+// The commit waits for the synchronous standbys, whatever the session's settings. So what was read
+// from the outbox before is on every standby that may become the primary.
+func (s *postgres) lead(ctx context.Context) (leads bool, err error) {
+	once := s.relay
+	once.idempotent = false // a commit that did not wait for the standbys is no success
+	err = s.do(ctx, "taking the lease", once, func(ctx context.Context, db querier) error {
+		return db.QueryRow(ctx, `
+			WITH lease AS (
+				SELECT $1::text AS holder, clock_timestamp() + make_interval(secs => $2) AS until
+			), first AS (
+				INSERT INTO relay_lease (holder, until)
+				SELECT * FROM lease WHERE NOT EXISTS (SELECT FROM relay_lease)
+				RETURNING holder
+			), next AS (
+				UPDATE relay_lease SET holder = lease.holder, until = lease.until FROM lease
+				WHERE ctid = ANY (ARRAY(
+						SELECT ctid FROM relay_lease
+						WHERE holder = $1 OR until < clock_timestamp() FOR UPDATE SKIP LOCKED))
+					AND NOT EXISTS (
+						SELECT FROM relay_lease WHERE holder <> $1 AND until >= clock_timestamp())
+				RETURNING relay_lease.holder
+			)
+			SELECT EXISTS (SELECT FROM first) OR EXISTS (SELECT FROM next)
+			FROM set_config('synchronous_commit', 'on', true)`, s.holder, leaseSeconds).Scan(&leads)
 	})
-	if err != nil {
-		return nil, fmt.Errorf("selecting events: %w", err)
-	}
-	return events, nil
+	return leads && err == nil, err
 }
 
-// sweep does what one replica should do now and then, and the one that leads is one:
-// delete old idempotency keys, and vacuum the outbox, because each reading passes over the
-// rows that died, and autovacuum looks only once a minute. It may fail: there is a next time.
-func (b *postgresBacklog) sweep(ctx context.Context) {
-	if time.Since(b.swept) >= time.Hour {
-		b.swept = time.Now()
-		_, _ = b.conn.Exec(ctx,
-			"DELETE FROM idempotency_keys WHERE created_at <= now() - $1::interval", keyLifetime)
-	}
-	if b.removed >= vacuumAfter {
-		b.removed = 0
-		_, _ = b.conn.Exec(ctx, "VACUUM (TRUNCATE off) outbox")
-	}
+func (s *postgres) resign(ctx context.Context) error {
+	return s.do(ctx, "giving up the lease", s.relay, func(ctx context.Context, db querier) error {
+		_, err := db.Exec(ctx, "UPDATE relay_lease SET until = '-infinity' WHERE holder = $1", s.holder)
+		return err
+	})
 }
 
-func (b *postgresBacklog) remove(ctx context.Context, events []event) error {
-	ctx, cancel := context.WithTimeout(ctx, statementBudget)
-	defer cancel()
+func (s *postgres) pending(ctx context.Context, limit int) (events []event, err error) {
+	err = s.do(ctx, "selecting events", s.relay, func(ctx context.Context, db querier) error {
+		rows, _ := db.Query(ctx, `
+			SELECT id, event_id::text, event_type, user_id, version, trace_id,
+				least(greatest(occurred_at, '0001-01-01 00:00Z'), '9999-12-31 23:59:59.999999Z')
+			FROM outbox ORDER BY id LIMIT $1`, limit)
+		events, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (e event, err error) {
+			return e, row.Scan(&e.outboxID, &e.ID, &e.Type, &e.Data.UserID, &e.Data.Version,
+				&e.TraceID, &e.OccurredAt.Time)
+		})
+		return err
+	})
+	return events, err
+}
+
+// remove does not wait for the disk: a deletion that is lost means that an event is sent twice.
+func (s *postgres) remove(ctx context.Context, events []event) error {
 	ids := make([]int64, len(events))
 	for i, e := range events {
 		ids[i] = e.outboxID
 	}
-	if _, err := b.conn.Exec(ctx, "DELETE FROM outbox WHERE id = ANY ($1)", ids); err != nil {
-		return fmt.Errorf("deleting events: %w", err)
+	return s.do(ctx, "deleting events", s.relay, func(ctx context.Context, db querier) error {
+		_, err := db.Exec(ctx, `
+			DELETE FROM outbox USING set_config('synchronous_commit', 'off', true)
+			WHERE id = ANY ($1)`, ids)
+		return err
+	})
+}
+
+// maintain keeps the tables small until ctx ends. Each replica does it, whether or not it leads
+// and whether or not there is a broker; what one has done is nothing to do for the next. The log
+// has a line when a task begins to fail.
+func (s *postgres) maintain(ctx context.Context) {
+	failing := make(map[string]bool)
+	attempt := func(task string, f func(context.Context) error) {
+		err := f(ctx)
+		if err != nil && !failing[task] && ctx.Err() == nil {
+			s.log.Warn("Database maintenance failed", "task", task, "error", err)
+		}
+		failing[task] = err != nil
 	}
-	b.removed += len(events)
+	var swept time.Time
+	vacuum := vacuum{s: s, next: make(map[string]time.Time)}
+	for ctx.Err() == nil {
+		attempt("folding the total", s.fold)
+		attempt("vacuuming", vacuum.run)
+		if time.Since(swept) > keySweep {
+			swept = time.Now()
+			attempt("deleting idempotency keys", s.sweepKeys)
+		}
+		sleep(ctx, rand.N(2*upkeepInterval)) // #nosec G404 -- so that replicas do not meet
+	}
+}
+
+// fold makes one row of user_counts out of many. Rows that somebody else folds are passed over, and
+// a snapshot has either the many or the one.
+func (s *postgres) fold(ctx context.Context) error {
+	for folded := foldMost; folded == foldMost; {
+		err := s.do(ctx, "folding", s.upkeep, func(ctx context.Context, db querier) error {
+			return db.QueryRow(ctx, `
+				WITH many AS (
+					DELETE FROM user_counts WHERE ctid = ANY (ARRAY(
+						SELECT ctid FROM user_counts
+						WHERE $1 <= (SELECT count(*) FROM (SELECT FROM user_counts LIMIT $1) AS first)
+						LIMIT $2 FOR UPDATE SKIP LOCKED))
+					RETURNING n
+				), one AS (
+					INSERT INTO user_counts (n) SELECT sum(n) FROM many HAVING count(*) > 0
+				)
+				SELECT count(*) FROM many`, foldFrom, foldMost).Scan(&folded)
+		})
+		if err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
-// close gives the lead back.
-func (b *postgresBacklog) close() {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+// sweepKeys deletes idempotency keys that are too old, some pages of the table at a time.
+func (s *postgres) sweepKeys(ctx context.Context) error {
+	for page, pages := 0, 1; page < pages; page += keyPages {
+		err := s.do(ctx, "deleting keys", s.upkeep, func(ctx context.Context, db querier) error {
+			return db.QueryRow(ctx, `
+				WITH old AS (
+					DELETE FROM idempotency_keys
+					WHERE ctid >= format('(%s,0)', $1::int)::tid AND ctid < format('(%s,0)', $2::int)::tid
+						AND created_at <= now() - make_interval(secs => $3)
+				)
+				SELECT pg_relation_size('idempotency_keys') / current_setting('block_size')::int`,
+				page, page+keyPages, keyLifetime.Seconds()).Scan(&pages)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// vacuum removes dead rows soon: reading the outbox and the total passes over them, and autovacuum
+// looks once a minute.
+type vacuum struct {
+	s    *postgres
+	next map[string]time.Time // when a table may be vacuumed again
+}
+
+func (v *vacuum) run(ctx context.Context) error {
+	var tables []string
+	err := v.s.do(ctx, "counting dead rows", v.s.upkeep, func(ctx context.Context, db querier) error {
+		rows, _ := db.Query(ctx, `
+			SELECT relname::text FROM pg_stat_user_tables
+			WHERE relid IN ('outbox'::regclass, 'user_counts'::regclass) AND n_dead_tup >= $1`, vacuumFrom)
+		var err error
+		tables, err = pgx.CollectRows(rows, pgx.RowTo[string])
+		return err
+	})
+	for _, table := range tables {
+		if err == nil && time.Now().After(v.next[table]) {
+			began := time.Now()
+			err = v.vacuum(ctx, table)
+			v.next[table] = time.Now().Add(vacuumShare * time.Since(began))
+		}
+	}
+	return err
+}
+
+// vacuum runs outside a transaction. It gives pages back to the disk only where that locks nobody
+// out.
+func (v *vacuum) vacuum(ctx context.Context, table string) error {
+	ctx, cancel := context.WithTimeout(ctx, vacuumBudget)
 	defer cancel()
-	_ = b.conn.Close(ctx)
+	conn, err := v.s.pool.Acquire(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Release()
+	if _, err := conn.Exec(ctx, "VACUUM (SKIP_LOCKED) "+pgx.Identifier{table}.Sanitize()); err != nil {
+		return fmt.Errorf("vacuuming %s: %w", table, err)
+	}
+	return nil
 }

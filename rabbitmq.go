@@ -22,15 +22,20 @@ const (
 	brokerWrite      = 3 * time.Second  // for one write to the socket
 	brokerGoodbye    = time.Second      // to close a connection in good order
 	brokerHeartbeat  = 10 * time.Second // a frozen broker is noticed after one and a half
-	publishWait      = 10 * time.Second // for a window; less than idle_session_timeout of the lead
+	publishWait      = 10 * time.Second // for a window
 	topologyInterval = 2 * time.Second
 	consumerPrefetch = 64
+
+	// The pauses of a consumer that cannot do its work. RabbitMQ takes messages back after 30 minutes.
+	firstPause = 500 * time.Millisecond
+	maxPause   = 10 * time.Second
 )
 
 // rabbitMQ is the broker of a service with a RABBITMQ_URL. All names in it derive from
 // that of the exchange.
 type rabbitMQ struct {
-	url       string
+	urls      []string     // of the hosts of a cluster, which are tried in turn
+	host      atomic.Int64 // index of the host that answered last
 	appName   string
 	exchange  string
 	log       *slog.Logger
@@ -41,7 +46,7 @@ type rabbitMQ struct {
 
 func newRabbitMQ(s settings, log *slog.Logger, set *metrics.Set) *rabbitMQ {
 	return &rabbitMQ{
-		url:      s.rabbitURL,
+		urls:     splitHosts(s.rabbitURL),
 		appName:  s.appName,
 		exchange: s.exchange,
 		log:      log,
@@ -49,13 +54,17 @@ func newRabbitMQ(s settings, log *slog.Logger, set *metrics.Set) *rabbitMQ {
 	}
 }
 
-// parseRabbitURL returns text if it is a URL that can be dialled.
+// parseRabbitURL returns text if it is a URL, of one host or several, that can be dialled.
 func parseRabbitURL(text string) (string, error) {
 	if err := checkURL(text, "amqp", "amqps"); err != nil {
 		return "", err
 	}
-	_, err := amqp.ParseURI(text)
-	return text, err
+	for _, single := range splitHosts(text) {
+		if _, err := amqp.ParseURI(single); err != nil {
+			return "", err
+		}
+	}
+	return text, nil
 }
 
 func (b *rabbitMQ) queue() string              { return b.exchange + ".consumer" }
@@ -75,14 +84,31 @@ type rabbitConn struct {
 	socket *brokerSocket
 }
 
-// dial opens a connection, unless ctx ends before. It is the caller's to hang up.
-func (b *rabbitMQ) dial(ctx context.Context, purpose string) (*rabbitConn, error) {
+// dial connects to the host that answered last, or else to the next one that answers, unless ctx
+// ends before. The connection is the caller's to hang up.
+func (b *rabbitMQ) dial(ctx context.Context, purpose string) (c *rabbitConn, err error) {
+	var errs []error
+	for range b.urls {
+		host := b.host.Load()
+		if c, err = b.dialHost(ctx, b.urls[host], purpose); err == nil {
+			return c, nil
+		}
+		errs = append(errs, err)
+		b.host.CompareAndSwap(host, (host+1)%int64(len(b.urls)))
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return nil, errors.Join(errs...)
+}
+
+func (b *rabbitMQ) dialHost(ctx context.Context, url, purpose string) (*rabbitConn, error) {
 	properties := amqp.NewConnectionProperties()
 	properties.SetClientConnectionName(b.appName + " " + purpose)
 	socket := &brokerSocket{}
 	unwatch := func() bool { return true }
 	defer func() { unwatch() }()
-	conn, err := amqp.DialConfig(b.url, amqp.Config{
+	conn, err := amqp.DialConfig(url, amqp.Config{
 		Heartbeat:  brokerHeartbeat,
 		Properties: properties,
 		Dial: func(network, address string) (c net.Conn, err error) {
@@ -359,6 +385,9 @@ func (p *rabbitPublisher) firstReturned(events []event) int {
 }
 
 func (b *rabbitMQ) consume(ctx context.Context, connected func(), to messageHandler) error {
+	if err := to.commit(); err != nil { // messages that cannot be handled stay in the queue
+		return err
+	}
 	conn, err := b.dial(ctx, "consumer")
 	if err != nil {
 		return err
@@ -384,7 +413,7 @@ func (b *rabbitMQ) consume(ctx context.Context, connected func(), to messageHand
 			if !ok {
 				return errors.New("the broker ended the subscription")
 			}
-			err = settle(ctx, d, deliveries, to)
+			err = b.settle(ctx, conn, d, deliveries, to)
 		}
 		if err != nil {
 			return err
@@ -403,30 +432,72 @@ func (b *rabbitMQ) subscribe(conn *amqp.Connection) (<-chan amqp.Delivery, error
 	return ch.Consume(b.queue(), "", false, false, false, false, nil)
 }
 
-// settle handles d and what has come behind it, which the prefetch bounds, and then tells
-// the broker once for all. What is not acknowledged when the connection ends comes again.
-func settle(ctx context.Context, d amqp.Delivery, more <-chan amqp.Delivery,
-	to messageHandler) error {
-	var handled amqp.Delivery
-	for ok := true; ok; {
-		err := to.handle(ctx, d.Body)
-		switch {
-		case err == nil:
-			handled = d
-		case errors.Is(err, errUnreadable):
-			err = d.Reject(false) // the queue puts it aside
+// settle handles d and what has come behind it, which the prefetch bounds, and then tells the broker
+// once for all. While that fails it keeps the messages and tries again, with pauses that grow up to
+// maxPause: a message that is given back has one delivery less. It ends without success only with
+// ctx or the connection.
+func (b *rabbitMQ) settle(ctx context.Context, conn interface{ IsClosed() bool }, d amqp.Delivery,
+	more <-chan amqp.Delivery, to messageHandler) error {
+	deliveries := append([]amqp.Delivery{d}, received(more)...)
+	for pause := firstPause; ; pause = min(2*pause, maxPause) {
+		unreadable, err := handleAll(ctx, deliveries, to)
+		if err == nil {
+			return acknowledge(deliveries, unreadable)
 		}
-		if err != nil {
+		if pause == firstPause {
+			b.log.Warn("Events cannot be handled and wait", "error", err)
+		}
+		sleep(ctx, pause)
+		if ctx.Err() != nil || conn.IsClosed() {
 			return err
 		}
+	}
+}
+
+// received returns what has arrived and was not received yet.
+func received(more <-chan amqp.Delivery) (deliveries []amqp.Delivery) {
+	for {
 		select {
-		case d, ok = <-more:
+		case d, ok := <-more:
+			if !ok {
+				return deliveries
+			}
+			deliveries = append(deliveries, d)
 		default:
-			ok = false
+			return deliveries
 		}
 	}
-	if err := to.commit(); err != nil || handled.Acknowledger == nil {
-		return err
+}
+
+// handleAll returns which of the deliveries nobody can read. Of the others it is certain that they
+// were handled, unless it fails.
+func handleAll(ctx context.Context, deliveries []amqp.Delivery, to messageHandler) (
+	unreadable map[int]bool, err error) {
+	unreadable = make(map[int]bool)
+	for i, d := range deliveries {
+		err := to.handle(ctx, d.Body)
+		if errors.Is(err, errUnreadable) {
+			unreadable[i] = true
+		} else if err != nil {
+			return nil, err
+		}
 	}
-	return handled.Ack(true)
+	return unreadable, to.commit()
+}
+
+// acknowledge has the queue put aside what is unreadable. What is not acknowledged when the
+// connection ends comes again.
+func acknowledge(deliveries []amqp.Delivery, unreadable map[int]bool) error {
+	var last *amqp.Delivery
+	for i := range deliveries {
+		if !unreadable[i] {
+			last = &deliveries[i]
+		} else if err := deliveries[i].Reject(false); err != nil {
+			return err
+		}
+	}
+	if last == nil {
+		return nil
+	}
+	return last.Ack(true)
 }

@@ -59,7 +59,8 @@ func loadSettings(getenv func(string) string) (settings, error) {
 		databaseURL: setting(env, "DATABASE_URL", "",
 			"a URL such as postgres://user:password@host:5432/database", parseDatabaseURL),
 		rabbitURL: setting(env, "RABBITMQ_URL", "",
-			"a URL such as amqp://user:password@host:5672/", parseRabbitURL),
+			"a URL such as amqp://user:password@host:5672/, with hosts separated by commas",
+			parseRabbitURL),
 		appName: setting(env, "APP_NAME", "user-service",
 			"1 to 255 bytes of text without control characters", parseAppName),
 		host: setting(env, "HOST", "127.0.0.1",
@@ -122,19 +123,38 @@ func intBetween(low, high int) func(string) (int, error) {
 // password that is not percent-encoded: it would be taken, and shown, as another part.
 func checkURL(text string, schemes ...string) error {
 	scheme, rest, ok := strings.Cut(text, "://")
-	u, err := url.Parse(text)
-	if err != nil || !ok || !slices.Contains(schemes, scheme) {
+	if !ok || !slices.Contains(schemes, scheme) {
 		return errUnusable
 	}
-	if port := u.Port(); port != "" {
-		if _, err := intBetween(1, 65535)(port); err != nil {
-			return err
+	for _, single := range splitHosts(text) {
+		u, err := url.Parse(single)
+		if err != nil {
+			return errUnusable
+		}
+		if port := u.Port(); port != "" {
+			if _, err := intBetween(1, 65535)(port); err != nil {
+				return err
+			}
 		}
 	}
 	if end := strings.IndexAny(rest, "/?#"); end >= 0 && strings.Contains(rest[end:], "@") {
 		return errUnusable
 	}
 	return nil
+}
+
+// splitHosts returns a URL for each host of one such as amqp://user:password@a:5672,b:5672/vhost.
+func splitHosts(text string) (urls []string) {
+	scheme, rest, _ := strings.Cut(text, "://")
+	end := strings.IndexAny(rest, "/?#")
+	if end < 0 {
+		end = len(rest)
+	}
+	host := strings.LastIndex(rest[:end], "@") + 1
+	for single := range strings.SplitSeq(rest[host:end], ",") {
+		urls = append(urls, scheme+"://"+rest[:host]+single+rest[end:])
+	}
+	return urls
 }
 
 func parseAppName(text string) (string, error) {

@@ -69,6 +69,8 @@ var (
 	errVersionMismatch = errors.New("version does not match")
 	errKeyUsed         = errors.New("idempotency key used")
 	errInvalidValue    = errors.New("value cannot be stored")
+	errReferenced      = errors.New("user referenced by other data")
+	errRefused         = errors.New("change refused by a rule of the database")
 	errUnavailable     = errors.New("store unavailable, nothing changed")
 	errOutcomeUnknown  = errors.New("store lost, outcome unknown")
 )
@@ -122,11 +124,11 @@ func (a *api) createUser(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	key, err := idempotencyKey(r.Header)
+	key, err := idempotencyKey(r.Header, w.(*response).key)
 	if err != nil {
 		return err
 	}
-	u, err := a.createOnce(r.Context(), inputOf(fields), key)
+	u, err := a.createOnce(r.Context(), w.Header(), inputOf(fields), key)
 	if err != nil {
 		return err
 	}
@@ -134,15 +136,16 @@ func (a *api) createUser(w http.ResponseWriter, r *http.Request) error {
 	return writeUser(w, http.StatusCreated, u)
 }
 
-// createOnce creates a user, or returns the one that was created under the key before.
-func (a *api) createOnce(ctx context.Context, in userInput, key string) (User, error) {
+// createOnce creates a user, or returns the one that was created under the key before. h is the
+// header of the answer.
+func (a *api) createOnce(ctx context.Context, h http.Header, in userInput, key string) (User, error) {
 	if key != "" {
 		if _, running := a.creating.LoadOrStore(key, true); running {
 			return User{}, newProblem(http.StatusConflict,
 				"A request with this Idempotency-Key is still running")
 		}
 		defer a.creating.Delete(key)
-		u, err := a.replay(ctx, in, key)
+		u, err := a.replay(ctx, h, in, key)
 		if !errors.Is(err, errNotFound) {
 			return u, err
 		}
@@ -153,15 +156,19 @@ func (a *api) createOnce(ctx context.Context, in userInput, key string) (User, e
 	}
 	u, err := a.store.createUser(ctx, hashed, key)
 	if errors.Is(err, errKeyUsed) { // another replica was faster
-		return a.replay(ctx, in, key)
+		return a.replay(ctx, h, in, key)
 	}
 	return u, err
 }
 
-// replay returns the user that was created under the key, if in is what created it.
-func (a *api) replay(ctx context.Context, in userInput, key string) (User, error) {
+// replay returns the user that was created under the key, if in is what created it. Because the
+// answer tells whether the password is the same, it costs one of the user's tries.
+func (a *api) replay(ctx context.Context, h http.Header, in userInput, key string) (User, error) {
 	u, hash, err := a.store.creationUnder(ctx, key)
 	if err != nil {
+		return User{}, err
+	}
+	if err := a.verifications.admit(h, u.ID); err != nil {
 		return User{}, err
 	}
 	same := u.Name == *in.name && u.Surname == *in.surname

@@ -1,0 +1,452 @@
+package main
+
+import (
+	"context"
+	_ "embed"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgconn/ctxwatch"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+//go:embed schema.sql
+var schema string
+
+const (
+	databaseWait    = 60 * time.Second // at start, for a database that does not answer
+	databaseRetry   = time.Second
+	maxDenials      = 3               // attempts with a password or database that is wrong
+	connectBudget   = 2 * time.Second // to one host; several hosts share connectBudgetAll
+	allHostsBudget  = 3 * time.Second
+	statementBudget = 4 * time.Second        // for a connection and an answer
+	cancelBudget    = 500 * time.Millisecond // for the answer to a cancel request
+	readyBudget     = 2 * time.Second
+	closeWait       = 500 * time.Millisecond
+	maxRetries      = 2
+)
+
+// The connections of a replica. Three replicas fit into a pooler with its usual 20.
+const (
+	defaultPoolSize = 6
+	minPoolSize     = 4
+	maxPoolSize     = 16
+	reservedConns   = 2 // for the relay and for probes; requests share the others
+)
+
+// parseDatabaseURL returns text without a driver suffix, such as postgresql+asyncpg.
+func parseDatabaseURL(text string) (string, error) {
+	scheme, rest, _ := strings.Cut(text, ":")
+	scheme, _, _ = strings.Cut(scheme, "+")
+	text = scheme + ":" + rest
+	if err := checkURL(text, "postgres", "postgresql"); err != nil {
+		return "", err
+	}
+	_, err := poolConfig(text, "")
+	return text, err
+}
+
+// poolConfig returns what the URL says, with our defaults for what it does not say. It sets no
+// start-up parameters but those that every pooler passes on.
+func poolConfig(databaseURL, appName string) (*pgxpool.Config, error) {
+	config, err := pgxpool.ParseConfig(databaseURL)
+	if err != nil {
+		return nil, err
+	}
+	if !strings.Contains(databaseURL, "pool_max_conns=") {
+		config.MaxConns = defaultPoolSize
+	}
+	config.MaxConns = min(max(config.MaxConns, minPoolSize), maxPoolSize)
+	config.PingTimeout = time.Second
+	config.AfterConnect = openSession
+
+	c := config.ConnConfig
+	preferPlain(&c.Config)
+	timeout := connectBudget
+	if hosts := countHosts(&c.Config); hosts > 1 {
+		timeout = min(timeout, allHostsBudget/time.Duration(hosts))
+		if c.ValidateConnect == nil { // of several hosts, one takes writes
+			c.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
+		}
+	}
+	if c.ConnectTimeout == 0 || c.ConnectTimeout > timeout { // 0 is without end
+		c.ConnectTimeout = timeout
+	}
+	for name := range c.RuntimeParams { // in any case
+		switch strings.ToLower(name) {
+		case "client_encoding", "datestyle":
+			delete(c.RuntimeParams, name)
+		}
+	}
+	c.RuntimeParams["client_encoding"] = "UTF8"
+	c.RuntimeParams["datestyle"] = "ISO"
+	for name, value := range map[string]string{"application_name": appName, "timezone": "UTC"} {
+		if _, ok := c.RuntimeParams[name]; !ok {
+			c.RuntimeParams[name] = value
+		}
+	}
+	c.BuildContextWatcherHandler = func(conn *pgconn.PgConn) ctxwatch.Handler {
+		return &pgconn.CancelRequestContextWatcherHandler{Conn: conn, DeadlineDelay: cancelBudget}
+	}
+	c.OnNotice = func(conn *pgconn.PgConn, notice *pgconn.Notice) {
+		if notice.Routine == "SyncRepWaitForLSN" {
+			sessionOf(conn).unsynced = true
+		}
+	}
+	return config, nil
+}
+
+// preferPlain turns around sslmode=prefer, the default, on this machine: there TLS keeps no
+// secret from anybody, and costs a tenth of what a read does. A server that wants TLS gets it.
+func preferPlain(c *pgconn.Config) {
+	ip := net.ParseIP(c.Host)
+	loopback := c.Host == "localhost" || ip.IsLoopback()
+	if loopback && c.TLSConfig != nil && len(c.Fallbacks) == 1 && c.Fallbacks[0].TLSConfig == nil {
+		c.TLSConfig, c.Fallbacks[0].TLSConfig = nil, c.TLSConfig
+	}
+}
+
+func countHosts(c *pgconn.Config) int {
+	type address struct {
+		host string
+		port uint16
+	}
+	hosts := map[address]bool{{c.Host, c.Port}: true}
+	for _, f := range c.Fallbacks {
+		hosts[address{f.Host, f.Port}] = true
+	}
+	return len(hosts)
+}
+
+// session is what a connection of the pool remembers.
+type session struct {
+	// explicit asks for transactions with an explicit isolation level, because another one is the
+	// default of the role, the database or the server.
+	explicit bool
+	// unsynced is set when a commit did not wait for the synchronous standbys to the end, because
+	// the statement was cancelled. The server reports that as a warning, and success.
+	unsynced bool
+}
+
+func sessionOf(conn *pgconn.PgConn) *session {
+	s, ok := conn.CustomData()["session"].(*session)
+	if !ok {
+		s = &session{}
+		conn.CustomData()["session"] = s
+	}
+	return s
+}
+
+// openSession prepares a new connection of the pool. A pooler may give the session to somebody
+// else after each transaction, and shows itself by the id of another process: then nothing is set.
+func openSession(ctx context.Context, conn *pgx.Conn) error {
+	ctx, cancel := context.WithTimeout(ctx, connectBudget)
+	defer cancel()
+	var isolation string
+	// With its default, PostgreSQL plans WHERE id = ANY ($1) at each call.
+	err := conn.QueryRow(ctx, `
+		SELECT current_setting('default_transaction_isolation'), CASE WHEN pg_backend_pid() = $1
+			THEN set_config('plan_cache_mode', 'force_generic_plan', false) END`,
+		pgx.QueryExecModeExec, int64(conn.PgConn().PID())).Scan(&isolation, nil)
+	sessionOf(conn.PgConn()).explicit = isolation != "read committed"
+	return err
+}
+
+// openPostgres waits until the database answers and has the schema, for databaseWait at most. It
+// does not wait for what can never work.
+func openPostgres(ctx context.Context, databaseURL, appName string,
+	log *slog.Logger) (*postgres, error) {
+	config, err := poolConfig(databaseURL, appName)
+	if err != nil {
+		return nil, err
+	}
+	denials := 0
+	for deadline := time.Now().Add(databaseWait); ; sleep(ctx, databaseRetry) {
+		err := prepareDatabase(ctx, config, deadline, log)
+		if err == nil {
+			break
+		}
+		hopeless := false
+		switch code := sqlState(err); code {
+		case "US001", "42501": // refused by schema.sql; no rights
+			hopeless = true
+		case "28000", "28P01", "3D000": // role, password, database
+			denials++
+			hopeless = denials == maxDenials
+		}
+		if hopeless || ctx.Err() != nil || time.Now().Add(databaseRetry).After(deadline) {
+			return nil, fmt.Errorf("opening the database: %w", err)
+		}
+		log.Warn("Waiting for the database", "error", err)
+	}
+	pool, err := pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		return nil, err
+	}
+	return newPostgres(pool, log), nil
+}
+
+// prepareDatabase brings the schema up to date on a connection of its own. Through a pooler, whose
+// sessions know no prepared statements of ours, config gets a mode that needs none.
+func prepareDatabase(ctx context.Context, config *pgxpool.Config, deadline time.Time,
+	log *slog.Logger) error {
+	ctx, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
+	var notices []*pgconn.Notice
+	c := config.ConnConfig.Copy()
+	c.OnNotice = func(_ *pgconn.PgConn, n *pgconn.Notice) { notices = append(notices, n) }
+	conn, err := pgx.ConnectConfig(ctx, c)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeWait)
+		defer cancel()
+		_ = conn.Close(ctx)
+	}()
+	if !strings.Contains(c.ConnString(), "default_query_exec_mode=") {
+		var pooled bool
+		err = conn.QueryRow(ctx, "SELECT pg_backend_pid() <> $1", pgx.QueryExecModeExec,
+			int64(conn.PgConn().PID())).Scan(&pooled)
+		if pooled {
+			config.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeCacheDescribe
+		}
+	}
+	if err == nil {
+		err = applySchema(ctx, conn)
+	}
+	if err != nil {
+		return explain(err)
+	}
+	reportSchema(notices, log)
+	return nil
+}
+
+// applySchema applies each step of schema.sql in a transaction of its own. One replica at a time
+// does so in this schema.
+func applySchema(ctx context.Context, conn *pgx.Conn) error {
+	for _, step := range strings.Split(schema, "\n-- Step ")[1:] {
+		options := pgx.TxOptions{IsoLevel: pgx.ReadCommitted}
+		err := pgx.BeginTxFunc(ctx, conn, options, func(tx pgx.Tx) error {
+			_, err := tx.Exec(ctx, `
+				SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true),
+					set_config('client_min_messages', 'notice', true),
+					set_config('statement_timeout', '0', true), set_config('lock_timeout', '0', true);
+				SELECT pg_advisory_xact_lock(hashtext('user-service'), hashtext(current_schema()));
+				SELECT set_config('lock_timeout', '200ms', true)`)
+			if err != nil {
+				return fmt.Errorf("locking the schema: %w", err)
+			}
+			number, _, _ := strings.Cut(step, ":")
+			if _, err := tx.Exec(ctx, "-- "+step); err != nil {
+				return fmt.Errorf("step %s of the schema: %w", number, err)
+			}
+			return nil
+		})
+		switch {
+		case sqlState(err) == "US002":
+			return nil
+		case err != nil:
+			return err
+		}
+	}
+	return nil
+}
+
+// reportSchema logs what the steps did: one line for a new version, or one for each repair.
+func reportSchema(notices []*pgconn.Notice, log *slog.Logger) {
+	var repairs []string
+	for _, n := range notices {
+		switch n.Code {
+		case "US100":
+			repairs = append(repairs, n.Message)
+		case "US101":
+			log.Info("Database schema updated", "what", n.Message)
+			return
+		}
+	}
+	for _, what := range repairs {
+		log.Warn("Database repaired", "what", what)
+	}
+}
+
+// explain adds the hint of the server, which says what to do.
+func explain(err error) error {
+	if refusal, ok := errors.AsType[*pgconn.PgError](err); ok && refusal.Hint != "" {
+		return fmt.Errorf("%w; %s", err, refusal.Hint)
+	}
+	return err
+}
+
+// close does not wait for long: a database that is frozen says no goodbye.
+func (s *postgres) close() {
+	start(func(context.Context) { s.pool.Close() })(closeWait)
+}
+
+// ready says whether the database can take a write: "up", or "read-only" or "down".
+func (s *postgres) ready(ctx context.Context) string {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readyBudget)
+	defer cancel()
+	var readOnly bool
+	err := s.do(ctx, "checking", s.probe, func(ctx context.Context, db querier) error {
+		return db.QueryRow(ctx, `SELECT pg_is_in_recovery()
+			OR current_setting('transaction_read_only')::bool`).Scan(&readOnly)
+	})
+	switch {
+	case err != nil:
+		return "down"
+	case readOnly:
+		s.pool.Reset() // new connections may reach the new primary
+		return "read-only"
+	}
+	return "up"
+}
+
+// querier is a connection or a transaction.
+type querier interface {
+	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
+}
+
+// statement makes one round trip.
+type statement func(ctx context.Context, db querier) error
+
+// kind is what statements of one kind may do.
+type kind struct {
+	idempotent bool    // it may be sent again although its outcome is not known
+	lanes      []slots // each lets in a limited number of statements
+}
+
+// do runs f, and again where that cannot change anything twice; what names f in an error. The
+// budget is that of ctx where it has one, as a batch has. A caller who leaves ends the wait for a
+// connection, but not a statement under way.
+func (s *postgres) do(ctx context.Context, what string, k kind, f statement) error {
+	budget, cancel := ctx, func() {}
+	if _, ok := ctx.Deadline(); !ok {
+		budget, cancel = context.WithTimeout(context.WithoutCancel(ctx), statementBudget)
+	}
+	defer cancel()
+	for _, lane := range k.lanes {
+		if err := lane.take(ctx, budget); err != nil {
+			return fmt.Errorf("%s: waiting: %w", what, err)
+		}
+		defer lane.free()
+	}
+	for retries := 0; ; retries++ {
+		err, again := s.try(ctx, budget, k, f)
+		limit := maxRetries
+		if isStale(err) { // once for each connection
+			limit = maxPoolSize
+		}
+		if err == nil {
+			return nil
+		}
+		if !again || retries >= limit || budget.Err() != nil {
+			return fmt.Errorf("%s: %w", what, err)
+		}
+	}
+}
+
+// try runs f once. It says whether to run it again after an error, which is one of the sentinels of
+// userStore where there is one for it.
+func (s *postgres) try(ctx, budget context.Context, k kind, f statement) (err error, again bool) {
+	conn, err := s.acquire(ctx, budget)
+	if err != nil {
+		return err, false
+	}
+	defer conn.Release()
+	session := sessionOf(conn.Conn().PgConn())
+	session.unsynced = false
+	if session.explicit {
+		options := pgx.TxOptions{IsoLevel: pgx.ReadCommitted}
+		err = pgx.BeginTxFunc(budget, conn, options, func(tx pgx.Tx) error { return f(budget, tx) })
+	} else {
+		err = f(budget, conn)
+	}
+	lost := conn.Conn().IsClosed()
+	code := sqlState(err)
+	if lost || code == "25006" { // the others are as old; new ones may reach the new primary
+		s.pool.Reset()
+	}
+	if err == nil && session.unsynced && !k.idempotent {
+		return fmt.Errorf("%w: the commit did not wait for the standby", errOutcomeUnknown), false
+	}
+	harmless := k.idempotent || code != "" && !lost || pgconn.SafeToRetry(err)
+	again = harmless && (lost || isStale(err) || isConflict(err) || code == "57014")
+	return sentinel(err, lost, harmless), again
+}
+
+// acquire waits for a connection until the budget ends or the caller of ctx leaves, then
+// with its error.
+func (s *postgres) acquire(ctx, budget context.Context) (*pgxpool.Conn, error) {
+	wait := budget
+	if ctx != budget {
+		var cancel context.CancelFunc
+		wait, cancel = context.WithCancel(budget)
+		defer cancel()
+		defer context.AfterFunc(ctx, cancel)()
+	}
+	conn, err := s.pool.Acquire(wait)
+	if err != nil {
+		if errors.Is(ctx.Err(), context.Canceled) {
+			return nil, ctx.Err()
+		}
+		return nil, fmt.Errorf("%w: %w", errUnavailable, err)
+	}
+	return conn, nil
+}
+
+// isConflict reports a serialization failure or a deadlock: nothing was changed.
+func isConflict(err error) bool {
+	code := sqlState(err)
+	return code == "40001" || code == "40P01"
+}
+
+// isStale reports that a prepared statement does not fit any more, because a table was altered or a
+// pooler has changed the session: nothing was changed, and the next attempt prepares it again.
+func isStale(err error) bool {
+	code := sqlState(err)
+	return code == "0A000" || code == "26000" || code == "42P05"
+}
+
+// sqlState returns "" where err is not what the server said.
+func sqlState(err error) string {
+	if refusal, ok := errors.AsType[*pgconn.PgError](err); ok {
+		return refusal.Code
+	}
+	return ""
+}
+
+// sentinel wraps err in what the handlers know. Of the server's words only the SQLSTATE counts.
+// lost says that the connection is gone; harmless, that nothing was changed, or may be again.
+func sentinel(err error, lost, harmless bool) error {
+	code := sqlState(err)
+	class := code[:min(2, len(code))]
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, pgx.ErrNoRows):
+		return errNotFound
+	case !harmless:
+		return fmt.Errorf("%w: %w", errOutcomeUnknown, err)
+	case lost, errors.Is(err, context.DeadlineExceeded), isConflict(err),
+		class == "53",                    // no resources
+		code == "57014", code == "55P03", // timeouts of a statement and of a lock
+		code == "25006": // read-only
+		return fmt.Errorf("%w: %w", errUnavailable, err)
+	case code == "22021", code == "22P02", code == "22P05", code == "22003":
+		return fmt.Errorf("%w: %w", errInvalidValue, err)
+	case code == "23503":
+		return fmt.Errorf("%w: %w", errReferenced, err)
+	case class == "23": // a constraint
+		return fmt.Errorf("%w: %w", errRefused, err)
+	}
+	return err
+}
