@@ -422,7 +422,8 @@ func (w *writer) rollBack(ctx context.Context, t *writing) error {
 	_, err = undone.Exec(ctx, insertWritten, w.name(), 10)
 	if err == nil {
 		_, err = undone.Exec(ctx, `UPDATE public.users SET surname = $1 WHERE id IN (
-			SELECT id FROM public.users ORDER BY id LIMIT 10 FOR UPDATE)`, w.newName())
+			SELECT id FROM public.users WHERE id % 10 = $2 ORDER BY id LIMIT 10 FOR UPDATE)`,
+			w.newName(), rand.N(10))
 	}
 	if err == nil {
 		_, err = undone.Exec(ctx, `DELETE FROM public.users WHERE id IN (
@@ -447,8 +448,9 @@ func (w *writer) keepOpen(ctx context.Context, t *writing) error {
 		return err
 	}
 	shared, err := t.do(ctx, `UPDATE public.users SET surname = $1 WHERE id IN (
-			SELECT id FROM public.users WHERE name NOT LIKE 'written %' ORDER BY id LIMIT 2 FOR UPDATE)
-		RETURNING id, version`, w.newName())
+			SELECT id FROM public.users WHERE name NOT LIKE 'written %' AND id % 10 = $2
+			ORDER BY id LIMIT 2 FOR UPDATE)
+		RETURNING id, version`, w.newName(), rand.N(10))
 	for range 3 {
 		if err == nil {
 			_, err = t.do(ctx, `UPDATE public.users SET surname = $1 WHERE id = ANY ($2)

@@ -827,7 +827,7 @@ func (r *trial) load() (clients []func(context.Context)) {
 	create := func() *ownUser {
 		u := r.create()
 		if u == nil {
-			r.t.Fatal("a user could not be created before the fault")
+			r.t.Fatalf("a user could not be created before the fault: %v", r.problems)
 		}
 		return u
 	}
