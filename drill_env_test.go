@@ -215,6 +215,7 @@ func (s *servers) removeAtEnd(t *testing.T) {
 		case <-interrupt:
 		}
 		remove()
+		os.RemoveAll(executable.dir) // TestMain does not get to it
 		fmt.Println("The drill was interrupted, or had no time left")
 		os.Exit(1)
 	}()
