@@ -272,8 +272,8 @@ const debianPostgres = "/usr/lib/postgresql/*/bin"
 
 // preparePostgres returns the command that has to run before the server.
 func (s *servers) preparePostgres() (initdb *exec.Cmd, err error) {
-	// PostgreSQL's own user has to pass through.
-	if err := os.Chmod(s.dir, 0o755); err != nil { // #nosec G302
+	err = os.Chmod(s.dir, 0o755) // #nosec G302 -- PostgreSQL's own user passes through
+	if err != nil {
 		return nil, err
 	}
 	if s.postgresOwner, err = findPostgresOwner(); err != nil {

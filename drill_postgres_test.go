@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
+	"slices"
 	"syscall"
 	"time"
 
@@ -108,11 +109,12 @@ func silenceStandby(r *trial) {
 	time.Sleep(time.Second)
 	r.pair.toPrimary.swallow(fromServer, true)
 	silent := time.Now()
+	ready := make(map[int]int) // by status
 	for i := 0; time.Since(silent) < 8*time.Second; i++ {
 		url := r.at(i % r.replicas).url
 		r.expectAnswer(url+fmt.Sprint("/users/", u.id), http.StatusOK)
 		r.expectAnswer(url+"/healthz", http.StatusOK)
-		r.expectAnswer(url+"/readyz", http.StatusOK, http.StatusServiceUnavailable)
+		ready[r.expectAnswer(url+"/readyz", http.StatusOK, http.StatusServiceUnavailable)]++
 		if i%20 == 19 {
 			r.cancelWaits()
 		}
@@ -138,21 +140,22 @@ func silenceStandby(r *trial) {
 				r.problems[what+" was acknowledged that the standby did not have"]++
 			}
 		}
-		r.t.Logf("%d changes were refused while the standby was silent", refused)
+		r.t.Logf("%d changes were refused while the standby was silent; statuses of /readyz: %v",
+			refused, ready)
 		if refused == 0 {
 			r.t.Error("no change was refused while the standby was silent")
 		}
 	})
 }
 
-// expectAnswer expects one of some statuses within a second.
-func (r *trial) expectAnswer(url string, statuses ...int) {
+// expectAnswer expects one of some statuses within a second, and returns the status.
+func (r *trial) expectAnswer(url string, statuses ...int) int {
 	begin := time.Now()
 	client := &http.Client{Transport: r.client.Transport, Timeout: 5 * time.Second}
 	response, err := client.Get(url)
 	if err != nil {
 		r.problem("no answer: %v", err)
-		return
+		return 0
 	}
 	response.Body.Close()
 	path := response.Request.URL.Path
@@ -160,12 +163,9 @@ func (r *trial) expectAnswer(url string, statuses ...int) {
 		r.problem("an answer of %s took more than a second", path)
 		r.t.Logf("GET %s: %d after %v", path, response.StatusCode, took)
 	}
-	for _, status := range statuses {
-		if response.StatusCode == status {
-			return
-		}
-	}
-	r.problem("GET %s: %d", path, response.StatusCode)
+	r.problemIf(!slices.Contains(statuses, response.StatusCode),
+		"GET %s: %d", path, response.StatusCode)
+	return response.StatusCode
 }
 
 // switchOver stops the primary as an administrator does: it ends when the standby has all.

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -196,6 +197,17 @@ pool_mode = %s
 	if err := r.bouncer.start(); err != nil {
 		r.t.Fatalf("%v\n%s", err, r.tail(name+".log"))
 	}
+}
+
+// bouncerVersion returns such as "PgBouncer 1.18.0".
+func bouncerVersion() string {
+	path, err := findProgram("pgbouncer", "/usr/sbin")
+	if err != nil {
+		return "no PgBouncer"
+	}
+	output, _ := exec.Command(path, "--version").Output()
+	version, _, _ := strings.Cut(string(output), "\n")
+	return version
 }
 
 // unprivilegedFile writes a file that an unprivileged program reads.

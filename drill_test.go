@@ -1467,6 +1467,7 @@ func (s *servers) versions(t *testing.T) string {
 	}
 	defer broker.Close()
 	database, _, _ := strings.Cut(conn.PgConn().ParameterStatus("server_version"), " ")
-	return fmt.Sprintf("%s, PostgreSQL %s, RabbitMQ %v, %s, %d cores", time.Now().UTC().Format(time.DateOnly),
-		database, broker.Properties["version"], runtime.Version(), runtime.NumCPU())
+	return fmt.Sprintf("%s, PostgreSQL %s, %s, RabbitMQ %v, %s, %d cores",
+		time.Now().UTC().Format(time.DateOnly), database, bouncerVersion(),
+		broker.Properties["version"], runtime.Version(), runtime.NumCPU())
 }
