@@ -374,8 +374,9 @@ func (r *rig) wrk(w workload, url string) (m measurement, err error) {
 func (r *rig) pgbench(w workload) (best measurement, err error) {
 	sql, clients := "SELECT "+userColumns+" FROM users WHERE id = :id;", []int{8, 16}
 	if strings.HasPrefix(w.name, "PUT") {
-		change := `('[{"user_id": ' || :id || ', "new_name": "N' || :n || '", "event_id": "01a2093a-dcc3-7fdc-a99f-3e95ca77889f", "trace_id": "t"}]')::json`
-		sql, clients = strings.Replace(updateUsers, "$1", change, 1)+";", []int{connections}
+		change := strings.NewReplacer("$1", "('{' || :id || '}')", "$2", `'{"t"}'`, "$3", "'{NULL}'",
+			"$4", "('{N' || :n || '}')", "$5", "'{NULL}'", "$6", "'{NULL}'")
+		sql, clients = change.Replace(updateUsers)+";", []int{connections}
 	}
 	script := filepath.Join(r.dir, "pgbench.sql")
 	text := fmt.Sprintf("\\set id random(1, %d)\n\\set n random(1, 1000000000)\n%s\n", compareUsers, sql)

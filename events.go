@@ -28,7 +28,9 @@ const (
 	leadInterval  = 500 * time.Millisecond // between two attempts to take or renew the lease
 	resignWait    = 500 * time.Millisecond
 	maxEventBytes = 64 << 10
-	maxVersions   = 100_000 // users whose newest version the consumer remembers
+
+	maxTraceIDBytes = 255     // of an AMQP short string
+	maxVersions     = 100_000 // users whose newest version the consumer remembers
 )
 
 // A backlog competes for the processors with the requests that come in. Where they are few
@@ -55,7 +57,7 @@ var eventPattern = regexp.MustCompile(`^user\.[a-z_]{1,64}$`)
 
 // check fails for what no broker could take to a queue, whatever its consumers know.
 func (e event) check() error {
-	if !eventPattern.MatchString(e.Type) || !requestIDPattern.MatchString(e.TraceID) {
+	if !eventPattern.MatchString(e.Type) || len(e.TraceID) > maxTraceIDBytes {
 		return fmt.Errorf("%w: its type or trace id cannot be sent", errUnreadable)
 	}
 	return nil
@@ -178,12 +180,14 @@ func (r *relay) session(ctx, work context.Context, restored func()) error {
 	defer p.close()
 	defer r.resign(work)
 	for leads := false; ; {
-		n := 0
-		if leads, n, err = r.relayOnce(work, p, leads); err != nil {
+		led, n := leads, 0
+		if leads, n, err = r.relayOnce(work, p, led); err != nil {
 			return err
 		}
 		r.leads.Set(map[bool]float64{true: 1}[leads])
-		restored()
+		if led || !leads { // a new leader has yet to publish
+			restored()
+		}
 		if n == 0 && ctx.Err() != nil {
 			return nil
 		}

@@ -177,14 +177,10 @@ func TestRelayGivesWay(t *testing.T) {
 			time.Sleep(10 * time.Millisecond)
 			return sent, nil
 		}}
-		backlog, err := m.open(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
 		r := newRelay(m, b, &traffic, newLogger(t.Output(), 0), metrics.NewSet())
-		n, err := r.relayOnce(t.Context(), b, backlog)
-		if err != nil || n != backlogSize {
-			t.Errorf("%d events, %v", n, err)
+		leads, n, err := r.relayOnce(t.Context(), b, true)
+		if err != nil || n != backlogSize || !leads {
+			t.Errorf("%d events, leads %t, %v", n, leads, err)
 		}
 		if got, want := fmt.Sprint(windows, at), "[500 100 500 100 100 100 100 500] [0s 10ms 20ms 30ms 90ms 110ms 130ms 150ms]"; got != want {
 			t.Errorf("windows %s, want %s", got, want)
@@ -258,8 +254,12 @@ func TestConsumerSkipsDuplicates(t *testing.T) {
 	t.Parallel()
 	log := &logBuffer{}
 	c := newTestConsumer(log)
+	sent := make(map[eventData]event)
 	for _, d := range []eventData{{1, 1}, {1, 1}, {2, 1}, {1, 2}, {1, 1}, {1, 3}, {2, 2}} {
-		if err := c.handle(t.Context(), encode(t, newEvent(userUpdated, d.UserID, d.Version))); err != nil {
+		if _, again := sent[d]; !again {
+			sent[d] = newEvent(userUpdated, d.UserID, d.Version)
+		}
+		if err := c.handle(t.Context(), encode(t, sent[d])); err != nil {
 			t.Error(err)
 		}
 	}
@@ -286,6 +286,35 @@ func TestConsumerSkipsDuplicates(t *testing.T) {
 	}
 }
 
+// TestConsumerReportsConflicts gives it another event of a version that it has: the database was
+// restored, or failed over with a loss.
+func TestConsumerReportsConflicts(t *testing.T) {
+	t.Parallel()
+	log := &logBuffer{}
+	c := newTestConsumer(log)
+	for _, version := range []int64{1, 2, 2, 1, 3} {
+		if err := c.handle(t.Context(), encode(t, newEvent(userUpdated, 7, version))); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := c.commit(); err != nil {
+		t.Error(err)
+	}
+	var conflicts []logLine
+	for _, line := range log.lines("") {
+		if line["level"] == "WARN" {
+			conflicts = append(conflicts, line)
+		}
+	}
+	if len(conflicts) != 1 || conflicts[0]["user_id"] != 7.0 || conflicts[0]["version"] != 2.0 ||
+		conflicts[0]["known_event_id"] == nil || conflicts[0]["known_event_id"] == conflicts[0]["event_id"] {
+		t.Errorf("one conflict was reported as %v", conflicts)
+	}
+	if c.consumed.Get() != 3 || c.skipped.Get() != 2 {
+		t.Errorf("consumed %d, skipped %d", c.consumed.Get(), c.skipped.Get())
+	}
+}
+
 func TestVersionsStayBounded(t *testing.T) {
 	t.Parallel()
 	v := recent[int64, int64]{max: maxVersions}
@@ -302,6 +331,11 @@ func TestVersionsStayBounded(t *testing.T) {
 	}
 }
 
+// connState says whether a connection is closed.
+type connState bool
+
+func (c connState) IsClosed() bool { return bool(c) }
+
 type brokenWriter struct{}
 
 func (brokenWriter) Write([]byte) (int, error) { return 0, errors.New("disk full") }
@@ -313,13 +347,16 @@ func TestConsumerKeepsWhatItCannotLog(t *testing.T) {
 	c := newConsumer(newLogger(brokenWriter{}, 0), metrics.NewSet())
 	for version := range int64(2) {
 		e := newEvent(userCreated, 1, version+1)
-		if n, err := (inProcess{c}).publish(t.Context(), []event{e}); err == nil || n != 0 {
+		if n, err := (inProcess{c, c.log}).publish(t.Context(), []event{e}); err == nil || n != 0 {
 			t.Errorf("%d events whose lines were not written are acknowledged: %v", n, err)
 		}
 		e = newEvent(userCreated, 2, version+1)
 		var acks acknowledger
 		d := amqp.Delivery{Acknowledger: &acks, DeliveryTag: 1, Body: encode(t, e)}
-		if err := settle(t.Context(), d, nil, c); err == nil || len(acks) > 0 {
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+		defer cancel()
+		b := &rabbitMQ{log: c.log}
+		if err := b.settle(ctx, connState(false), d, nil, c); err == nil || len(acks) > 0 {
 			t.Errorf("an event whose line was not written: %v, %v", acks, err)
 		}
 	}
@@ -338,7 +375,7 @@ func TestConsumerTriesAgain(t *testing.T) {
 		logger.Info("A line that makes the buffer full", "text", strings.Repeat("x", 100))
 	}
 	events := []event{newEvent(userCreated, 1, 1)}
-	if n, err := (inProcess{c}).publish(t.Context(), events); err == nil || n != 0 {
+	if n, err := (inProcess{c, c.log}).publish(t.Context(), events); err == nil || n != 0 {
 		t.Errorf("%d events are acknowledged: %v", n, err)
 	}
 	for healed := range 2 { // the line may be lost before the log heals and acknowledged after
@@ -350,7 +387,7 @@ func TestConsumerTriesAgain(t *testing.T) {
 			t.Errorf("commit %d: %v", healed, err)
 		}
 	}
-	if n, err := (inProcess{c}).publish(t.Context(), events); err != nil || n != 1 {
+	if n, err := (inProcess{c, c.log}).publish(t.Context(), events); err != nil || n != 1 {
 		t.Errorf("%d events are acknowledged: %v", n, err)
 	}
 	if n := len(log.lines("Received event user.created with user_id=1")); n != 1 {
@@ -413,7 +450,8 @@ func TestSettle(t *testing.T) {
 		for i, body := range test.bodies {
 			deliveries <- amqp.Delivery{Acknowledger: &acks, DeliveryTag: uint64(i + 1), Body: body}
 		}
-		if err := settle(t.Context(), <-deliveries, deliveries, c); err != nil {
+		b := &rabbitMQ{log: c.log}
+		if err := b.settle(t.Context(), connState(false), <-deliveries, deliveries, c); err != nil {
 			t.Errorf("%s: %v", test.name, err)
 		}
 		if !slices.Equal(acks, test.want) {

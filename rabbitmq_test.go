@@ -202,9 +202,9 @@ func TestDuplicateMessage(t *testing.T) {
 	svc.createUser("John", "Doe")
 	svc.waitForLine("Received event user.created with user_id=1")
 	ch := openChannel(t)
+	body := encode(t, newEvent(userCreated, 77, 1))
 	for range 2 {
-		err := ch.Publish("", names.queue(), false, false,
-			amqp.Publishing{Body: encode(t, newEvent(userCreated, 77, 1))})
+		err := ch.Publish("", names.queue(), false, false, amqp.Publishing{Body: body})
 		if err != nil {
 			t.Fatal(err)
 		}

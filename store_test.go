@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -55,21 +56,10 @@ func mustCreate(t *testing.T, s store, name string) User {
 	return u
 }
 
-// openBacklog takes the lead until the test ends, or another's close.
-func openBacklog(t *testing.T, s store) backlog {
-	t.Helper()
-	b, err := s.open(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(b.close)
-	return b
-}
-
 // allPending reads the outbox, without the lead.
 func allPending(t *testing.T, s store) []event {
 	t.Helper()
-	events, err := openBacklog(t, s).pending(t.Context(), 1_000_000)
+	events, err := s.pending(t.Context(), 1_000_000)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -272,9 +262,9 @@ func TestStoreKeepsOrder(t *testing.T) {
 	})
 }
 
-// TestPostgresChangesTogether makes a batch of what can be shared and what cannot: the second
-// change of a user, one of a user who is missing, and one of a user whom somebody else has
-// locked are left out, and nobody waits for them.
+// TestPostgresChangesTogether makes a batch of what can be changed at once and what cannot: a user
+// who is missing, one of another version, and one whom somebody else has locked are left out, and
+// nobody waits for them.
 func TestPostgresChangesTogether(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
@@ -283,61 +273,67 @@ func TestPostgresChangesTogether(t *testing.T) {
 	for range 6 {
 		users = append(users, mustCreate(t, s, "John"))
 	}
-	locker := connect(t, url)
-	tx, err := locker.Begin(t.Context())
-	if err == nil {
-		_, err = tx.Exec(t.Context(), "SELECT FROM users WHERE id = $1 FOR UPDATE", users[5].ID)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tx.Rollback(context.WithoutCancel(t.Context()))
-
+	lockUser(t, url, users[5].ID)
 	jane, john := "Jane", "John"
 	change := func(id int64, name *string, match ...int64) *userChange {
-		return &userChange{ID: id, Name: name, Match: match, EventID: newUUIDv7(), TraceID: "trace-1"}
+		return &userChange{id: id, name: name, match: match, traceID: fmt.Sprint("trace-", id)}
 	}
 	changes := []*userChange{
 		0: change(users[0].ID, &jane),
-		1: change(users[0].ID, &john),
-		2: change(users[1].ID, &jane, 1, 7),
-		3: change(users[2].ID, &jane, 7),
-		4: change(users[3].ID, &john),
-		5: change(1<<40, &jane),
-		6: change(users[5].ID, &jane),
+		1: change(users[1].ID, &jane, 1, 7),
+		2: change(users[2].ID, &jane, 7),
+		3: change(users[3].ID, &john),
+		4: change(1<<40, &jane),
+		5: change(users[5].ID, &jane),
 	}
-	results, err := s.changeTogether(updateUsers)(t.Context(), changes)
+	results, err := s.changeTogether(t.Context(), updateUsers, changes)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for i, want := range map[int]struct {
-		done    bool
-		version int64
-		name    string
-	}{0: {true, 2, jane}, 2: {true, 2, jane}, 3: {false, 1, john}, 4: {false, 1, john}} {
+	for i, want := range map[int]User{
+		0: {ID: users[0].ID, Version: 2, Name: jane},
+		1: {ID: users[1].ID, Version: 2, Name: jane},
+		3: {ID: users[3].ID, Version: 1, Name: john},
+	} {
 		got, ok := results[changes[i]]
-		if !ok || got.done != want.done || got.user.ID != changes[i].ID ||
-			got.user.Version != want.version || got.user.Name != want.name {
+		if !ok || got.ID != want.ID || got.Version != want.Version || got.Name != want.Name {
 			t.Errorf("change %d: %t, %+v", i, ok, got)
 		}
 	}
-	if len(results) != 4 {
-		t.Errorf("%d changes were made or refused, not 4", len(results))
+	if len(results) != 3 {
+		t.Errorf("%d changes were made, not 3", len(results))
 	}
 
 	changes = []*userChange{change(users[0].ID, nil), change(users[1].ID, nil, 1), change(users[5].ID, nil)}
-	results, err = s.changeTogether(deleteUsers)(t.Context(), changes)
-	if err != nil || !results[changes[0]].done || results[changes[1]].done || len(results) != 2 {
+	results, err = s.changeTogether(t.Context(), deleteUsers, changes)
+	if _, deleted := results[changes[0]]; err != nil || !deleted || len(results) != 1 {
 		t.Errorf("deletions: %+v, %v", results, err)
 	}
 	var events []string
 	for _, e := range allPending(t, s)[len(users):] {
-		events = append(events, fmt.Sprintf("%s %d/%d", e.Type, e.Data.UserID, e.Data.Version))
+		events = append(events, fmt.Sprintf("%s %d/%d %s", e.Type, e.Data.UserID, e.Data.Version, e.TraceID))
 	}
 	slices.Sort(events)
-	if got, want := fmt.Sprint(events), "[user.deleted 1/3 user.updated 1/2 user.updated 2/2]"; got != want {
+	want := "[user.deleted 1/3 trace-1 user.updated 1/2 trace-1 user.updated 2/2 trace-2]"
+	if got := fmt.Sprint(events); got != want {
 		t.Errorf("the events are %s, not %s", got, want)
 	}
+}
+
+// lockUser locks a user, as an administrator's open transaction does, until the function that comes
+// back is called or the test ends.
+func lockUser(t *testing.T, url string, id int64) (unlock func()) {
+	t.Helper()
+	tx, err := connect(t, url).Begin(t.Context())
+	if err == nil {
+		_, err = tx.Exec(t.Context(), "SELECT FROM users WHERE id = $1 FOR UPDATE", id)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	unlock = sync.OnceFunc(func() { tx.Rollback(context.Background()) })
+	t.Cleanup(unlock)
+	return unlock
 }
 
 // TestPostgresChangesAlone has one change of a batch refused by PostgreSQL: the others are
@@ -387,28 +383,6 @@ func TestPostgresChangesAlone(t *testing.T) {
 	callers.Wait()
 	if n := len(allPending(t, s)); n != 2*len(ids)-1 {
 		t.Errorf("%d events of %d creations and %d updates", n, len(ids), len(ids)-1)
-	}
-}
-
-// TestPostgresVacuumsOutbox sees that the leader vacuums what it has emptied so often: before
-// that, PostgreSQL does not know how many rows the table has.
-func TestPostgresVacuumsOutbox(t *testing.T) {
-	t.Parallel()
-	url := newDatabase(t)
-	b := openBacklog(t, openTestPostgres(t, url)).(*postgresBacklog)
-	vacuumed := func() bool {
-		if _, err := b.pending(t.Context(), 1); err != nil {
-			t.Fatal(err)
-		}
-		return queryValue[float32](t, connect(t, url), "SELECT reltuples FROM pg_class WHERE relname = 'outbox'") >= 0
-	}
-	b.removed = vacuumAfter - 1
-	if vacuumed() {
-		t.Error("vacuumed too early")
-	}
-	b.removed++
-	if !vacuumed() || b.removed != 0 {
-		t.Error("not vacuumed")
 	}
 }
 
@@ -497,7 +471,7 @@ func TestPostgresAppliesSchemaTogether(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
 	conn := connect(t, url)
-	_, err := conn.Exec(t.Context(), `DROP TABLE users, outbox, user_counts, idempotency_keys; DROP FUNCTION count_users`)
+	_, err := conn.Exec(t.Context(), `DROP SCHEMA public CASCADE; CREATE SCHEMA public`)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -526,22 +500,58 @@ func TestPostgresAppliesSchemaTogether(t *testing.T) {
 // without end.
 func TestPoolConfigBoundsConnecting(t *testing.T) {
 	t.Parallel()
-	for query, want := range map[string]time.Duration{
-		"":                    connectWait,
-		"?connect_timeout=0":  connectWait,
-		"?connect_timeout=1":  time.Second,
-		"?connect_timeout=60": connectWait,
+	for url, want := range map[string]time.Duration{
+		"postgres://u@h/d":                               2 * time.Second,
+		"postgres://u@h/d?connect_timeout=0":             2 * time.Second,
+		"postgres://u@h/d?connect_timeout=1":             time.Second,
+		"postgres://u@h/d?connect_timeout=60":            2 * time.Second,
+		"postgres://u@h,i/d":                             1500 * time.Millisecond,
+		"postgres://u@h:1,h:2,h:3,h:4/d":                 750 * time.Millisecond,
+		"postgres://u@h,h/d?sslmode=disable":             2 * time.Second,
+		"postgres://u@a,b,c/d?connect_timeout=1":         time.Second,
+		"postgres://u@/d?host=/run/pg,/run/other&port=1": 1500 * time.Millisecond,
 	} {
-		config, err := poolConfig("postgres://u@h/d"+query, "test")
+		config, err := poolConfig(url, "test")
 		if err != nil || config.ConnConfig.ConnectTimeout != want {
-			t.Errorf("%q: %v, %v", query, config.ConnConfig.ConnectTimeout, err)
+			t.Errorf("%s: %v, %v", url, config.ConnConfig.ConnectTimeout, err)
 		}
 	}
-	for query, want := range map[string]int32{
-		"": defaultPoolSize, "?pool_max_conns=3": 3, "?pool_max_conns=99": maxPoolSize,
-	} {
+	for query, want := range map[string]int32{"": defaultPoolSize, "?pool_max_conns=5": 5,
+		"?pool_max_conns=1": minPoolSize, "?pool_max_conns=99": maxPoolSize} {
 		if config, err := poolConfig("postgres://u@h/d"+query, "test"); err != nil || config.MaxConns != want {
 			t.Errorf("%q: %d connections, %v", query, config.MaxConns, err)
+		}
+	}
+}
+
+// TestPoolConfigSendsWhatPoolersTake has no start-up parameter that PgBouncer refuses, and none
+// that the URL can take away from us.
+func TestPoolConfigSendsWhatPoolersTake(t *testing.T) {
+	t.Parallel()
+	config, err := poolConfig("postgres://u@h/d?client_encoding=LATIN1&DateStyle=German", "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]string{"application_name": "test", "client_encoding": "UTF8",
+		"datestyle": "ISO", "timezone": "UTC"}
+	if got := config.ConnConfig.RuntimeParams; !maps.Equal(got, want) {
+		t.Errorf("%v, not %v", got, want)
+	}
+}
+
+// TestPoolConfigLooksForThePrimary asks several hosts for the one that takes writes.
+func TestPoolConfigLooksForThePrimary(t *testing.T) {
+	t.Parallel()
+	for url, want := range map[string]bool{
+		"postgres://u@h/d":                                       false,
+		"postgres://u@h,i/d":                                     true,
+		"postgres://u@h:1,h:2/d":                                 true,
+		"postgres://u@h/d?target_session_attrs=read-write":       true,
+		"postgres://u@h,i/d?target_session_attrs=prefer-standby": true,
+	} {
+		config, err := poolConfig(url, "test")
+		if err != nil || (config.ConnConfig.ValidateConnect != nil) != want {
+			t.Errorf("%s: %t, %v", url, config.ConnConfig.ValidateConnect != nil, err)
 		}
 	}
 }
@@ -608,27 +618,29 @@ func TestPostgresListsLeaveConnections(t *testing.T) {
 	_, unlock := lockUsers(&service{t: t, settings: settings{databaseURL: url}})
 	ctx, leave := context.WithCancel(t.Context())
 	left := make(chan error)
+	lists := cap(s.list.lanes[0])
 	for range 2 * maxPoolSize {
 		go func() {
 			_, _, err := s.listUsers(ctx, 0, 0, 1)
 			left <- err
 		}()
 	}
-	waiting := func() bool {
-		return len(s.pages) == maxPages && s.pool.Stat().AcquiredConns() == maxPages
-	}
-	eventually(t, "lists that wait", waiting)
-	if _, _, err := s.size(t.Context()); err != nil || !waiting() {
+	watcher := connect(t, url)
+	eventually(t, "lists that wait", func() bool {
+		return queryValue[int](t, watcher, `SELECT count(*) FROM pg_stat_activity
+			WHERE datname = current_database() AND wait_event_type = 'Lock'`) == lists
+	})
+	if _, _, err := s.creationUnder(t.Context(), "key"); !errors.Is(err, errNotFound) {
 		t.Errorf("beside the lists: %v", err)
 	}
 	leave() // those that have no statement go at once
-	for range 2*maxPoolSize - maxPages {
+	for range 2*maxPoolSize - lists {
 		if err := <-left; !errors.Is(err, context.Canceled) {
 			t.Errorf("a list that waited: %v", err)
 		}
 	}
 	unlock()
-	for range maxPages {
+	for range lists {
 		if err := <-left; err != nil {
 			t.Errorf("a list whose client left: %v", err)
 		}
@@ -781,14 +793,15 @@ func TestPostgresReady(t *testing.T) {
 	}
 }
 
-// TestLeadIsOne lets replicas compete for the lead, and the next take over.
+// TestLeadIsOne lets replicas compete for the lead: one has it until it resigns, or as long as its
+// lease, also where a restore has added a row of another time, or has taken the row away.
 func TestLeadIsOne(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
-	first := openBacklog(t, openTestPostgres(t, url))
-	second := openBacklog(t, openTestPostgres(t, url))
-	leads := func(b backlog) bool {
-		leads, err := b.lead(t.Context())
+	first, second := openTestPostgres(t, url), openTestPostgres(t, url)
+	conn := connect(t, url)
+	leads := func(s *postgres) bool {
+		leads, err := s.lead(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -797,8 +810,33 @@ func TestLeadIsOne(t *testing.T) {
 	if !leads(first) || leads(second) || !leads(first) {
 		t.Error("not only the first leads")
 	}
-	first.close()
-	eventually(t, "the second leads", func() bool { return leads(second) })
+	if err := first.resign(t.Context()); err != nil || !leads(second) || leads(first) {
+		t.Errorf("not only the second leads, after the first has resigned: %v", err)
+	}
+	for _, disturbance := range []string{
+		"DELETE FROM relay_lease",
+		"TRUNCATE relay_lease",
+		"INSERT INTO relay_lease VALUES ('restored', now() - interval '1 day')",
+		"INSERT INTO relay_lease SELECT 'restored', now() - interval '1 day' FROM generate_series(1, 3)",
+		"UPDATE relay_lease SET until = '-infinity'",
+	} {
+		if _, err := conn.Exec(t.Context(), disturbance); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "a leader after "+disturbance, func() bool { return leads(first) || leads(second) })
+		for range 10 {
+			if leads(first) == leads(second) {
+				t.Errorf("none or both lead after %s", disturbance)
+			}
+		}
+	}
+	if _, err := conn.Exec(t.Context(), "UPDATE relay_lease SET holder = 'frozen', until = clock_timestamp() + interval '2 s'"); err != nil {
+		t.Fatal(err)
+	}
+	if leads(first) || leads(second) {
+		t.Error("two lead")
+	}
+	eventually(t, "a leader after the lease has ended", func() bool { return leads(first) })
 }
 
 // TestLeadNeedsWrites asks for the lead of a database that takes no writes.
@@ -811,8 +849,9 @@ func TestLeadNeedsWrites(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if leads, err := openBacklog(t, s).lead(t.Context()); leads && err == nil {
-		t.Error("leads what it cannot change")
+	s.pool.Reset()
+	if leads, err := s.lead(t.Context()); leads || !errors.Is(err, errUnavailable) {
+		t.Errorf("leads what it cannot change: %t, %v", leads, err)
 	}
 }
 
