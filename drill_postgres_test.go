@@ -42,6 +42,15 @@ func failOverBehind(r *trial) {
 		r.checkPublished()
 	}
 	r.takeOver()
+	r.finally(func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if !slices.ContainsFunc(r.attempts, func(a attempt) bool {
+			return a.outcome == outcomeUnknown && a.done.Before(r.over)
+		}) {
+			r.t.Error("no change waited for the standby until its client was told so")
+		}
+	})
 }
 
 // takeOver lets nothing reach the standby any more, kills the primary, and promotes the standby.
