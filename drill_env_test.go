@@ -112,11 +112,17 @@ func (s *daemon) signal(signal syscall.Signal) {
 
 // end sends a signal to the first process, waits, and leaves nothing of the group.
 func (s *daemon) end(signal syscall.Signal) {
-	if s == nil || s.process == nil {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	process := s.process
+	s.mu.Unlock()
+	if process == nil {
 		return
 	}
 	s.signal(syscall.SIGCONT)
-	s.process.Signal(signal)
+	process.Signal(signal)
 	select {
 	case <-s.ended:
 	case <-time.After(10 * time.Second):

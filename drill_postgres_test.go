@@ -23,8 +23,8 @@ func failOver(r *trial) {
 	r.takeOver()
 }
 
-// failOverBehind does the same after the standby was silent for so long that clients were told
-// that the outcome is unknown, and their changes became visible on the primary.
+// failOverBehind does the same after the standby received nothing for so long that clients were
+// told that the outcome is unknown, and their changes became visible on the primary.
 func failOverBehind(r *trial) {
 	rounds := 1
 	if *wholeDrill {
@@ -53,7 +53,7 @@ func failOverBehind(r *trial) {
 	})
 }
 
-// takeOver lets nothing reach the standby any more, kills the primary, and promotes the standby.
+// takeOver cuts the standby off, kills the primary, and promotes the standby.
 func (r *trial) takeOver() {
 	r.t.Helper()
 	r.pair.toPrimary.cut(true)
@@ -91,9 +91,13 @@ func (r *trial) checkPublished() {
 	}
 	ahead := 0
 	for id, e := range events {
-		version, found := has[id]
+		version, found := has[id] // not found: deleted, and its event is out
 		deleted := !found || version == 0
-		if e.deletion > 0 && !deleted || e.deletion == 0 && (!found || !deleted && version < e.highest) {
+		replicated := found && (deleted || version >= e.highest)
+		if e.deletion > 0 {
+			replicated = deleted
+		}
+		if !replicated {
 			ahead++
 		}
 	}
@@ -102,14 +106,14 @@ func (r *trial) checkPublished() {
 	}
 }
 
-// cancelWaits ends the waits of commits for the standby, as somebody might who looks for what
-// hangs. The server reports such a commit as a success, with a warning.
+// cancelWaits cancels the commits that wait for the standby, as an administrator might do. The
+// server reports such a commit as a success, with a warning.
 func (r *trial) cancelWaits() {
 	r.t.Helper()
 	r.exec("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
 }
 
-// silenceStandby lets the standby receive nothing for a while. Commits wait for it.
+// silenceStandby stops what the standby receives for a while. Commits wait for it.
 func silenceStandby(r *trial) {
 	u := r.create()
 	if u == nil {
@@ -189,8 +193,8 @@ func switchOver(r *trial) {
 	r.over = time.Now()
 }
 
-// disturbPooled kills the leader, restarts PgBouncer, and ends the connections behind it. In a
-// time of quiet after that nothing comes twice, and one replica leads.
+// disturbPooled kills the leader, restarts PgBouncer, and ends the connections behind it. When that
+// is over, no event comes twice, and one replica leads.
 func disturbPooled(r *trial) {
 	const faults = 3
 	slot := r.leader()
@@ -272,7 +276,7 @@ func updateAndBack(r *trial) {
 	}
 }
 
-// importSlowly has a transaction insert users and stay open, while others are created.
+// importSlowly inserts users in a transaction that stays open, while the API creates others.
 func importSlowly(r *trial) {
 	creator := func(ctx context.Context) {
 		for ; ctx.Err() == nil; sleep(ctx, 50*time.Millisecond) {
@@ -288,8 +292,8 @@ func importSlowly(r *trial) {
 	stop()
 }
 
-// writeBeside has others write to the table with SQL: as a role that has rights on that table
-// only, and an empty search_path.
+// writeBeside writes to the table with SQL while the API does, as a role that has rights on that
+// table only, and an empty search_path.
 func writeBeside(r *trial) {
 	duration := 6 * time.Second
 	if *wholeDrill {
@@ -316,7 +320,7 @@ type writer struct {
 	db *pgxpool.Pool
 }
 
-// errUndone has a transaction rolled back.
+// errUndone makes a writer roll its transaction back.
 var errUndone = errors.New("rolled back on purpose")
 
 // writing is a transaction of a writer, with the changes that it made.
@@ -325,11 +329,12 @@ type writing struct {
 	changes []eventData // of a deletion without version
 }
 
-// again returns what repeats a transaction. One that met a deadlock changed nothing.
+// again returns a function that runs one transaction after another. A deadlock is no failure: it
+// changed nothing.
 func (w *writer) again(write func(context.Context, *writing) error) func(context.Context) {
 	return func(ctx context.Context) {
 		for ; ctx.Err() == nil; sleep(ctx, 20*time.Millisecond) {
-			// The end of the scenario does not interrupt it: its outcome is to be known.
+			// The end of the scenario does not cancel it, because its outcome has to be known.
 			work, cancel := context.WithTimeout(context.WithoutCancel(ctx), 20*time.Second)
 			tx, err := w.db.Begin(work)
 			if err == nil {
@@ -417,7 +422,7 @@ func (w *writer) deleteMany(ctx context.Context, t *writing) error {
 	return err
 }
 
-// upsert inserts, and inserts again. Not every statement changes something.
+// upsert inserts users and inserts them again. Two of its statements change nothing.
 func (w *writer) upsert(ctx context.Context, t *writing) error {
 	ids, err := t.do(ctx, insertWritten, w.name(), 2)
 	if err != nil {
@@ -434,7 +439,8 @@ func (w *writer) upsert(ctx context.Context, t *writing) error {
 	return nil
 }
 
-// rollBack makes changes that nobody may hear of, by a transaction or by a savepoint.
+// rollBack undoes changes, by a savepoint and sometimes by the whole transaction. They must not
+// have events.
 func (w *writer) rollBack(ctx context.Context, t *writing) error {
 	undone, err := t.Begin(ctx)
 	if err != nil {
@@ -448,7 +454,8 @@ func (w *writer) rollBack(ctx context.Context, t *writing) error {
 	}
 	if err == nil {
 		_, err = undone.Exec(ctx, `DELETE FROM public.users WHERE id IN (
-			SELECT id FROM public.users WHERE name LIKE 'written %' ORDER BY id LIMIT 5 FOR UPDATE)`)
+			SELECT id FROM public.users WHERE name LIKE 'written %'
+			ORDER BY id LIMIT 5 FOR UPDATE)`)
 	}
 	if err == nil {
 		err = undone.Rollback(ctx)

@@ -33,7 +33,7 @@ func (p *pair) url(role string) string {
 func useAsynchronousPair(r *trial) { r.usePair(false) }
 func useSynchronousPair(r *trial)  { r.usePair(true) }
 
-// usePair starts a pair and leads the replicas and the drill to it.
+// usePair starts a pair, which the replicas and the drill use from then on.
 func (r *trial) usePair(synchronous bool) {
 	r.t.Helper()
 	p, err := r.startPair(r.t)
