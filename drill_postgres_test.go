@@ -30,6 +30,7 @@ func failOverBehind(r *trial) {
 	if *wholeDrill {
 		rounds = 3
 	}
+	stop := inBackground(r.t, r.keepCreating, r.keepCreating)
 	for round := range rounds {
 		if round > 0 {
 			r.pair.toPrimary.swallow(fromServer, false)
@@ -42,6 +43,7 @@ func failOverBehind(r *trial) {
 		r.checkPublished()
 	}
 	r.takeOver()
+	stop()
 	r.finally(func() {
 		r.mu.Lock()
 		defer r.mu.Unlock()
@@ -51,6 +53,13 @@ func failOverBehind(r *trial) {
 			r.t.Error("no change waited for the standby until its client was told so")
 		}
 	})
+}
+
+// keepCreating creates users. Where the outcome is unknown it asks again, under the same key.
+func (r *trial) keepCreating(ctx context.Context) {
+	for ; ctx.Err() == nil; sleep(ctx, 50*time.Millisecond) {
+		r.create()
+	}
 }
 
 // takeOver cuts the standby off, kills the primary, and promotes the standby.
@@ -119,6 +128,7 @@ func silenceStandby(r *trial) {
 	if u == nil {
 		r.t.Fatal("a user could not be created before the fault")
 	}
+	stop := inBackground(r.t, r.keepCreating, r.keepCreating)
 	time.Sleep(time.Second)
 	r.pair.toPrimary.swallow(fromServer, true)
 	silent := time.Now()
@@ -136,6 +146,7 @@ func silenceStandby(r *trial) {
 	r.checkPublished()
 	r.over = time.Now()
 	r.pair.toPrimary.swallow(fromServer, false)
+	stop()
 	r.finally(func() {
 		r.mu.Lock()
 		defer r.mu.Unlock()
@@ -278,12 +289,7 @@ func updateAndBack(r *trial) {
 
 // importSlowly inserts users in a transaction that stays open, while the API creates others.
 func importSlowly(r *trial) {
-	creator := func(ctx context.Context) {
-		for ; ctx.Err() == nil; sleep(ctx, 50*time.Millisecond) {
-			r.create()
-		}
-	}
-	stop := inBackground(r.t, creator, creator, creator)
+	stop := inBackground(r.t, r.keepCreating, r.keepCreating, r.keepCreating)
 	r.exec(`BEGIN;
 		INSERT INTO users (name, surname, password)
 		SELECT 'imported ' || n, 'Doe', '' FROM generate_series(1, 2000) AS n;
