@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"strings"
 	"time"
@@ -22,9 +23,9 @@ var schema string
 const (
 	databaseWait    = 60 * time.Second // at start, for a database that does not answer
 	databaseRetry   = time.Second
-	maxDenials      = 3               // attempts with a password or database that is wrong
-	connectBudget   = 2 * time.Second // to one host; several hosts share connectBudgetAll
-	allHostsBudget  = 3 * time.Second
+	maxDenials      = 3                      // attempts with a password or database that is wrong
+	connectBudget   = 2 * time.Second        // for one host
+	allHostsBudget  = 3 * time.Second        // for several together
 	statementBudget = 4 * time.Second        // for a connection and an answer
 	cancelBudget    = 500 * time.Millisecond // for the answer to a cancel request
 	readyBudget     = 2 * time.Second
@@ -64,7 +65,6 @@ func poolConfig(databaseURL, appName string) (*pgxpool.Config, error) {
 	}
 	config.MaxConns = min(max(config.MaxConns, minPoolSize), maxPoolSize)
 	config.PingTimeout = time.Second
-	config.AfterConnect = openSession
 
 	c := config.ConnConfig
 	preferPlain(&c.Config)
@@ -78,27 +78,17 @@ func poolConfig(databaseURL, appName string) (*pgxpool.Config, error) {
 	if c.ConnectTimeout == 0 || c.ConnectTimeout > timeout { // 0 is without end
 		c.ConnectTimeout = timeout
 	}
-	for name := range c.RuntimeParams { // in any case
-		switch strings.ToLower(name) {
-		case "client_encoding", "datestyle":
-			delete(c.RuntimeParams, name)
-		}
-	}
-	c.RuntimeParams["client_encoding"] = "UTF8"
-	c.RuntimeParams["datestyle"] = "ISO"
-	for name, value := range map[string]string{"application_name": appName, "timezone": "UTC"} {
-		if _, ok := c.RuntimeParams[name]; !ok {
-			c.RuntimeParams[name] = value
-		}
-	}
+	maps.DeleteFunc(c.RuntimeParams, func(name, _ string) bool {
+		return strings.EqualFold(name, "client_encoding") || strings.EqualFold(name, "datestyle")
+	})
+	ours := map[string]string{"application_name": appName, "timezone": "UTC",
+		"client_encoding": "UTF8", "datestyle": "ISO"}
+	maps.Copy(ours, c.RuntimeParams)
+	c.RuntimeParams = ours
 	c.BuildContextWatcherHandler = func(conn *pgconn.PgConn) ctxwatch.Handler {
 		return &pgconn.CancelRequestContextWatcherHandler{Conn: conn, DeadlineDelay: cancelBudget}
 	}
-	c.OnNotice = func(conn *pgconn.PgConn, notice *pgconn.Notice) {
-		if notice.Routine == "SyncRepWaitForLSN" {
-			sessionOf(conn).unsynced = true
-		}
-	}
+	c.OnNotice = noteUnsynced
 	return config, nil
 }
 
@@ -124,38 +114,14 @@ func countHosts(c *pgconn.Config) int {
 	return len(hosts)
 }
 
-// session is what a connection of the pool remembers.
-type session struct {
-	// explicit asks for transactions with an explicit isolation level, because another one is the
-	// default of the role, the database or the server.
-	explicit bool
-	// unsynced is set when a commit did not wait for the synchronous standbys to the end, because
-	// the statement was cancelled. The server reports that as a warning, and success.
-	unsynced bool
-}
+const unsynced = "unsynced"
 
-func sessionOf(conn *pgconn.PgConn) *session {
-	s, ok := conn.CustomData()["session"].(*session)
-	if !ok {
-		s = &session{}
-		conn.CustomData()["session"] = s
+// noteUnsynced marks a connection whose commit did not wait for the synchronous standbys to the end,
+// because it was cancelled: the server reports a warning, and success.
+func noteUnsynced(conn *pgconn.PgConn, notice *pgconn.Notice) {
+	if notice.Routine == "SyncRepWaitForLSN" {
+		conn.CustomData()[unsynced] = true
 	}
-	return s
-}
-
-// openSession prepares a new connection of the pool. A pooler may give the session to somebody
-// else after each transaction, and shows itself by the id of another process: then nothing is set.
-func openSession(ctx context.Context, conn *pgx.Conn) error {
-	ctx, cancel := context.WithTimeout(ctx, connectBudget)
-	defer cancel()
-	var isolation string
-	// With its default, PostgreSQL plans WHERE id = ANY ($1) at each call.
-	err := conn.QueryRow(ctx, `
-		SELECT current_setting('default_transaction_isolation'), CASE WHEN pg_backend_pid() = $1
-			THEN set_config('plan_cache_mode', 'force_generic_plan', false) END`,
-		pgx.QueryExecModeExec, int64(conn.PgConn().PID())).Scan(&isolation, nil)
-	sessionOf(conn.PgConn()).explicit = isolation != "read committed"
-	return err
 }
 
 // openPostgres waits until the database answers and has the schema, for databaseWait at most. It
@@ -166,10 +132,9 @@ func openPostgres(ctx context.Context, databaseURL, appName string,
 	if err != nil {
 		return nil, err
 	}
-	denials := 0
+	denials, explicit := 0, false
 	for deadline := time.Now().Add(databaseWait); ; sleep(ctx, databaseRetry) {
-		err := prepareDatabase(ctx, config, deadline, log)
-		if err == nil {
+		if explicit, err = prepareDatabase(ctx, config, deadline, log); err == nil {
 			break
 		}
 		hopeless := false
@@ -189,43 +154,63 @@ func openPostgres(ctx context.Context, databaseURL, appName string,
 	if err != nil {
 		return nil, err
 	}
-	return newPostgres(pool, log), nil
+	return newPostgres(pool, explicit, log), nil
 }
 
-// prepareDatabase brings the schema up to date on a connection of its own. Through a pooler, whose
-// sessions know no prepared statements of ours, config gets a mode that needs none.
+// prepareDatabase brings the schema up to date on a connection of its own, and config in line with
+// what is at the other end. A pooler gives the session to somebody else after each transaction: there
+// config gets a mode without prepared statements, the session is left as it is, and explicit says
+// whether each transaction has to ask for its isolation level.
 func prepareDatabase(ctx context.Context, config *pgxpool.Config, deadline time.Time,
-	log *slog.Logger) error {
+	log *slog.Logger) (explicit bool, err error) {
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
-	var notices []*pgconn.Notice
 	c := config.ConnConfig.Copy()
-	c.OnNotice = func(_ *pgconn.PgConn, n *pgconn.Notice) { notices = append(notices, n) }
+	c.OnNotice = func(_ *pgconn.PgConn, n *pgconn.Notice) {
+		switch n.Code {
+		case "US100":
+			log.Warn("Database repaired", "what", n.Message)
+		case "US101":
+			log.Info("Database schema updated", "what", n.Message)
+		}
+	}
 	conn, err := pgx.ConnectConfig(ctx, c)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeWait)
 		defer cancel()
 		_ = conn.Close(ctx)
 	}()
-	if !strings.Contains(c.ConnString(), "default_query_exec_mode=") {
-		var pooled bool
-		err = conn.QueryRow(ctx, "SELECT pg_backend_pid() <> $1", pgx.QueryExecModeExec,
-			int64(conn.PgConn().PID())).Scan(&pooled)
-		if pooled {
-			config.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeCacheDescribe
-		}
-	}
-	if err == nil {
-		err = applySchema(ctx, conn)
-	}
+	var pooled bool // a pooler shows itself by the id of another process
+	err = conn.QueryRow(ctx, `SELECT pg_backend_pid() <> $1,
+		current_setting('default_transaction_isolation') <> 'read committed'`,
+		pgx.QueryExecModeExec, int64(conn.PgConn().PID())).Scan(&pooled, &explicit)
 	if err != nil {
-		return explain(err)
+		return false, err
 	}
-	reportSchema(notices, log)
-	return nil
+	config.AfterConnect = nil
+	if !pooled {
+		config.AfterConnect, explicit = openSession, false
+	} else if !strings.Contains(c.ConnString(), "default_query_exec_mode=") {
+		config.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeCacheDescribe
+	}
+	err = applySchema(ctx, conn)
+	if refusal, ok := errors.AsType[*pgconn.PgError](err); ok && refusal.Hint != "" {
+		err = fmt.Errorf("%w; %s", err, refusal.Hint)
+	}
+	return explicit, err
+}
+
+// openSession prepares a new connection. With its default PostgreSQL plans WHERE id = ANY ($1) at
+// each call.
+func openSession(ctx context.Context, conn *pgx.Conn) error {
+	ctx, cancel := context.WithTimeout(ctx, connectBudget)
+	defer cancel()
+	_, err := conn.Exec(ctx, `SET plan_cache_mode = force_generic_plan;
+		SET default_transaction_isolation = 'read committed'`)
+	return err
 }
 
 // applySchema applies each step of schema.sql in a transaction of its own. One replica at a time
@@ -257,31 +242,6 @@ func applySchema(ctx context.Context, conn *pgx.Conn) error {
 		}
 	}
 	return nil
-}
-
-// reportSchema logs what the steps did: one line for a new version, or one for each repair.
-func reportSchema(notices []*pgconn.Notice, log *slog.Logger) {
-	var repairs []string
-	for _, n := range notices {
-		switch n.Code {
-		case "US100":
-			repairs = append(repairs, n.Message)
-		case "US101":
-			log.Info("Database schema updated", "what", n.Message)
-			return
-		}
-	}
-	for _, what := range repairs {
-		log.Warn("Database repaired", "what", what)
-	}
-}
-
-// explain adds the hint of the server, which says what to do.
-func explain(err error) error {
-	if refusal, ok := errors.AsType[*pgconn.PgError](err); ok && refusal.Hint != "" {
-		return fmt.Errorf("%w; %s", err, refusal.Hint)
-	}
-	return err
 }
 
 // close does not wait for long: a database that is frozen says no goodbye.
@@ -340,15 +300,12 @@ func (s *postgres) do(ctx context.Context, what string, k kind, f statement) err
 		defer lane.free()
 	}
 	for retries := 0; ; retries++ {
-		err, again := s.try(ctx, budget, k, f)
-		limit := maxRetries
-		if isStale(err) { // once for each connection
-			limit = maxPoolSize
-		}
+		err, again := s.try(budget, k, f)
 		if err == nil {
 			return nil
 		}
-		if !again || retries >= limit || budget.Err() != nil {
+		spent := retries >= maxRetries && !isStale(err) || retries >= maxPoolSize // each connection may be
+		if !again || spent || budget.Err() != nil {
 			return fmt.Errorf("%s: %w", what, err)
 		}
 	}
@@ -356,61 +313,48 @@ func (s *postgres) do(ctx context.Context, what string, k kind, f statement) err
 
 // try runs f once. It says whether to run it again after an error, which is one of the sentinels of
 // userStore where there is one for it.
-func (s *postgres) try(ctx, budget context.Context, k kind, f statement) (err error, again bool) {
-	conn, err := s.acquire(ctx, budget)
+func (s *postgres) try(ctx context.Context, k kind, f statement) (err error, again bool) {
+	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
-		return err, false
+		return fmt.Errorf("%w: %w", errUnavailable, err), false
 	}
 	defer conn.Release()
-	session := sessionOf(conn.Conn().PgConn())
-	session.unsynced = false
-	if session.explicit {
+	if s.explicit {
 		options := pgx.TxOptions{IsoLevel: pgx.ReadCommitted}
-		err = pgx.BeginTxFunc(budget, conn, options, func(tx pgx.Tx) error { return f(budget, tx) })
+		err = pgx.BeginTxFunc(ctx, conn, options, func(tx pgx.Tx) error { return f(ctx, tx) })
 	} else {
-		err = f(budget, conn)
+		err = f(ctx, conn)
 	}
-	lost := conn.Conn().IsClosed()
-	code := sqlState(err)
-	if lost || code == "25006" { // the others are as old; new ones may reach the new primary
-		s.pool.Reset()
+	if err == nil && k.idempotent {
+		return nil, false
 	}
-	if err == nil && session.unsynced && !k.idempotent {
+	remarks := conn.Conn().PgConn().CustomData()
+	if err == nil && remarks[unsynced] != nil {
+		delete(remarks, unsynced)
 		return fmt.Errorf("%w: the commit did not wait for the standby", errOutcomeUnknown), false
 	}
-	harmless := k.idempotent || code != "" && !lost || pgconn.SafeToRetry(err)
-	again = harmless && (lost || isStale(err) || isConflict(err) || code == "57014")
-	return sentinel(err, lost, harmless), again
+	lost := conn.Conn().IsClosed()
+	if lost || sqlState(err) == "25006" { // the others are as old; new ones may reach the new primary
+		s.pool.Reset()
+	}
+	harmless := k.idempotent || sqlState(err) != "" && !lost || pgconn.SafeToRetry(err)
+	return sentinel(err, lost, harmless), harmless && (lost || isPassing(err))
 }
 
-// acquire waits for a connection until the budget ends or the caller of ctx leaves, then
-// with its error.
-func (s *postgres) acquire(ctx, budget context.Context) (*pgxpool.Conn, error) {
-	wait := budget
-	if ctx != budget {
-		var cancel context.CancelFunc
-		wait, cancel = context.WithCancel(budget)
-		defer cancel()
-		defer context.AfterFunc(ctx, cancel)()
-	}
-	conn, err := s.pool.Acquire(wait)
-	if err != nil {
-		if errors.Is(ctx.Err(), context.Canceled) {
-			return nil, ctx.Err()
-		}
-		return nil, fmt.Errorf("%w: %w", errUnavailable, err)
-	}
-	return conn, nil
+// isPassing reports that nothing was changed, and that the next attempt may succeed: after a
+// conflict, or a cancel request that was meant for the statement before.
+func isPassing(err error) bool {
+	return isConflict(err) || isStale(err) || sqlState(err) == "57014"
 }
 
-// isConflict reports a serialization failure or a deadlock: nothing was changed.
+// isConflict reports a serialization failure or a deadlock.
 func isConflict(err error) bool {
 	code := sqlState(err)
 	return code == "40001" || code == "40P01"
 }
 
 // isStale reports that a prepared statement does not fit any more, because a table was altered or a
-// pooler has changed the session: nothing was changed, and the next attempt prepares it again.
+// pooler has changed the session. The next attempt prepares it again.
 func isStale(err error) bool {
 	code := sqlState(err)
 	return code == "0A000" || code == "26000" || code == "42P05"

@@ -356,7 +356,7 @@ func TestConsumerKeepsWhatItCannotLog(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 		defer cancel()
 		b := &rabbitMQ{log: c.log}
-		if err := b.settle(ctx, connState(false), d, nil, c); err == nil || len(acks) > 0 {
+		if err := b.settle(ctx, connState(false), []amqp.Delivery{d}, c); err == nil || len(acks) > 0 {
 			t.Errorf("an event whose line was not written: %v, %v", acks, err)
 		}
 	}
@@ -451,7 +451,7 @@ func TestSettle(t *testing.T) {
 			deliveries <- amqp.Delivery{Acknowledger: &acks, DeliveryTag: uint64(i + 1), Body: body}
 		}
 		b := &rabbitMQ{log: c.log}
-		if err := b.settle(t.Context(), connState(false), <-deliveries, deliveries, c); err != nil {
+		if err := b.settle(t.Context(), connState(false), received(<-deliveries, deliveries), c); err != nil {
 			t.Errorf("%s: %v", test.name, err)
 		}
 		if !slices.Equal(acks, test.want) {

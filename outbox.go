@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"math/rand/v2"
 	"time"
 
@@ -17,9 +16,8 @@ const (
 	keyPages       = 500       // pages of the table, of 8 KiB, for each statement of a pass
 	foldFrom       = 50        // rows of user_counts, below which there is nothing to fold
 	foldMost       = 50_000    // rows for each statement
-	vacuumFrom     = 2_000     // dead rows
+	vacuumInterval = 10 * time.Second
 	vacuumBudget   = 5 * time.Minute
-	vacuumShare    = 10 // a table is vacuumed for at most one part in so many of the time
 )
 
 func (s *postgres) changed() <-chan struct{} { return s.wake }
@@ -113,11 +111,13 @@ func (s *postgres) maintain(ctx context.Context) {
 		}
 		failing[task] = err != nil
 	}
-	var swept time.Time
-	vacuum := vacuum{s: s, next: make(map[string]time.Time)}
+	var swept, vacuumed time.Time
 	for ctx.Err() == nil {
 		attempt("folding the total", s.fold)
-		attempt("vacuuming", vacuum.run)
+		if time.Since(vacuumed) > vacuumInterval {
+			vacuumed = time.Now()
+			attempt("vacuuming", s.vacuum)
+		}
 		if time.Since(swept) > keySweep {
 			swept = time.Now()
 			attempt("deleting idempotency keys", s.sweepKeys)
@@ -130,7 +130,7 @@ func (s *postgres) maintain(ctx context.Context) {
 // a snapshot has either the many or the one.
 func (s *postgres) fold(ctx context.Context) error {
 	for folded := foldMost; folded == foldMost; {
-		err := s.do(ctx, "folding", s.upkeep, func(ctx context.Context, db querier) error {
+		err := s.do(ctx, "folding", s.read, func(ctx context.Context, db querier) error {
 			return db.QueryRow(ctx, `
 				WITH many AS (
 					DELETE FROM user_counts WHERE ctid = ANY (ARRAY(
@@ -153,7 +153,7 @@ func (s *postgres) fold(ctx context.Context) error {
 // sweepKeys deletes idempotency keys that are too old, some pages of the table at a time.
 func (s *postgres) sweepKeys(ctx context.Context) error {
 	for page, pages := 0, 1; page < pages; page += keyPages {
-		err := s.do(ctx, "deleting keys", s.upkeep, func(ctx context.Context, db querier) error {
+		err := s.do(ctx, "deleting keys", s.read, func(ctx context.Context, db querier) error {
 			return db.QueryRow(ctx, `
 				WITH old AS (
 					DELETE FROM idempotency_keys
@@ -171,44 +171,15 @@ func (s *postgres) sweepKeys(ctx context.Context) error {
 }
 
 // vacuum removes dead rows soon: reading the outbox and the total passes over them, and autovacuum
-// looks once a minute.
-type vacuum struct {
-	s    *postgres
-	next map[string]time.Time // when a table may be vacuumed again
-}
-
-func (v *vacuum) run(ctx context.Context) error {
-	var tables []string
-	err := v.s.do(ctx, "counting dead rows", v.s.upkeep, func(ctx context.Context, db querier) error {
-		rows, _ := db.Query(ctx, `
-			SELECT relname::text FROM pg_stat_user_tables
-			WHERE relid IN ('outbox'::regclass, 'user_counts'::regclass) AND n_dead_tup >= $1`, vacuumFrom)
-		var err error
-		tables, err = pgx.CollectRows(rows, pgx.RowTo[string])
-		return err
-	})
-	for _, table := range tables {
-		if err == nil && time.Now().After(v.next[table]) {
-			began := time.Now()
-			err = v.vacuum(ctx, table)
-			v.next[table] = time.Now().Add(vacuumShare * time.Since(began))
-		}
-	}
-	return err
-}
-
-// vacuum runs outside a transaction. It gives pages back to the disk only where that locks nobody
-// out.
-func (v *vacuum) vacuum(ctx context.Context, table string) error {
+// looks once a minute. It runs outside a transaction, and passes over a table that is locked.
+func (s *postgres) vacuum(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, vacuumBudget)
 	defer cancel()
-	conn, err := v.s.pool.Acquire(ctx)
+	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
 		return err
 	}
 	defer conn.Release()
-	if _, err := conn.Exec(ctx, "VACUUM (SKIP_LOCKED) "+pgx.Identifier{table}.Sanitize()); err != nil {
-		return fmt.Errorf("vacuuming %s: %w", table, err)
-	}
-	return nil
+	_, err = conn.Exec(ctx, "VACUUM (SKIP_LOCKED) outbox, user_counts")
+	return err
 }

@@ -413,7 +413,7 @@ func (b *rabbitMQ) consume(ctx context.Context, connected func(), to messageHand
 			if !ok {
 				return errors.New("the broker ended the subscription")
 			}
-			err = b.settle(ctx, conn, d, deliveries, to)
+			err = b.settle(ctx, conn, received(d, deliveries), to)
 		}
 		if err != nil {
 			return err
@@ -432,30 +432,54 @@ func (b *rabbitMQ) subscribe(conn *amqp.Connection) (<-chan amqp.Delivery, error
 	return ch.Consume(b.queue(), "", false, false, false, false, nil)
 }
 
-// settle handles d and what has come behind it, which the prefetch bounds, and then tells the broker
-// once for all. While that fails it keeps the messages and tries again, with pauses that grow up to
-// maxPause: a message that is given back has one delivery less. It ends without success only with
-// ctx or the connection.
-func (b *rabbitMQ) settle(ctx context.Context, conn interface{ IsClosed() bool }, d amqp.Delivery,
-	more <-chan amqp.Delivery, to messageHandler) error {
-	deliveries := append([]amqp.Delivery{d}, received(more)...)
+// settle handles deliveries and then tells the broker, once for all that can be read. It keeps them
+// while that fails and tries again, with pauses that grow: a message that is given back has one
+// delivery less. It fails only when ctx or the connection ends.
+func (b *rabbitMQ) settle(ctx context.Context, conn interface{ IsClosed() bool },
+	deliveries []amqp.Delivery, to messageHandler) error {
 	for pause := firstPause; ; pause = min(2*pause, maxPause) {
-		unreadable, err := handleAll(ctx, deliveries, to)
-		if err == nil {
-			return acknowledge(deliveries, unreadable)
+		err := settleOnce(ctx, deliveries, to)
+		if err == nil || ctx.Err() != nil || conn.IsClosed() {
+			return err
 		}
 		if pause == firstPause {
 			b.log.Warn("Events cannot be handled and wait", "error", err)
 		}
 		sleep(ctx, pause)
-		if ctx.Err() != nil || conn.IsClosed() {
-			return err
-		}
 	}
 }
 
-// received returns what has arrived and was not received yet.
-func received(more <-chan amqp.Delivery) (deliveries []amqp.Delivery) {
+// settleOnce has the queue put aside what nobody can read. What is neither acknowledged nor rejected
+// when the connection ends comes again.
+func settleOnce(ctx context.Context, deliveries []amqp.Delivery, to messageHandler) error {
+	var readable, unreadable []amqp.Delivery
+	for _, d := range deliveries {
+		switch err := to.handle(ctx, d.Body); {
+		case err == nil:
+			readable = append(readable, d)
+		case errors.Is(err, errUnreadable):
+			unreadable = append(unreadable, d)
+		default:
+			return err
+		}
+	}
+	if err := to.commit(); err != nil {
+		return err
+	}
+	for _, d := range unreadable {
+		if err := d.Reject(false); err != nil {
+			return err
+		}
+	}
+	if len(readable) == 0 {
+		return nil
+	}
+	return readable[len(readable)-1].Ack(true)
+}
+
+// received returns d and what has arrived behind it, which the prefetch bounds.
+func received(d amqp.Delivery, more <-chan amqp.Delivery) []amqp.Delivery {
+	deliveries := []amqp.Delivery{d}
 	for {
 		select {
 		case d, ok := <-more:
@@ -467,37 +491,4 @@ func received(more <-chan amqp.Delivery) (deliveries []amqp.Delivery) {
 			return deliveries
 		}
 	}
-}
-
-// handleAll returns which of the deliveries nobody can read. Of the others it is certain that they
-// were handled, unless it fails.
-func handleAll(ctx context.Context, deliveries []amqp.Delivery, to messageHandler) (
-	unreadable map[int]bool, err error) {
-	unreadable = make(map[int]bool)
-	for i, d := range deliveries {
-		err := to.handle(ctx, d.Body)
-		if errors.Is(err, errUnreadable) {
-			unreadable[i] = true
-		} else if err != nil {
-			return nil, err
-		}
-	}
-	return unreadable, to.commit()
-}
-
-// acknowledge has the queue put aside what is unreadable. What is not acknowledged when the
-// connection ends comes again.
-func acknowledge(deliveries []amqp.Delivery, unreadable map[int]bool) error {
-	var last *amqp.Delivery
-	for i := range deliveries {
-		if !unreadable[i] {
-			last = &deliveries[i]
-		} else if err := deliveries[i].Reject(false); err != nil {
-			return err
-		}
-	}
-	if last == nil {
-		return nil
-	}
-	return last.Ack(true)
 }

@@ -10,8 +10,8 @@
 -- To change the schema, add a step before the last one, say at its head whether the release
 -- before can run on it, and raise the number in user_service_schema and in step 0.
 --
--- Codes are for applySchema: US001 refuses the database, US002 ends the steps, US100 reports a
--- repair, US101 a new version.
+-- Codes are for the service: US001 refuses the database, US002 ends the steps, US100 reports a repair
+-- (of what the steps had done before), US101 a new version.
 
 -- Step 0: refuse a database that will never do. So far nothing has been touched.
 DO $$
@@ -246,6 +246,8 @@ $$;
 DO $$
 DECLARE
     missing record;
+    code    text := CASE WHEN to_regprocedure('user_service_schema()') IS NULL
+        THEN '01000' ELSE 'US100' END;
 BEGIN
     FOR missing IN
         SELECT * FROM (VALUES
@@ -276,7 +278,7 @@ BEGIN
     LOOP
         EXECUTE format('CREATE OR REPLACE TRIGGER %I %s', missing.name, missing.definition);
         RAISE WARNING 'created the trigger % of %', missing.name, missing.relation
-            USING ERRCODE = 'US100';
+            USING ERRCODE = code;
     END LOOP;
 
     -- From here on no statement of the old triggers is under way: users is locked.
@@ -303,6 +305,8 @@ $$;
 DO $$
 DECLARE
     missing record;
+    code    text := CASE WHEN to_regprocedure('user_service_schema()') IS NULL
+        THEN '01000' ELSE 'US100' END;
 BEGIN
     FOR missing IN
         SELECT what, ddl FROM (VALUES
@@ -332,7 +336,7 @@ BEGIN
         JOIN pg_attribute ON attrelid = 'users'::regclass AND attname = name AND NOT atthasdef
     LOOP
         EXECUTE 'ALTER TABLE users ' || missing.ddl;
-        RAISE WARNING 'created the % of users', missing.what USING ERRCODE = 'US100';
+        RAISE WARNING 'created the % of users', missing.what USING ERRCODE = code;
     END LOOP;
     IF to_regprocedure('count_users()') IS NOT NULL THEN
         DROP TRIGGER IF EXISTS count_inserted ON users;
@@ -353,6 +357,8 @@ DECLARE
     highest  bigint;
     next     bigint;
     missing  bigint;
+    code     text := CASE WHEN to_regprocedure('user_service_schema()') IS NULL
+        THEN '01000' ELSE 'US100' END;
 BEGIN
     FOREACH relation IN ARRAY '{users, outbox}'::text[] LOOP
         sequence := pg_get_serial_sequence(relation, 'id');
@@ -361,7 +367,7 @@ BEGIN
         IF highest >= next THEN
             PERFORM setval(sequence, highest);
             RAISE WARNING 'moved the sequence of %.id from % to %', relation, next, highest + 1
-                USING ERRCODE = 'US100';
+                USING ERRCODE = code;
         END IF;
     END LOOP;
 
@@ -372,7 +378,7 @@ BEGIN
     WHERE n <> 0 OR NOT EXISTS (SELECT FROM user_counts)
     RETURNING n INTO missing;
     IF missing <> 0 THEN
-        RAISE WARNING 'corrected the total by %', missing USING ERRCODE = 'US100';
+        RAISE WARNING 'corrected the total by %', missing USING ERRCODE = code;
     END IF;
 
     IF to_regprocedure('user_service_schema()') IS NULL THEN

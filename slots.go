@@ -32,10 +32,10 @@ func (s slots) take(ctx, budget context.Context) error {
 
 func (s slots) free() { <-s }
 
-// queues lets one call in for each key; further calls with the key wait in their order.
+// queues lets in one call for each key; further calls with the key wait in their order.
 type queues[K comparable] struct {
-	mu     sync.Mutex
-	queues map[K]*queue
+	mu   sync.Mutex
+	keys map[K]*queue
 }
 
 type queue struct {
@@ -44,46 +44,28 @@ type queue struct {
 }
 
 // enter waits for the turn of the call until the deadline, then with errUnavailable, or until the
-// caller of ctx leaves, then with the error of ctx. After nil, leave lets in the next call.
-func (q *queues[K]) enter(ctx context.Context, key K, deadline time.Time) error {
+// caller of ctx leaves, then with the error of ctx. leave is called afterwards in any case.
+func (q *queues[K]) enter(ctx context.Context, key K, deadline time.Time) (leave func(), err error) {
 	q.mu.Lock()
-	if q.queues == nil {
-		q.queues = make(map[K]*queue)
-	}
-	own := q.queues[key]
+	own := q.keys[key]
 	if own == nil {
 		own = &queue{turn: make(slots, 1)}
-		q.queues[key] = own
+		q.keys[key] = own
 	}
 	own.calls++
 	q.mu.Unlock()
 
-	select {
-	case own.turn <- struct{}{}:
-		return nil
-	default:
-	}
 	budget, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
 	defer cancel()
-	err := own.turn.take(ctx, budget)
-	if err != nil {
-		q.forget(key, own)
-	}
-	return err
-}
-
-func (q *queues[K]) leave(key K) {
-	q.mu.Lock()
-	own := q.queues[key]
-	q.mu.Unlock()
-	own.turn.free()
-	q.forget(key, own)
-}
-
-func (q *queues[K]) forget(key K, own *queue) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if own.calls--; own.calls == 0 {
-		delete(q.queues, key)
-	}
+	err = own.turn.take(ctx, budget)
+	return func() {
+		if err == nil {
+			own.turn.free()
+		}
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		if own.calls--; own.calls == 0 {
+			delete(q.keys, key)
+		}
+	}, err
 }

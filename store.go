@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -21,33 +20,33 @@ var coalescing = struct{ readsAlone, reads, writesAlone, writes int }{4, 1, 3, 3
 // postgres is the store in PostgreSQL, and its outbox. Its statements say what to change: version,
 // updated_at, event and total follow from the triggers of schema.sql.
 type postgres struct {
-	pool   *pgxpool.Pool
-	log    *slog.Logger
-	holder string // names this replica in relay_lease
-	wake   chan struct{}
+	pool     *pgxpool.Pool
+	explicit bool // each transaction asks for its isolation level
+	log      *slog.Logger
+	holder   string // names this replica in relay_lease
+	wake     chan struct{}
 
-	// The kinds of statements. Of the connections that requests share, some are left to reads
-	// whatever becomes of the writes, and some to writes that wait for no locked user.
-	read, list, write, lockedWrite, upkeep, relay, probe kind
+	// The kinds of statements. Of the connections that requests share, one is left to reads,
+	// whatever becomes of lists and writes, and half to writes that wait for no locked user.
+	read, list, write, lockedWrite, relay, probe kind
 
 	reads              *Group[int64, User] // by id
 	updates, deletions changer
 	changing           queues[int64] // of the changes of each user
 }
 
-func newPostgres(pool *pgxpool.Pool, log *slog.Logger) *postgres {
+func newPostgres(pool *pgxpool.Pool, explicit bool, log *slog.Logger) *postgres {
 	shared := int(pool.Config().MaxConns) - reservedConns
-	requests, lists := make(slots, shared), make(slots, max(shared/2, 1))
-	writes, locked := make(slots, max(shared*3/4, 1)), make(slots, max(shared/2, 1))
+	requests, most, lists := make(slots, shared), make(slots, shared-1), make(slots, shared-1)
 	s := &postgres{
-		pool: pool, log: log, holder: newUUIDv4(), wake: make(chan struct{}, 1),
+		pool: pool, explicit: explicit, log: log, holder: newUUIDv4(), wake: make(chan struct{}, 1),
 		read:        kind{true, []slots{requests}},
 		list:        kind{true, []slots{lists, requests}},
-		write:       kind{false, []slots{writes, requests}},
-		lockedWrite: kind{false, []slots{locked, writes, requests}},
-		upkeep:      kind{true, []slots{requests}},
+		write:       kind{false, []slots{most, requests}},
+		lockedWrite: kind{false, []slots{make(slots, shared/2), most, requests}},
 		relay:       kind{true, nil},
 		probe:       kind{true, []slots{make(slots, 1)}},
+		changing:    queues[int64]{keys: make(map[int64]*queue)},
 	}
 	s.reads = &Group[int64, User]{run: s.selectUsers, budget: statementBudget,
 		alone: coalescing.readsAlone, limit: coalescing.reads}
@@ -65,20 +64,29 @@ func (u *User) scanInto() []any {
 	return []any{&u.ID, &u.Name, &u.Surname, &u.Version, &u.CreatedAt.Time, &u.UpdatedAt.Time}
 }
 
-// createUser moves the sequence of the ids where somebody has inserted users with ids of their own.
+// createUser tries again where the sequence of the ids was behind: somebody has inserted users with
+// ids of their own.
 func (s *postgres) createUser(ctx context.Context, in userInput, key string) (User, error) {
 	u, err := s.insertUser(ctx, in, key)
-	for range maxRetries {
-		if sqlState(err) != "23505" {
-			break
-		}
-		moved, moveErr := s.moveSequence(ctx)
-		if moveErr != nil || !moved {
-			break
+	for retries := 0; sqlState(err) == "23505" && retries < maxRetries; retries++ {
+		if err := s.moveSequence(ctx); err != nil {
+			return User{}, err
 		}
 		u, err = s.insertUser(ctx, in, key)
 	}
 	return u, err
+}
+
+// moveSequence moves the sequence behind the highest id.
+func (s *postgres) moveSequence(ctx context.Context) error {
+	return s.do(ctx, "moving the sequence", s.write, func(ctx context.Context, db querier) error {
+		_, err := db.Exec(ctx, `
+			SELECT setval(sequence::regclass, highest)
+			FROM pg_get_serial_sequence('users', 'id') AS sequence,
+				(SELECT max(id) AS highest FROM users) AS users, nextval(sequence::regclass) AS next
+			WHERE highest >= next`)
+		return err
+	})
 }
 
 func (s *postgres) insertUser(ctx context.Context, in userInput, key string) (User, error) {
@@ -114,18 +122,6 @@ func (s *postgres) insertUser(ctx context.Context, in userInput, key string) (Us
 		err = errKeyUsed
 	}
 	return u, err
-}
-
-// moveSequence moves the sequence behind the highest id, and says whether it was not there.
-func (s *postgres) moveSequence(ctx context.Context) (moved bool, err error) {
-	err = s.do(ctx, "moving the sequence", s.write, func(ctx context.Context, db querier) error {
-		return db.QueryRow(ctx, `
-			SELECT count(setval(sequence::regclass, highest)) > 0
-			FROM pg_get_serial_sequence('users', 'id') AS sequence,
-				(SELECT max(id) AS highest FROM users) AS users, nextval(sequence::regclass) AS next
-			WHERE highest >= next`).Scan(&moved)
-	})
-	return moved, err
 }
 
 func (s *postgres) creationUnder(ctx context.Context, key string) (User, string, error) {
@@ -238,8 +234,8 @@ const (
 	changeUsers = `
 		WITH change AS (
 			SELECT * FROM unnest(
-				set_config('user_service.ids', $1, true)::bigint[],
-				set_config('user_service.trace_ids', $2, true)::text[],
+				set_config('user_service.ids', $1::bigint[]::text, true)::bigint[],
+				set_config('user_service.trace_ids', $2::text[]::text, true)::text[],
 				$3::text[], $4::text[], $5::text[], $6::text[]
 			) AS change (user_id, trace_id, match, new_name, new_surname, new_password)
 		), free AS (
@@ -286,10 +282,11 @@ func (s *postgres) newChanger(sql string) changer {
 func (s *postgres) change(ctx context.Context, by changer, c *userChange) (User, error) {
 	c.traceID = traceID(ctx)
 	deadline := time.Now().Add(statementBudget)
-	if err := s.changing.enter(ctx, c.id, deadline); err != nil {
+	leave, err := s.changing.enter(ctx, c.id, deadline)
+	defer leave()
+	if err != nil {
 		return User{}, fmt.Errorf("waiting for another change of the user: %w", err)
 	}
-	defer s.changing.leave(c.id)
 	defer wake(s.wake)
 	u, done, err := by.group.Do(ctx, c)
 	if done || err != nil {
@@ -333,38 +330,26 @@ func (s *postgres) changeTogether(ctx context.Context, sql string, changes []*us
 // changeUsers runs one of the statements above and returns the changed users by id.
 func (s *postgres) changeUsers(ctx context.Context, sql string, k kind, changes []*userChange) (
 	map[int64]User, error) {
-	var ids, traceIDs []byte // array literals
-	fields := [4][]*string{}
+	var ids []int64
+	var traceIDs []string
+	var matches, names, surnames, passwords []*string
 	for _, c := range changes {
-		ids = append(strconv.AppendInt(ids, c.id, 10), ',')
-		traceIDs = append(append(append(traceIDs, '"'), c.traceID...), `",`...)
-		for i, field := range [4]*string{matchLiteral(c.match), c.name, c.surname, c.password} {
-			fields[i] = append(fields[i], field)
-		}
+		ids, traceIDs = append(ids, c.id), append(traceIDs, c.traceID)
+		matches, names = append(matches, matchLiteral(c.match)), append(names, c.name)
+		surnames, passwords = append(surnames, c.surname), append(passwords, c.password)
 	}
 	users := make(map[int64]User, len(changes))
 	err := s.do(ctx, "changing users", k, func(ctx context.Context, db querier) error {
-		return collectUsers(ctx, db, users, sql, arrayLiteral(ids), arrayLiteral(traceIDs),
-			fields[0], fields[1], fields[2], fields[3])
+		return collectUsers(ctx, db, users, sql, ids, traceIDs, matches, names, surnames, passwords)
 	})
 	return users, err
 }
 
-// arrayLiteral returns the text form of an array. Each element is followed by a comma, and needs no
-// quotes or has them.
-func arrayLiteral(elements []byte) string {
-	return "{" + strings.TrimSuffix(string(elements), ",") + "}"
-}
-
-// matchLiteral returns nil for nil, which fits any version.
+// matchLiteral returns an array as PostgreSQL writes it. nil fits any version.
 func matchLiteral(versions []int64) *string {
 	if versions == nil {
 		return nil
 	}
-	var elements []byte
-	for _, version := range versions {
-		elements = append(strconv.AppendInt(elements, version, 10), ',')
-	}
-	literal := arrayLiteral(elements)
+	literal := strings.NewReplacer("[", "{", " ", ",", "]", "}").Replace(fmt.Sprint(versions))
 	return &literal
 }
