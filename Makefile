@@ -13,7 +13,7 @@ CONFINED_LOG := test-log-confined.json
 # itself (golang/go#75804).
 FUZZTIME ?= 1000000x
 
-.PHONY: help run build test fuzz confined drill bench lint services clean
+.PHONY: help run build test fuzz confined compat drill bench lint services clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 12
@@ -43,6 +43,9 @@ confined: ## all tests as the image runs the service: no root, no capability, no
 	REQUIRE_SERVICES=1 $(GOTESTSUM) --format pkgname-and-test-fails --hide-summary output \
 		--jsonfile $(CONFINED_LOG) --raw-command -- .ci/confined -test.parallel=8
 	@! grep -E '"Action":"skip".*"Test":' $(CONFINED_LOG) || { echo "skipped tests count as failed"; exit 1; }
+
+compat: ## run the database tests and a short drill on PostgreSQL 14, 16, 17 and 18 from npm
+	exports=$$(.ci/services); eval "$$exports"; .ci/compat
 
 drill: ## run the service under every fault that the README lists, and print what became of it
 	go test -count=1 -timeout 60m -run '^TestDrill$$' -v . -drill

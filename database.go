@@ -154,7 +154,9 @@ func openPostgres(ctx context.Context, databaseURL, appName string,
 	if err != nil {
 		return nil, err
 	}
-	return newPostgres(pool, explicit, log), nil
+	s := newPostgres(pool, explicit, log)
+	_ = errors.Join(s.fold(ctx), s.vacuum(ctx)) // maintain tries again
+	return s, nil
 }
 
 // prepareDatabase brings the schema up to date on a connection of its own, and config in line with

@@ -35,12 +35,15 @@ type servers struct {
 	dir      string
 	postgres *daemon
 	rabbit   *daemon
-	epmd     *daemon // where Erlang nodes find each other; not the one of the machine
+	epmd     *daemon   // where Erlang nodes find each other; not the one of the machine
+	nodes    []*daemon // of a RabbitMQ cluster, while a row has one; under mu
 
-	postgresPort, rabbitPort string
-	rabbitEnv                []string
-	rabbitmqctl              string
-	databases                int
+	postgresPort string
+	rabbitPorts  []string // of the node, or of the nodes of a cluster
+	rabbitEnv    []string
+	rabbitServer string // paths of programs
+	rabbitmqctl  string
+	databases    int
 
 	postgresOwner *syscall.Credential // who runs what refuses to run as root; nil: we are not root
 
@@ -52,8 +55,9 @@ type servers struct {
 
 // daemon is a process in a process group of its own, which can be started again.
 type daemon struct {
-	command func() *exec.Cmd
-	answers func() error
+	command  func() *exec.Cmd
+	answers  func() error
+	patience time.Duration // until it answers; 0: 60 s
 
 	mu      sync.Mutex
 	process *os.Process
@@ -65,7 +69,8 @@ func (s *daemon) start() error {
 		return err
 	}
 	var err error
-	for deadline := time.Now().Add(60 * time.Second); time.Now().Before(deadline); {
+	patience := cmp.Or(s.patience, 60*time.Second)
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); {
 		if err = s.answers(); err == nil {
 			return nil
 		}
@@ -134,8 +139,12 @@ func (s *daemon) end(signal syscall.Signal) {
 	s.process = nil // the system may give its id to another process
 }
 
-// findProgram looks where Debian keeps what is not for every user, then in PATH.
+// findProgram looks in TEST_POSTGRES_BIN, which .ci/compat sets, then where Debian keeps what
+// is not for every user, then in PATH.
 func findProgram(name string, patterns ...string) (string, error) {
+	if bin := os.Getenv("TEST_POSTGRES_BIN"); bin != "" {
+		patterns = slices.Insert(patterns, 0, bin)
+	}
 	for _, pattern := range patterns {
 		if paths, _ := filepath.Glob(filepath.Join(pattern, name)); len(paths) > 0 {
 			return paths[len(paths)-1], nil
@@ -164,7 +173,7 @@ func startServers(t *testing.T) *servers {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &servers{dir: dir, postgresPort: freePort(), rabbitPort: freePort()}
+	s := &servers{dir: dir, postgresPort: freePort(), rabbitPorts: []string{freePort()}}
 	s.removeAtEnd(t)
 	initdb, err := s.preparePostgres()
 	if err != nil {
@@ -201,6 +210,7 @@ func (s *servers) removeAtEnd(t *testing.T) {
 		s.runCleanup()
 		s.postgres.end(syscall.SIGQUIT) // killed, it would leave shared memory behind
 		s.rabbit.end(syscall.SIGKILL)
+		s.killNodes()
 		s.epmd.end(syscall.SIGKILL)
 		os.RemoveAll(s.dir)
 	})
@@ -378,8 +388,8 @@ func (s *servers) initdb(p *postgresServer) (*exec.Cmd, error) {
 // change to the user rabbitmq.
 func (s *servers) prepareRabbitMQ() error {
 	const debian = "/usr/lib/rabbitmq/bin"
-	serverPath, err := findProgram("rabbitmq-server", debian)
-	if err != nil {
+	var err error
+	if s.rabbitServer, err = findProgram("rabbitmq-server", debian); err != nil {
 		return err
 	}
 	if s.rabbitmqctl, err = findProgram("rabbitmqctl", debian); err != nil {
@@ -409,7 +419,7 @@ func (s *servers) prepareRabbitMQ() error {
 		"ERL_EPMD_PORT=" + epmdPort,
 		"RABBITMQ_NODENAME=drill_" + strconv.Itoa(os.Getpid()) + "@localhost",
 		"RABBITMQ_NODE_IP_ADDRESS=127.0.0.1",
-		"RABBITMQ_NODE_PORT=" + s.rabbitPort,
+		"RABBITMQ_NODE_PORT=" + s.rabbitPorts[0],
 		"RABBITMQ_DIST_PORT=" + freePort(),
 		"RABBITMQ_CTL_DIST_PORT_MIN=30000",
 		"RABBITMQ_CTL_DIST_PORT_MAX=32000",
@@ -423,51 +433,81 @@ func (s *servers) prepareRabbitMQ() error {
 		"RABBITMQ_GENERATED_CONFIG_DIR=" + filepath.Join(home, "config"),
 		"RABBITMQ_PID_FILE=" + filepath.Join(home, "pid"),
 		// Threads that spin for work take the cores from everybody else.
-		"RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS=+sbwt none +sbwtdcpu none +sbwtdio none",
+		"RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS=+sbwt none +sbwtdcpu none +sbwtdio none" +
+			" -kernel inet_dist_use_interface {127,0,0,1}",
 	}
-	command := func(path string, args ...string) *exec.Cmd {
-		cmd := exec.Command(path, args...)
-		cmd.Dir, cmd.Env = home, s.rabbitEnv
-		log := s.log("rabbit.log")
-		cmd.Stdout, cmd.Stderr = log, log
-		return cmd
-	}
+	env, port := s.rabbitEnv, s.rabbitPorts[0]
+	command := func(path string, args ...string) *exec.Cmd { return s.erlang(env, path, args...) }
 	s.epmd = &daemon{
 		command: func() *exec.Cmd { return command(epmdPath, "-address", "127.0.0.1", "-port", epmdPort) },
 		answers: func() error { return command(epmdPath, "-port", epmdPort, "-names").Run() },
 	}
 	s.rabbit = &daemon{
-		command: func() *exec.Cmd { return command(serverPath) },
-		answers: func() error {
-			conn, err := s.dialRabbit()
-			if err != nil {
-				return err
-			}
-			return conn.Close()
-		},
+		command: func() *exec.Cmd { return command(s.rabbitServer) },
+		answers: func() error { return acceptsAMQP(port) },
 	}
 	return nil
 }
 
-// ctl runs rabbitmqctl.
-func (s *servers) ctl(t *testing.T, args ...string) {
+// erlang returns a command of RabbitMQ or Erlang that writes to rabbit.log.
+func (s *servers) erlang(env []string, path string, args ...string) *exec.Cmd {
+	cmd := exec.Command(path, args...)
+	cmd.Dir, cmd.Env = filepath.Join(s.dir, "rabbit"), env
+	log := s.log("rabbit.log")
+	cmd.Stdout, cmd.Stderr = log, log
+	return cmd
+}
+
+// ctl runs rabbitmqctl and returns its output.
+func (s *servers) ctl(t *testing.T, args ...string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	output, err := s.tryCtl(t.Context(), args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return output
+}
+
+func (s *servers) tryCtl(ctx context.Context, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
+	var stdout, stderr bytes.Buffer
 	cmd := exec.CommandContext(ctx, s.rabbitmqctl, args...)
 	cmd.Env, cmd.WaitDelay = s.rabbitEnv, time.Second
-	if output, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("rabbitmqctl %s: %v\n%s", strings.Join(args, " "), err, output)
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		return "", fmt.Errorf("rabbitmqctl %s: %w\n%s%s",
+			strings.Join(args, " "), err, &stdout, &stderr)
 	}
+	return stdout.String(), nil
 }
 
+// rabbitURL returns the RABBITMQ_URL that names every node.
 func (s *servers) rabbitURL() string {
-	return "amqp://guest:guest@127.0.0.1:" + s.rabbitPort + "/"
+	return "amqp://guest:guest@127.0.0.1:" + strings.Join(s.rabbitPorts, ",127.0.0.1:") + "/"
 }
 
-func (s *servers) dialRabbit() (*amqp.Connection, error) {
-	return amqp.DialConfig(s.rabbitURL(), amqp.Config{
+// dialRabbit connects to the first node that answers.
+func (s *servers) dialRabbit() (conn *amqp.Connection, err error) {
+	for _, port := range s.rabbitPorts {
+		if conn, err = dialNode(port); err == nil {
+			return conn, nil
+		}
+	}
+	return nil, err
+}
+
+func dialNode(port string) (*amqp.Connection, error) {
+	return amqp.DialConfig("amqp://guest:guest@127.0.0.1:"+port+"/", amqp.Config{
 		Heartbeat: 10 * time.Second, Dial: amqp.DefaultDial(2 * time.Second)})
+}
+
+func acceptsAMQP(port string) error {
+	conn, err := dialNode(port)
+	if err != nil {
+		return err
+	}
+	return conn.Close()
 }
 
 // rabbitChannel is for one use or a few.

@@ -129,6 +129,10 @@ var scenarios = []scenario{
 	{name: "RabbitMQ: the exchange deleted", onlyRabbit: true, bindingLost: true, fault: deleteExchange},
 	{name: "RabbitMQ: all bindings removed", onlyRabbit: true, bindingLost: true, fault: removeBindings},
 	{name: "RabbitMQ: our queue with other arguments", onlyRabbit: true, before: declareForeignQueue},
+	{name: "RabbitMQ: cluster of three, leader killed", onlyRabbit: true, before: startCluster,
+		fault: killQueueLeader},
+	{name: "RabbitMQ: one of the hosts is dead at start", onlyRabbit: true, before: nameDeadHosts,
+		fault: loseLivingHost},
 	{name: "unreadable messages", onlyRabbit: true, fault: sendUnreadable},
 
 	// PostgreSQL.
@@ -525,6 +529,7 @@ type trial struct {
 	names      *rabbitMQ
 	db         *pgxpool.Pool // as the superuser
 	toRabbit   *wire
+	cluster    []*rabbitNode
 	toPostgres *wire
 	serviceURL string // DATABASE_URL of the replicas
 	program    string // of the replicas that are started next; "": the present build
@@ -1466,8 +1471,7 @@ func (s *servers) versions(t *testing.T) string {
 		t.Fatal(err)
 	}
 	defer broker.Close()
-	database, _, _ := strings.Cut(conn.PgConn().ParameterStatus("server_version"), " ")
 	return fmt.Sprintf("%s, PostgreSQL %s, %s, RabbitMQ %v, %s, %d cores",
-		time.Now().UTC().Format(time.DateOnly), database, bouncerVersion(),
+		time.Now().UTC().Format(time.DateOnly), postgresVersion(t, conn), bouncerVersion(),
 		broker.Properties["version"], runtime.Version(), runtime.NumCPU())
 }

@@ -15,7 +15,8 @@ const (
 	keySweep       = time.Hour // between two passes over the idempotency keys
 	keyPages       = 500       // pages of the table, of 8 KiB, for each statement of a pass
 	foldFrom       = 50        // rows of user_counts, below which there is nothing to fold
-	foldMost       = 50_000    // rows for each statement
+	foldMost       = 200_000   // rows for each statement
+	foldBytes      = 1 << 20   // of the table, beyond which one row moves too: vacuum cuts off the end
 	vacuumInterval = 10 * time.Second
 	vacuumBudget   = 5 * time.Minute
 )
@@ -136,12 +137,13 @@ func (s *postgres) fold(ctx context.Context) error {
 					DELETE FROM user_counts WHERE ctid = ANY (ARRAY(
 						SELECT ctid FROM user_counts
 						WHERE $1 <= (SELECT count(*) FROM (SELECT FROM user_counts LIMIT $1) AS first)
+							OR pg_relation_size('user_counts') > $3
 						LIMIT $2 FOR UPDATE SKIP LOCKED))
 					RETURNING n
 				), one AS (
 					INSERT INTO user_counts (n) SELECT sum(n) FROM many HAVING count(*) > 0
 				)
-				SELECT count(*) FROM many`, foldFrom, foldMost).Scan(&folded)
+				SELECT count(*) FROM many`, foldFrom, foldMost, foldBytes).Scan(&folded)
 		})
 		if err != nil {
 			return err
