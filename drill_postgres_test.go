@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -236,6 +237,12 @@ func disturbPooled(r *trial) {
 		time.Sleep(200 * time.Millisecond)
 	}
 	r.finally(func() {
+		for _, p := range r.started { // each while PgBouncer and PostgreSQL were there
+			said := p.important.String()
+			if i := strings.Index(said, "Waiting for the database"); i >= 0 {
+				r.t.Errorf("a replica waited at its start: %.300s", said[i:])
+			}
+		}
 		r.ledger.mu.Lock()
 		defer r.ledger.mu.Unlock()
 		late := 0
