@@ -365,7 +365,9 @@ func (s *servers) newPostgres(name, port string) (*postgresServer, error) {
 		command: func() *exec.Cmd {
 			cmd := s.unprivileged(data, path, "-D", data, "-p", port,
 				"-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="+data,
-				"-c", "max_connections=60", "-c", "fsync=on")
+				"-c", "max_connections=60", "-c", "fsync=on",
+				// A primary that stops may wait for the next status of its standby.
+				"-c", "wal_receiver_status_interval=1s")
 			cmd.Stderr = s.log(name + ".log")
 			return cmd
 		},
