@@ -124,6 +124,14 @@ func noteUnsynced(conn *pgconn.PgConn, notice *pgconn.Notice) {
 	}
 }
 
+// remedies says what to do where the server denies access. Step 0 of schema.sql has its own hints.
+var remedies = map[string]string{
+	"28000": "check the user in DATABASE_URL, and pg_hba.conf",
+	"28P01": "check the user and the password in DATABASE_URL",
+	"3D000": "create the database with createdb, or check its name in DATABASE_URL",
+	"42501": "the role must own its database or be granted CREATE on its schema",
+}
+
 // openPostgres waits until the database answers and has the schema, for databaseWait at most. It
 // does not wait for what can never work.
 func openPostgres(ctx context.Context, databaseURL, appName string,
@@ -137,14 +145,12 @@ func openPostgres(ctx context.Context, databaseURL, appName string,
 		if explicit, err = prepareDatabase(ctx, config, deadline, log); err == nil {
 			break
 		}
-		hopeless := false
-		switch code := sqlState(err); code {
-		case "US001", "42501": // refused by schema.sql; no rights
-			hopeless = true
-		case "28000", "28P01", "3D000": // role, password, database
+		code := sqlState(err)
+		if remedy, denied := remedies[code]; denied {
 			denials++
-			hopeless = denials == maxDenials
+			err = fmt.Errorf("%w; %s", err, remedy)
 		}
+		hopeless := code == "US001" || code == "42501" || denials == maxDenials
 		if hopeless || ctx.Err() != nil || time.Now().Add(databaseRetry).After(deadline) {
 			return nil, fmt.Errorf("opening the database: %w", err)
 		}
@@ -306,8 +312,11 @@ func (s *postgres) do(ctx context.Context, what string, k kind, f statement) err
 		if err == nil {
 			return nil
 		}
-		spent := retries >= maxRetries && !isStale(err) || retries >= maxPoolSize // each connection may be
-		if !again || spent || budget.Err() != nil {
+		limit := maxRetries
+		if isStale(err) { // as each connection may be
+			limit = maxPoolSize
+		}
+		if !again || retries >= limit || budget.Err() != nil {
 			return fmt.Errorf("%s: %w", what, err)
 		}
 	}
@@ -321,19 +330,19 @@ func (s *postgres) try(ctx context.Context, k kind, f statement) (err error, aga
 		return fmt.Errorf("%w: %w", errUnavailable, err), false
 	}
 	defer conn.Release()
+	remarks := conn.Conn().PgConn().CustomData()
+	delete(remarks, unsynced)
 	if s.explicit {
 		options := pgx.TxOptions{IsoLevel: pgx.ReadCommitted}
 		err = pgx.BeginTxFunc(ctx, conn, options, func(tx pgx.Tx) error { return f(ctx, tx) })
 	} else {
 		err = f(ctx, conn)
 	}
-	if err == nil && k.idempotent {
-		return nil, false
-	}
-	remarks := conn.Conn().PgConn().CustomData()
-	if err == nil && remarks[unsynced] != nil {
-		delete(remarks, unsynced)
+	switch {
+	case err == nil && remarks[unsynced] != nil && !k.idempotent:
 		return fmt.Errorf("%w: the commit did not wait for the standby", errOutcomeUnknown), false
+	case err == nil:
+		return nil, false
 	}
 	lost := conn.Conn().IsClosed()
 	if lost || sqlState(err) == "25006" { // the others are as old; new ones may reach the new primary

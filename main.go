@@ -167,9 +167,9 @@ func run(ctx context.Context, s settings, log *slog.Logger) error {
 		time.Sleep(s.shutdownDelay)
 		err = httpServer.shutDown(listener)
 	}
+	stopUpkeep(0)
 	stopRelay(drainEvents)
 	stopConsumer(drainConsumer)
-	stopUpkeep(0)
 	log.Info("Service stopped")
 	return err
 }

@@ -318,11 +318,15 @@ func testFaults(t *testing.T, doc *document) {
 		if !strings.HasPrefix(o.path, "/users") {
 			continue
 		}
-		for err, want := range map[error]int{
+		faults := map[error]int{
 			errors.New("inside"): 500,
 			errUnavailable:       503,
 			errOutcomeUnknown:    503,
-		} {
+		}
+		if o.Responses["409"] != nil {
+			faults[errReferenced], faults[errRefused] = 409, 409
+		}
+		for err, want := range faults {
 			body := strings.NewReader(o.exampleBody(t, "application/json"))
 			a := ask(newFaultyServer(faultyStore{err: err}, false), o.method, o.target(t), body)
 			if a.status != want {

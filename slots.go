@@ -55,9 +55,13 @@ func (q *queues[K]) enter(ctx context.Context, key K, deadline time.Time) (leave
 	own.calls++
 	q.mu.Unlock()
 
-	budget, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
-	defer cancel()
-	err = own.turn.take(ctx, budget)
+	select {
+	case own.turn <- struct{}{}:
+	default:
+		budget, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
+		defer cancel()
+		err = own.turn.take(ctx, budget)
+	}
 	return func() {
 		if err == nil {
 			own.turn.free()
