@@ -47,6 +47,7 @@ BEGIN
             SELECT unnest(needed) EXCEPT
             SELECT attname::text FROM pg_attribute
             WHERE attrelid = pg_class.oid AND attnum > 0 AND NOT attisdropped
+            ORDER BY 1
         ), ', ') AS missing
         FROM (VALUES
             ('users', '{id, name, surname, password, version, created_at, updated_at}'::text[]),
