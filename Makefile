@@ -62,7 +62,7 @@ lint: ## go vet, staticcheck, gosec, gofmt
 		-exclude-rules='_test\.go$$:G104,G204,G404' ./...
 	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "gofmt: $$unformatted"; exit 1; }
 
-services: ## provide PostgreSQL, RabbitMQ and Chromium for the tests, and print their URLs
+services: ## provide PostgreSQL, RabbitMQ, PgBouncer and Chromium for the tests, and print their URLs
 	@.ci/services
 
 clean: ## remove what the other targets made

@@ -45,9 +45,12 @@ type servers struct {
 	rabbitmqctl  string
 	databases    int
 
-	mu     sync.Mutex
-	others []*os.Process // what else must not outlive the test
-	frozen []int         // processes of PostgreSQL
+	postgresOwner *syscall.Credential // who runs what refuses to run as root; nil: we are not root
+
+	mu      sync.Mutex
+	others  []*os.Process // what else must not outlive the test
+	cleanup []func()      // ends the servers of single trials
+	frozen  []int         // processes of PostgreSQL
 }
 
 // daemon is a process in a process group of its own, which can be started again.
@@ -114,17 +117,26 @@ func (s *daemon) signal(signal syscall.Signal) {
 
 // end sends a signal to the first process, waits, and leaves nothing of the group.
 func (s *daemon) end(signal syscall.Signal) {
-	if s == nil || s.process == nil {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	process := s.process
+	s.mu.Unlock()
+	if process == nil {
 		return
 	}
 	s.signal(syscall.SIGCONT)
-	s.process.Signal(signal)
+	process.Signal(signal)
 	select {
 	case <-s.ended:
 	case <-time.After(10 * time.Second):
 	}
 	s.signal(syscall.SIGKILL)
 	<-s.ended
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.process = nil // the system may give its id to another process
 }
 
 // findProgram looks in TEST_POSTGRES_BIN, which .ci/compat sets, then where Debian keeps what
@@ -184,7 +196,8 @@ func startServers(t *testing.T) *servers {
 	if err := errors.Join(<-failed, <-failed); err != nil {
 		t.Fatalf("%v\n%s%s", err, s.tail("postgres.log"), s.tail("rabbit.log"))
 	}
-	s.sql(t, "CREATE ROLE drill LOGIN", "CREATE ROLE filler LOGIN")
+	s.sql(t, "CREATE ROLE drill LOGIN", "CREATE ROLE filler LOGIN",
+		"CREATE ROLE writer LOGIN", "ALTER ROLE writer SET search_path = ''")
 	return s
 }
 
@@ -194,6 +207,7 @@ func (s *servers) removeAtEnd(t *testing.T) {
 	remove := sync.OnceFunc(func() {
 		s.killOthers()
 		s.thawPostgres()
+		s.runCleanup()
 		s.postgres.end(syscall.SIGQUIT) // killed, it would leave shared memory behind
 		s.rabbit.end(syscall.SIGKILL)
 		s.killNodes()
@@ -217,6 +231,7 @@ func (s *servers) removeAtEnd(t *testing.T) {
 		case <-interrupt:
 		}
 		remove()
+		os.RemoveAll(executable.dir) // TestMain does not get to it
 		fmt.Println("The drill was interrupted, or had no time left")
 		os.Exit(1)
 	}()
@@ -236,6 +251,24 @@ func (s *servers) killOthers() {
 	}
 }
 
+// atEnd runs f once, when the test t ends or the drill is interrupted.
+func (s *servers) atEnd(t *testing.T, f func()) {
+	f = sync.OnceFunc(f)
+	s.mu.Lock()
+	s.cleanup = append(s.cleanup, f)
+	s.mu.Unlock()
+	t.Cleanup(f)
+}
+
+func (s *servers) runCleanup() {
+	s.mu.Lock()
+	cleanup := s.cleanup
+	s.mu.Unlock()
+	for _, f := range slices.Backward(cleanup) {
+		f()
+	}
+}
+
 func (s *servers) log(name string) *os.File {
 	const flags = os.O_CREATE | os.O_APPEND | os.O_WRONLY
 	path := filepath.Join(s.dir, name)
@@ -251,58 +284,105 @@ func (s *servers) tail(name string) string {
 	return string(content[max(0, len(content)-2000):])
 }
 
-// preparePostgres returns the command that has to run before the server. PostgreSQL
-// refuses to run as root, so there it is somebody else's.
+const debianPostgres = "/usr/lib/postgresql/*/bin"
+
+// preparePostgres returns the command that has to run before the server.
 func (s *servers) preparePostgres() (initdb *exec.Cmd, err error) {
-	const debian = "/usr/lib/postgresql/*/bin"
-	initdbPath, err := findProgram("initdb", debian)
+	err = os.Chmod(s.dir, 0o755) // #nosec G302 -- PostgreSQL's own user passes through
 	if err != nil {
 		return nil, err
 	}
-	postgresPath, err := findProgram("postgres", debian)
+	if s.postgresOwner, err = findPostgresOwner(); err != nil {
+		return nil, err
+	}
+	p, err := s.newPostgres("postgres", s.postgresPort)
 	if err != nil {
 		return nil, err
 	}
-	data := filepath.Join(s.dir, "postgres")
-	open := os.Chmod(s.dir, 0o755) // #nosec G302 -- PostgreSQL's own user passes through
-	if err := errors.Join(open, os.Mkdir(data, 0o700)); err != nil {
+	s.postgres = p.daemon
+	return s.initdb(p)
+}
+
+// findPostgresOwner returns nil where this process is not root.
+func findPostgresOwner() (*syscall.Credential, error) {
+	if os.Getuid() != 0 {
+		return nil, nil
+	}
+	owner, err := user.Lookup("postgres")
+	if err != nil {
+		owner, err = user.Lookup("nobody")
+	}
+	if err != nil {
 		return nil, err
 	}
-	var attributes syscall.SysProcAttr
-	if os.Getuid() == 0 {
-		owner, err := user.Lookup("postgres")
-		if err != nil {
-			owner, err = user.Lookup("nobody")
-		}
-		if err != nil {
-			return nil, err
-		}
-		uid, _ := strconv.ParseUint(owner.Uid, 10, 31)
-		gid, _ := strconv.ParseUint(owner.Gid, 10, 31)
-		if err := os.Chown(data, int(uid), int(gid)); err != nil {
-			return nil, err
-		}
-		attributes.Credential = &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
+	uid, _ := strconv.ParseUint(owner.Uid, 10, 31)
+	gid, _ := strconv.ParseUint(owner.Gid, 10, 31)
+	return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}, nil
+}
+
+// unprivileged returns a command for a program that refuses to run as root: there, it runs
+// as postgresOwner.
+func (s *servers) unprivileged(dir, path string, args ...string) *exec.Cmd {
+	cmd := exec.Command(path, args...)
+	cmd.Dir, cmd.SysProcAttr = dir, &syscall.SysProcAttr{Credential: s.postgresOwner}
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "LC_ALL=C"}
+	return cmd
+}
+
+// unprivilegedDir makes a directory for such a program.
+func (s *servers) unprivilegedDir(name string) (string, error) {
+	dir := filepath.Join(s.dir, name)
+	err := os.Mkdir(dir, 0o700)
+	if err == nil && s.postgresOwner != nil {
+		err = os.Chown(dir, int(s.postgresOwner.Uid), int(s.postgresOwner.Gid))
 	}
-	command := func(path string, args ...string) *exec.Cmd {
-		cmd := exec.Command(path, args...)
-		own := attributes
-		cmd.Dir, cmd.SysProcAttr = data, &own
-		cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "LC_ALL=C"}
-		return cmd
+	return dir, err
+}
+
+// postgresServer is a PostgreSQL server with a data directory of its own.
+type postgresServer struct {
+	*daemon
+	data, port string
+	killed     bool
+}
+
+func (p *postgresServer) url(role, database string) string {
+	return fmt.Sprintf("postgres://%s@127.0.0.1:%s/%s", role, p.port, database)
+}
+
+// newPostgres returns a server whose data directory is still empty.
+func (s *servers) newPostgres(name, port string) (*postgresServer, error) {
+	path, err := findProgram("postgres", debianPostgres)
+	if err != nil {
+		return nil, err
 	}
-	s.postgres = &daemon{
+	data, err := s.unprivilegedDir(name)
+	if err != nil {
+		return nil, err
+	}
+	p := &postgresServer{data: data, port: port}
+	p.daemon = &daemon{
 		command: func() *exec.Cmd {
-			cmd := command(postgresPath, "-D", data, "-p", s.postgresPort, "-c", "listen_addresses=127.0.0.1",
-				"-c", "unix_socket_directories="+data, "-c", "max_connections=60", "-c", "fsync=on")
-			cmd.Stderr = s.log("postgres.log")
+			cmd := s.unprivileged(data, path, "-D", data, "-p", port,
+				"-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="+data,
+				"-c", "max_connections=60", "-c", "fsync=on",
+				// A primary that stops may wait for the next status of its standby.
+				"-c", "wal_receiver_status_interval=1s")
+			cmd.Stderr = s.log(name + ".log")
 			return cmd
 		},
-		answers: func() error {
-			return s.trySQL("SELECT 1")
-		},
+		answers: func() error { return trySQLAt(p.url("postgres", "postgres"), "SELECT 1") },
 	}
-	return command(initdbPath, "-D", data, "-U", "postgres", "-A", "trust",
+	return p, nil
+}
+
+// initdb returns the command that fills the data directory of p.
+func (s *servers) initdb(p *postgresServer) (*exec.Cmd, error) {
+	path, err := findProgram("initdb", debianPostgres)
+	if err != nil {
+		return nil, err
+	}
+	return s.unprivileged(p.data, path, "-D", p.data, "-U", "postgres", "-A", "trust",
 		"-E", "UTF8", "--no-locale", "--no-sync"), nil
 }
 
@@ -452,9 +532,14 @@ func (s *servers) databaseURL(role, database string) string {
 }
 
 func (s *servers) trySQL(statements ...string) error {
+	return trySQLAt(s.databaseURL("postgres", "postgres"), statements...)
+}
+
+// trySQLAt runs statements over one connection.
+func trySQLAt(url string, statements ...string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
-	conn, err := pgx.Connect(ctx, s.databaseURL("postgres", "postgres"))
+	conn, err := pgx.Connect(ctx, url)
 	if err != nil {
 		return err
 	}
@@ -651,18 +736,21 @@ type replica struct {
 	important logBuffer // the lines at WARN and above, and what they make good
 }
 
-// startReplica returns when the service listens. heard gets every event that its consumer logs.
-func (s *servers) startReplica(heard func(string, eventData), env ...string) (*replica, error) {
+// startReplica returns when the service listens. The program is the present build where path is
+// empty. heard gets every event that its consumer logs.
+func (s *servers) startReplica(path string, heard func(string, eventData),
+	env ...string) (*replica, error) {
 	executable.once.Do(func() { executable.err = buildExecutable() })
 	if executable.err != nil {
 		return nil, executable.err
 	}
+	path = cmp.Or(path, filepath.Join(executable.dir, "user-service"))
 	output, input, err := os.Pipe()
 	if err != nil {
 		return nil, err
 	}
 	r := &replica{output: output, ended: make(chan struct{})}
-	r.cmd = exec.Command(filepath.Join(executable.dir, "user-service"))
+	r.cmd = exec.Command(path)
 	r.cmd.Dir = executable.dir
 	r.cmd.Env = append([]string{"PORT=0"}, env...)
 	r.cmd.Stdout, r.cmd.Stderr = input, &r.stderr

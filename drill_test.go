@@ -44,14 +44,24 @@ var wholeDrill = flag.Bool("drill", false, "TestDrill: all faults instead of the
 //     version of their user so far: also each one after a gap;
 //   - duplicated: further deliveries of an event by the service.
 //
+// Two more columns compare with the database as it is in the end. The database can be another
+// one than before: a standby that took over.
+//   - missing: acknowledged changes that it does not have: no row of the user although nobody
+//     deleted it, a version below the acknowledged one, or a row in spite of an acknowledged
+//     deletion;
+//   - without change: events whose change it does not have. Each of them is a phantom too,
+//     except where asynchronous replication may lose changes: there it is not the service's
+//     fault that the new primary does not have a change whose event was published.
+//
 // The time to recover is from the end of the fault until the recorder has the event of an
 // acknowledged change that was asked for after the end: so whatever was before it in the
 // outbox is through. The largest outbox is sampled every 50 ms.
 //
-// In every scenario lost, phantom and reordered are 0, the service's consumer has logged every
-// event and put none aside, and the outbox is empty in the end. Nothing is answered with 500;
-// no acknowledged change is missing in the table; no change was done twice, or although its
-// answer was that it was not. The log has a line for each connection that is back, and no ERROR. One replica relays.
+// In every scenario lost, phantom and reordered are 0, and missing and without change too, but
+// for the failover to an asynchronous standby, which only reports those two. The service's
+// consumer has logged every event and put none aside, and the outbox is empty in the end.
+// Nothing is answered with 500; no change was done twice, or although its answer was that it
+// was not. The log has a line for each connection that is back, and no ERROR. One replica relays.
 func TestDrill(t *testing.T) {
 	s := startServers(t)
 	var results []result
@@ -79,6 +89,9 @@ type scenario struct {
 	// database: any answer comes within 6 s, 503 with Retry-After if it is none, and 2xx
 	// are back 2 s after the fault.
 	database bool
+	// lossy: the database that is there in the end may lack the last changes, acknowledged or
+	// not.
+	lossy bool
 	// queueLost: the queue of the service's consumer is lost with what is in it.
 	queueLost bool
 	// bindingLost: the recorder's queue loses its binding, which comes back after the
@@ -97,6 +110,8 @@ var scenarios = []scenario{
 	{name: "leading replica frozen for 30 s", replicas: 3, patience: 2 * time.Second, fault: freezeLeader},
 	{name: "order: 32 clients, 5 users", short: true, replicas: 3, clients: 32, shared: 5,
 		pause: 10 * time.Millisecond, onlyRabbit: true, fault: holdBackCreations},
+	{name: "rolling update from c223611 and back", short: true, onlyRabbit: true,
+		before: startPrevious, fault: updateAndBack},
 
 	// RabbitMQ.
 	{name: "RabbitMQ: connections closed, stop_app", short: true, onlyRabbit: true, fault: stopRabbit},
@@ -132,6 +147,23 @@ var scenarios = []scenario{
 	{name: "PostgreSQL: table locked for 8 s", database: true, fault: lockTable},
 	{name: "PostgreSQL: too many connections", database: true, fault: fillConnections},
 	{name: "PostgreSQL: answers lost on the way", database: true, fault: loseAnswers},
+	{name: "PostgreSQL: standby, asynchronous, failover", database: true, lossy: true,
+		before: useAsynchronousPair, fault: failOver},
+	{name: "PostgreSQL: standby, synchronous, failover", short: true, database: true, clients: 24,
+		before: useSynchronousPair, fault: failOverBehind},
+	{name: "PostgreSQL: standby, synchronous, silent", database: true,
+		before: useSynchronousPair, fault: silenceStandby},
+	{name: "PostgreSQL: planned switchover", database: true,
+		before: useAsynchronousPair, fault: switchOver},
+	{name: "PgBouncer, session pooling", replicas: 3,
+		before: func(r *trial) { r.useBouncer("session") }, fault: disturbPooled},
+	{name: "PgBouncer, transaction pooling", short: true, replicas: 3,
+		before: func(r *trial) { r.useBouncer("transaction") }, fault: disturbPooled},
+
+	// Other writers.
+	{name: "psql writers beside the API", short: true, shared: 20, onlyRabbit: true,
+		fault: writeBeside},
+	{name: "an import that stays open", onlyRabbit: true, fault: importSlowly},
 
 	// Load.
 	{name: "old snapshot, backlog of 100,000", onlyRabbit: true, replicas: 1, clients: 4,
@@ -184,8 +216,8 @@ func killLeader(r *trial) {
 	killed := time.Now()
 	r.at(slot).cmd.Process.Kill()
 	r.over = killed
-	r.eventsFlow(killed, 3*time.Second)
-	time.Sleep(3 * time.Second)
+	r.eventsFlow(killed, 5*time.Second)
+	time.Sleep(5 * time.Second)
 	r.startReplica(slot)
 }
 
@@ -193,13 +225,13 @@ func freezeLeader(r *trial) {
 	slot := r.leader()
 	frozen := time.Now()
 	r.at(slot).cmd.Process.Signal(syscall.SIGSTOP)
-	r.eventsFlow(frozen, 20*time.Second)
+	r.eventsFlow(frozen, 5*time.Second)
 	time.Sleep(30 * time.Second)
 	r.at(slot).cmd.Process.Signal(syscall.SIGCONT)
 }
 
-// holdBackCreations keeps statements waiting that have drawn the id of their outbox row:
-// others with higher ids are committed before them.
+// holdBackCreations keeps transactions open that have drawn the id of their outbox row: others
+// with higher ids are committed before them.
 func holdBackCreations(r *trial) {
 	duration := 5 * time.Second
 	if *wholeDrill {
@@ -211,7 +243,10 @@ func holdBackCreations(r *trial) {
 		}
 	})
 	for end := time.Now().Add(duration); time.Now().Before(end); {
-		r.exec("BEGIN; SELECT FROM user_counts FOR UPDATE; SELECT pg_sleep(0.4); COMMIT")
+		r.exec(fmt.Sprintf(`BEGIN;
+			INSERT INTO users (name, surname, password) VALUES ('%s', 'Doe', '');
+			SELECT pg_sleep(0.4);
+			COMMIT`, r.newName()))
 		time.Sleep(200 * time.Millisecond)
 	}
 	stop()
@@ -405,8 +440,7 @@ func loseAnswers(r *trial) {
 	}
 }
 
-// drainBacklog has SQL write the backlog, each user with its event, because the API would
-// hash a password for each.
+// drainBacklog has SQL write the backlog, because the API would hash a password for each user.
 func drainBacklog(r *trial) {
 	const backlog = 100_000
 	service := r.at(0)
@@ -420,12 +454,8 @@ func drainBacklog(r *trial) {
 		r.t.Fatal(err)
 	}
 	defer snapshot.Exec(context.Background(), "ROLLBACK")
-	r.exec(fmt.Sprintf(`WITH created AS (
-			INSERT INTO users (name, surname, password)
-			SELECT 'backlog ' || n, 'Doe', '' FROM generate_series(1, %d) AS n RETURNING id, version, updated_at
-		)
-		INSERT INTO outbox (event_id, event_type, user_id, version, trace_id, occurred_at)
-		SELECT gen_random_uuid(), 'user.created', id, version, 'backlog', updated_at FROM created`, backlog))
+	r.exec(fmt.Sprintf(`INSERT INTO users (name, surname, password)
+		SELECT 'backlog ' || n, 'Doe', '' FROM generate_series(1, %d) AS n`, backlog))
 	before := service.metric("process_resident_memory_bytes")
 	time.Sleep(4 * time.Second)
 	quiet := r.p99(time.Now().Add(-4*time.Second), time.Now())
@@ -501,6 +531,10 @@ type trial struct {
 	toRabbit   *wire
 	cluster    []*rabbitNode
 	toPostgres *wire
+	serviceURL string // DATABASE_URL of the replicas
+	program    string // of the replicas that are started next; "": the present build
+	pair       *pair  // PostgreSQL servers of this trial, if it has some
+	bouncer    *daemon
 	ledger     *ledger
 	client     *http.Client
 	begun      time.Time // of the load
@@ -556,6 +590,7 @@ func (s *servers) try(t *testing.T, sc scenario) result {
 		running:    make([]*replica, sc.replicas),
 		problems:   make(map[string]int),
 	}
+	r.serviceURL = r.toPostgres.url
 	r.prepareRabbit()
 	if r.before != nil {
 		r.before(r)
@@ -587,13 +622,7 @@ func (s *servers) try(t *testing.T, sc scenario) result {
 	for slot := range r.running {
 		r.awaitRestored(slot)
 	}
-	eventually(t, "exactly one replica that relays", func() bool {
-		leaders := 0.0
-		for slot := range r.running {
-			leaders += r.at(slot).metric("relay_leader")
-		}
-		return leaders == 1
-	})
+	eventually(t, "exactly one replica that relays", func() bool { return r.leaders() == 1 })
 	row := r.settle()
 	stopWatching()
 	said := r.killReplicas()
@@ -634,7 +663,7 @@ func (r *trial) prepareRabbit() {
 
 func (r *trial) startReplica(slot int) {
 	r.t.Helper()
-	p, err := r.servers.startReplica(r.ledger.hear, "DATABASE_URL="+r.toPostgres.url,
+	p, err := r.servers.startReplica(r.program, r.ledger.hear, "DATABASE_URL="+r.serviceURL,
 		"RABBITMQ_URL="+r.toRabbit.url, "SHUTDOWN_DELAY=1s")
 	if err != nil {
 		r.t.Fatal(err)
@@ -705,6 +734,14 @@ func (r *trial) leader() (slot int) {
 	return slot
 }
 
+// leaders counts the replicas that relay.
+func (r *trial) leaders() (n int) {
+	for slot := range r.running {
+		n += int(r.at(slot).metric("relay_leader"))
+	}
+	return n
+}
+
 // exec runs SQL as the superuser in the service's database.
 func (r *trial) exec(sql string) {
 	r.t.Helper()
@@ -772,6 +809,7 @@ type ownUser struct {
 	id      int64
 	version int64 // the last that was acknowledged
 	unknown int64 // changes since then that may have been made, or may yet be
+	gone    bool  // with a database that was lost
 }
 
 // inBackground runs functions until the one that comes back is called, or the test ends.
@@ -794,7 +832,7 @@ func (r *trial) load() (clients []func(context.Context)) {
 	create := func() *ownUser {
 		u := r.create()
 		if u == nil {
-			r.t.Fatal("a user could not be created before the fault")
+			r.t.Fatalf("a user could not be created before the fault: %v", r.problems)
 		}
 		return u
 	}
@@ -809,9 +847,10 @@ func (r *trial) load() (clients []func(context.Context)) {
 		}
 		clients = append(clients, func(ctx context.Context) {
 			for ; ctx.Err() == nil; sleep(ctx, rand.N(2*r.pause)) {
+				own = slices.DeleteFunc(own, func(u *ownUser) bool { return u.gone })
 				dice := rand.N(100)
 				switch {
-				case r.shared == 0 && dice < 4 && len(own) < 6:
+				case r.shared == 0 && (dice < 4 && len(own) < 6 || len(own) == 0):
 					if u := r.create(); u != nil {
 						own = append(own, u)
 					}
@@ -861,7 +900,10 @@ func (r *trial) update(u *ownUser) {
 	a, answer := r.ask("PUT", fmt.Sprint("/users/", u.id), fmt.Sprintf(`{"name": %q}`, r.newName()), "")
 	a.change = eventData{u.id, version(answer)}
 	r.keep(a)
-	if r.shared > 0 {
+	if r.lossy {
+		u.gone = answer.status == http.StatusNotFound
+	}
+	if r.shared > 0 || r.lossy {
 		return
 	}
 	switch {
@@ -883,6 +925,11 @@ func (r *trial) remove(u *ownUser) {
 	a, _ := r.ask("DELETE", fmt.Sprint("/users/", u.id), "", "")
 	a.change = eventData{UserID: u.id}
 	r.keep(a)
+	if a.outcome == outcomeFailed {
+		r.ledger.mu.Lock()
+		delete(r.ledger.removed, u.id)
+		r.ledger.mu.Unlock()
+	}
 }
 
 // version is that of the user in an answer.
@@ -928,6 +975,7 @@ func (r *trial) ask(method, path, body, key string) (attempt, answer) {
 		return a, answer{}
 	}
 	status := response.StatusCode
+	said, _, _ := bytes.Cut(content, []byte(`,"trace_id"`)) // the same of many requests
 	switch {
 	case status < 300:
 		a.outcome = outcomeOK
@@ -937,15 +985,17 @@ func (r *trial) ask(method, path, body, key string) (attempt, answer) {
 			a.outcome = outcomeFailed
 		}
 		r.problemIf(response.Header.Get("Retry-After") == "", "503 without Retry-After")
-		r.problemIf(r.onlyRabbit, "%d %s", status, content)
+		r.problemIf(r.onlyRabbit, "%d %s", status, said)
 	case status == http.StatusConflict && key != "" && !r.onlyRabbit:
 		a.outcome = outcomeFailed // the first request with this key still runs
+	case status == http.StatusNotFound && r.lossy:
+		a.outcome = outcomeFailed // with the database that had the user
 	default:
 		a.outcome = outcomeFailed
 		if status >= 500 {
 			a.outcome = outcomeUnknown
 		}
-		r.problem("%d %s", status, content)
+		r.problem("%d %s", status, said)
 	}
 	return a, answer{status, response.Header, string(content)}
 }
@@ -996,7 +1046,9 @@ func (r *trial) eventAfter(t time.Time) time.Duration {
 			break
 		}
 		if a.outcome == outcomeOK && a.asked.After(t) && a.change.Version > 0 {
-			if arrival := r.ledger.users[a.change.UserID].find(a.change.Version); arrival != nil {
+			// An earlier arrival is of a change that was lost with its database.
+			arrival := r.ledger.users[a.change.UserID].find(a.change.Version)
+			if arrival != nil && arrival.at.After(t) {
 				first = min(first, arrival.at.Sub(t))
 			}
 		}
@@ -1042,6 +1094,8 @@ type ledger struct {
 	heard     map[eventData]string // type by log line of the consumer
 	deletions map[int64]int64      // versions of user.deleted that the consumer logged
 	removed   map[int64]bool       // users whose deletion a client asked for
+	written   []eventData          // changes that others than the API committed
+	repeated  []time.Time          // of the duplicates
 	foreign   int                  // messages that are no events
 }
 
@@ -1134,8 +1188,12 @@ func (l *ledger) add(d amqp.Delivery) {
 	if first := h.find(e.Data.Version); first != nil {
 		if first.id != e.ID {
 			h.disagreed++
+			if e.Type == userDeleted {
+				h.deletion = e.Data.Version
+			}
 		} else if !d.Redelivered {
 			h.duplicated++
+			l.repeated = append(l.repeated, time.Now())
 		}
 		return
 	}
@@ -1152,6 +1210,7 @@ type result struct {
 	name                                 string
 	attempts, ok, failed, unknown        int
 	lost, phantom, reordered, duplicated int
+	missing, withoutChange               int
 	longestGap, recovery                 time.Duration
 	largestOutbox                        int64
 
@@ -1200,7 +1259,13 @@ func (r *trial) count() result {
 			(SELECT FROM users GROUP BY name HAVING count(*) > 1) AS twice`).Scan(&row.twice); err != nil {
 		r.t.Fatal(err)
 	}
-	acknowledged := make(map[int64]map[int64]bool) // by user, versions
+	acknowledged := make(map[int64]map[int64]bool) // by user, versions; 0 for a deletion
+	acknowledge := func(change eventData) {
+		if acknowledged[change.UserID] == nil {
+			acknowledged[change.UserID] = make(map[int64]bool)
+		}
+		acknowledged[change.UserID][change.Version] = true
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, a := range r.attempts {
@@ -1212,15 +1277,15 @@ func (r *trial) count() result {
 			row.unknown++
 		case outcomeOK:
 			row.ok++
-			if acknowledged[a.change.UserID] == nil {
-				acknowledged[a.change.UserID] = make(map[int64]bool)
-			}
-			acknowledged[a.change.UserID][a.change.Version] = true
+			acknowledge(a.change)
 		}
 	}
 	l := r.ledger
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	for _, change := range l.written {
+		acknowledge(change)
+	}
 	users := make(map[int64]bool)
 	for id := range table {
 		users[id] = true
@@ -1234,6 +1299,9 @@ func (r *trial) count() result {
 	for id := range users {
 		last, exists := table[id]
 		r.judgeUser(&row, id, last, exists, acknowledged[id])
+	}
+	if !r.lossy {
+		row.phantom = row.withoutChange
 	}
 	return row
 }
@@ -1253,16 +1321,22 @@ func (r *trial) judgeUser(row *result, id, last int64, exists bool, acknowledged
 	for version := range acknowledged {
 		highest = max(highest, version)
 	}
+	gone := false // without a deletion
 	switch {
 	case exists && deletion > 0:
-		row.phantom++
+		row.withoutChange++
 	case exists:
 	case deletion > 0:
 		last = deletion
 	case r.ledger.removed[id]: // its deletion has no event
 		last = highest + 1
-	case len(acknowledged) > 0:
-		r.problems["a user that was acknowledged is not in the table"]++
+	default:
+		gone = true
+	}
+	for version := range acknowledged {
+		if gone || version > last || version == 0 && exists {
+			row.missing++
+		}
 	}
 	expected := int64(1)
 	for _, a := range h.arrivals {
@@ -1274,20 +1348,21 @@ func (r *trial) judgeUser(row *result, id, last int64, exists bool, acknowledged
 		}
 		expected = max(expected, a.version+1)
 		if a.version > last {
-			row.phantom++
+			row.withoutChange++
 		}
 		if !r.queueLost && !r.bindingLost && r.ledger.heard[eventData{id, a.version}] == "" {
 			row.unlogged++
 		}
 	}
-	row.phantom += h.disagreed
+	row.withoutChange += h.disagreed
 	row.duplicated += h.duplicated
 	got := make(map[int64]bool, len(h.arrivals))
 	for _, a := range h.arrivals {
 		got[a.version] = true
 	}
 	for version := int64(1); version <= highest || version <= last; version++ {
-		if !got[version] && !elsewhere(version) && (version <= last || acknowledged[version]) {
+		if !got[version] && !elsewhere(version) &&
+			(version <= last || acknowledged[version] && !r.lossy) {
 			row.lost++
 		}
 	}
@@ -1305,6 +1380,10 @@ func (r *trial) judge(row *result, said string) {
 	}
 	if row.lost+row.phantom+row.reordered > 0 {
 		r.t.Errorf("%d lost, %d phantom, %d reordered", row.lost, row.phantom, row.reordered)
+	}
+	if !r.lossy && row.missing+row.withoutChange > 0 {
+		r.t.Errorf("%d acknowledged changes are missing, %d events are without their change",
+			row.missing, row.withoutChange)
 	}
 	if row.pending > 0 || r.ledger.foreign > 0 {
 		r.t.Errorf("%d events stay in the outbox, and the recorder got %d messages that are none",
@@ -1345,11 +1424,12 @@ func (r *trial) judge(row *result, said string) {
 // table is text in columns, and Markdown.
 func table(results []result) string {
 	rows := [][]string{strings.Split("fault|attempts|ok|failed|unknown|lost|phantom|reordered|duplicated|"+
-		"longest without 2xx|time to recover|largest outbox", "|")}
+		"missing|without change|longest without 2xx|time to recover|largest outbox", "|")}
 	seconds := func(d time.Duration) string { return fmt.Sprintf("%.2f s", d.Seconds()) }
 	for _, r := range results {
 		row := []string{r.name}
-		for _, n := range []int{r.attempts, r.ok, r.failed, r.unknown, r.lost, r.phantom, r.reordered, r.duplicated} {
+		for _, n := range []int{r.attempts, r.ok, r.failed, r.unknown, r.lost, r.phantom,
+			r.reordered, r.duplicated, r.missing, r.withoutChange} {
 			row = append(row, strconv.Itoa(n))
 		}
 		rows = append(rows, append(row, seconds(r.longestGap), seconds(r.recovery), fmt.Sprint(r.largestOutbox)))
@@ -1391,6 +1471,7 @@ func (s *servers) versions(t *testing.T) string {
 		t.Fatal(err)
 	}
 	defer broker.Close()
-	return fmt.Sprintf("%s, PostgreSQL %s, RabbitMQ %v, %s, %d cores", time.Now().UTC().Format(time.DateOnly),
-		postgresVersion(t, conn), broker.Properties["version"], runtime.Version(), runtime.NumCPU())
+	return fmt.Sprintf("%s, PostgreSQL %s, %s, RabbitMQ %v, %s, %d cores",
+		time.Now().UTC().Format(time.DateOnly), postgresVersion(t, conn), bouncerVersion(),
+		broker.Properties["version"], runtime.Version(), runtime.NumCPU())
 }
