@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -189,28 +190,73 @@ func checkServes(t *testing.T, svc *service, users int) {
 		"version", 2)
 }
 
+// pgDump returns what pg_dump says of a database, or "" where there is no pg_dump that can.
+func pgDump(t *testing.T, databaseURL string, options ...string) string {
+	t.Helper()
+	commands, err := filepath.Glob("/usr/lib/postgresql/*/bin/pg_dump")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, command := range append([]string{"pg_dump"}, commands...) {
+		arguments := append(slices.Clone(options), databaseURL)
+		dump, err := exec.CommandContext(t.Context(), command, arguments...).Output()
+		if err == nil { // it is installed, and not older than the server
+			return withoutPsql(string(dump))
+		}
+	}
+	return ""
+}
+
 // TestStartOnDumpOfSchema restores a dump of the schema alone into an empty database.
 func TestStartOnDumpOfSchema(t *testing.T) {
 	t.Parallel()
-	dumps := []string{"pg_dump"}
-	if found, _ := filepath.Glob("/usr/lib/postgresql/*/bin/pg_dump"); found != nil {
-		dumps = append(dumps, found...)
-	}
-	from := newDatabase(t)
-	set := memorySettings()
-	set.databaseURL = from
+	set := postgresSettings(t)
 	startService(t, set).createUser("John", "Doe")
-	for _, command := range dumps {
-		dump, err := exec.CommandContext(t.Context(), command, "--schema-only", from).Output()
-		if err != nil { // not installed, or older than the server
-			continue
-		}
-		t.Run(command, func(t *testing.T) {
-			url := emptyDatabase(t, "")
-			execute(t, connect(t, url), withoutPsql(string(dump)))
-			checkRepaired(t, url, 0, "")
-		})
+	dump := pgDump(t, set.databaseURL, "--schema-only")
+	url := emptyDatabase(t, "")
+	if dump == "" {
+		t.Log("there is no pg_dump")
 		return
+	}
+	execute(t, connect(t, url), dump)
+	checkRepaired(t, url, 0, "")
+}
+
+// TestStartOnDumpOfData restores data into a database that has the schema already.
+func TestStartOnDumpOfData(t *testing.T) {
+	t.Parallel()
+	from := newDatabase(t)
+	source := openTestPostgres(t, from)
+	for _, key := range []string{"", "key", "other"} {
+		if _, err := source.createUser(t.Context(), input("John", "Doe", "hash"), key); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := source.updateUser(t.Context(), 3, input("Jane", "", ""), nil); err != nil {
+		t.Fatal(err)
+	}
+	for name, options := range map[string][]string{
+		"users":                     {"--table=users"},
+		"users, triggers disabled":  {"--table=users", "--disable-triggers"},
+		"tables":                    {},
+		"tables, triggers disabled": {"--disable-triggers"},
+	} {
+		dump := pgDump(t, from, append([]string{"--data-only", "--inserts"}, options...)...)
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			if dump == "" {
+				t.Log("there is no pg_dump")
+				return
+			}
+			url := newDatabase(t)
+			conn := connect(t, asSuperuser(t, url))
+			execute(t, conn, dump)
+			checkRepaired(t, url, 3, "")
+			version := queryValue[int](t, conn, "SELECT version FROM public.users WHERE id = 3")
+			if version != 2 {
+				t.Errorf("a user of version 2 has version %d", version)
+			}
+		})
 	}
 }
 
