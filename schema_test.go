@@ -496,6 +496,32 @@ func TestTraceIDsOfABatch(t *testing.T) {
 	}
 }
 
+// TestTraceIDsOfAUser changes one user from many sides: each change has the trace id of its own
+// request.
+func TestTraceIDsOfAUser(t *testing.T) {
+	t.Parallel()
+	svc := startService(t, postgresSettings(t))
+	id := svc.createUser("John", "Doe")
+	const changes = 24
+	versions := make([]string, changes)
+	var group sync.WaitGroup
+	for i := range changes {
+		group.Go(func() {
+			a := svc.do("PUT", fmt.Sprint("/users/", id), fmt.Sprintf(`{"name": "name %d"}`, i),
+				fmt.Sprint("X-Request-Id: change-", i))
+			if a.status != 200 {
+				t.Errorf("%d %s", a.status, a.body)
+			}
+			versions[i] = strings.Trim(a.header.Get("ETag"), `"`)
+		})
+	}
+	group.Wait()
+	for i, version := range versions {
+		svc.waitForLine(fmt.Sprintf("Received event user.updated with user_id=%d", id),
+			"trace_id", fmt.Sprint("change-", i), "version", version)
+	}
+}
+
 // TestTableRefuses writes what no answer could show.
 func TestTableRefuses(t *testing.T) {
 	t.Parallel()
