@@ -33,9 +33,10 @@ const (
 	maxRetries      = 2
 )
 
-// The connections of a replica. Three replicas fit into a pooler with its usual 20.
+// The connections of a replica.
 const (
-	defaultPoolSize = 6
+	defaultPoolSize = 8
+	pooledPoolSize  = 6 // behind a pooler: three replicas share its usual 20
 	minPoolSize     = 4
 	maxPoolSize     = 16
 	reservedConns   = 2 // for the relay and for probes; requests share the others
@@ -192,7 +193,7 @@ func prepareDatabase(ctx context.Context, config *pgxpool.Config, deadline time.
 		_ = conn.Close(ctx)
 	}()
 	var pooled bool // a pooler shows itself by the id of another process
-	err = conn.QueryRow(ctx, `SELECT pg_backend_pid() <> $1,
+	err = conn.QueryRow(ctx, `SELECT pg_backend_pid() <> $1::bigint,
 		current_setting('default_transaction_isolation') <> 'read committed'`,
 		pgx.QueryExecModeExec, int64(conn.PgConn().PID())).Scan(&pooled, &explicit)
 	if err != nil {
@@ -201,8 +202,12 @@ func prepareDatabase(ctx context.Context, config *pgxpool.Config, deadline time.
 	config.AfterConnect = nil
 	if !pooled {
 		config.AfterConnect, explicit = openSession, false
-	} else if !strings.Contains(c.ConnString(), "default_query_exec_mode=") {
+	}
+	if pooled && !strings.Contains(c.ConnString(), "default_query_exec_mode=") {
 		config.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeCacheDescribe
+	}
+	if pooled && !strings.Contains(c.ConnString(), "pool_max_conns=") {
+		config.MaxConns = pooledPoolSize
 	}
 	err = applySchema(ctx, conn)
 	if refusal, ok := errors.AsType[*pgconn.PgError](err); ok && refusal.Hint != "" {
@@ -296,10 +301,11 @@ type kind struct {
 // budget is that of ctx where it has one, as a batch has. A caller who leaves ends the wait for a
 // connection, but not a statement under way.
 func (s *postgres) do(ctx context.Context, what string, k kind, f statement) error {
-	budget, cancel := ctx, func() {}
-	if _, ok := ctx.Deadline(); !ok {
-		budget, cancel = context.WithTimeout(context.WithoutCancel(ctx), statementBudget)
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		deadline = time.Now().Add(statementBudget)
 	}
+	budget, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
 	defer cancel()
 	for _, lane := range k.lanes {
 		if err := lane.take(ctx, budget); err != nil {

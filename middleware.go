@@ -350,7 +350,8 @@ func problemOf(err error, r *http.Request) *problem {
 			"Other data refer to user with id "+r.PathValue("id"))
 	case errors.Is(err, errRefused):
 		return newProblem(http.StatusConflict, "A rule of the database refuses the change")
-	case errors.Is(err, errUnavailable), errors.Is(err, errBusy):
+	case errors.Is(err, errUnavailable), errors.Is(err, errBusy),
+		errors.Is(err, context.DeadlineExceeded):
 		return newProblem(http.StatusServiceUnavailable,
 			"The service cannot take the request now; nothing was changed")
 	case errors.Is(err, errOutcomeUnknown):

@@ -131,7 +131,7 @@ func (s *postgres) maintain(ctx context.Context) {
 // a snapshot has either the many or the one.
 func (s *postgres) fold(ctx context.Context) error {
 	for folded := foldMost; folded == foldMost; {
-		err := s.do(ctx, "folding", s.read, func(ctx context.Context, db querier) error {
+		err := s.do(ctx, "folding", s.write, func(ctx context.Context, db querier) error {
 			return db.QueryRow(ctx, `
 				WITH many AS (
 					DELETE FROM user_counts WHERE ctid = ANY (ARRAY(
@@ -155,7 +155,7 @@ func (s *postgres) fold(ctx context.Context) error {
 // sweepKeys deletes idempotency keys that are too old, some pages of the table at a time.
 func (s *postgres) sweepKeys(ctx context.Context) error {
 	for page, pages := 0, 1; page < pages; page += keyPages {
-		err := s.do(ctx, "deleting keys", s.read, func(ctx context.Context, db querier) error {
+		err := s.do(ctx, "deleting keys", s.write, func(ctx context.Context, db querier) error {
 			return db.QueryRow(ctx, `
 				WITH old AS (
 					DELETE FROM idempotency_keys

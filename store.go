@@ -124,14 +124,17 @@ func (s *postgres) insertUser(ctx context.Context, in userInput, key string) (Us
 	return u, err
 }
 
+// creationUnder locks the row that it finds, so that its commit waits for the synchronous standbys: the
+// creation may be visible before they have it.
 func (s *postgres) creationUnder(ctx context.Context, key string) (User, string, error) {
 	var u User
 	var password string
-	err := s.do(ctx, "selecting a creation", s.read, func(ctx context.Context, db querier) error {
+	err := s.do(ctx, "selecting a creation", s.write, func(ctx context.Context, db querier) error {
 		return db.QueryRow(ctx, `
 			SELECT user_id, name, surname, 1, created_at, created_at, password
 			FROM idempotency_keys
-			WHERE key = $1 AND created_at > now() - make_interval(secs => $2)`,
+			WHERE key = $1 AND created_at > now() - make_interval(secs => $2)
+			FOR NO KEY UPDATE`,
 			key, keyLifetime.Seconds(),
 		).Scan(append(u.scanInto(), &password)...)
 	})
@@ -292,7 +295,7 @@ func (s *postgres) change(ctx context.Context, by changer, c *userChange) (User,
 	if done || err != nil {
 		return u, err
 	}
-	ctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
+	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	for range maxRetries {
 		u, err := s.getUser(ctx, c.id)

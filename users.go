@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 	"unicode"
 	"unicode/utf8"
 )
@@ -88,6 +89,9 @@ type api struct {
 // fieldRule returns a field's text as it is taken, or says what is wrong with it.
 type fieldRule func(text string) (string, error)
 
+// keyedBudget is the time of a creation that has an idempotency key.
+const keyedBudget = 4500 * time.Millisecond
+
 // guesses is how many passwords may be tried on a user within a minute.
 const guesses = 10
 
@@ -140,6 +144,9 @@ func (a *api) createUser(w http.ResponseWriter, r *http.Request) error {
 // header of the answer.
 func (a *api) createOnce(ctx context.Context, h http.Header, in userInput, key string) (User, error) {
 	if key != "" {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, keyedBudget) // for several statements together
+		defer cancel()
 		if _, running := a.creating.LoadOrStore(key, true); running {
 			return User{}, newProblem(http.StatusConflict,
 				"A request with this Idempotency-Key is still running")
