@@ -27,8 +27,10 @@ const (
 	connectBudget   = 2 * time.Second        // for one host
 	allHostsBudget  = 3 * time.Second        // for several together
 	statementBudget = 4 * time.Second        // for a connection and an answer
+	batchBudget     = 3 * time.Second        // for changes that are made together
 	cancelBudget    = 500 * time.Millisecond // for the answer to a cancel request
 	readyBudget     = 2 * time.Second
+	startUpkeep     = 10 * time.Second // for what maintain does too
 	closeWait       = 500 * time.Millisecond
 	maxRetries      = 2
 )
@@ -83,7 +85,8 @@ func poolConfig(databaseURL, appName string) (*pgxpool.Config, error) {
 		return strings.EqualFold(name, "client_encoding") || strings.EqualFold(name, "datestyle")
 	})
 	ours := map[string]string{"application_name": appName, "timezone": "UTC",
-		"client_encoding": "UTF8", "datestyle": "ISO"}
+		"standard_conforming_strings": "on",
+		"client_encoding":             "UTF8", "datestyle": "ISO"}
 	maps.Copy(ours, c.RuntimeParams)
 	c.RuntimeParams = ours
 	c.BuildContextWatcherHandler = func(conn *pgconn.PgConn) ctxwatch.Handler {
@@ -162,14 +165,16 @@ func openPostgres(ctx context.Context, databaseURL, appName string,
 		return nil, err
 	}
 	s := newPostgres(pool, explicit, log)
+	ctx, cancel := context.WithTimeout(ctx, startUpkeep)
+	defer cancel()
 	_ = errors.Join(s.fold(ctx), s.vacuum(ctx)) // maintain tries again
 	return s, nil
 }
 
 // prepareDatabase brings the schema up to date on a connection of its own, and config in line with
 // what is at the other end. A pooler gives the session to somebody else after each transaction: there
-// config gets a mode without prepared statements, the session is left as it is, and explicit says
-// whether each transaction has to ask for its isolation level.
+// config gets a mode that keeps no prepared statement from one round trip to the next, the session is
+// left as it is, and explicit says whether each transaction has to ask for its isolation level.
 func prepareDatabase(ctx context.Context, config *pgxpool.Config, deadline time.Time,
 	log *slog.Logger) (explicit bool, err error) {
 	ctx, cancel := context.WithDeadline(ctx, deadline)
@@ -203,8 +208,11 @@ func prepareDatabase(ctx context.Context, config *pgxpool.Config, deadline time.
 	if !pooled {
 		config.AfterConnect, explicit = openSession, false
 	}
-	if pooled && !strings.Contains(c.ConnString(), "default_query_exec_mode=") {
-		config.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeCacheDescribe
+	switch mode := &config.ConnConfig.DefaultQueryExecMode; *mode {
+	case pgx.QueryExecModeCacheStatement, pgx.QueryExecModeDescribeExec:
+		if pooled {
+			*mode = pgx.QueryExecModeCacheDescribe
+		}
 	}
 	if pooled && !strings.Contains(c.ConnString(), "pool_max_conns=") {
 		config.MaxConns = pooledPoolSize
@@ -216,18 +224,20 @@ func prepareDatabase(ctx context.Context, config *pgxpool.Config, deadline time.
 	return explicit, err
 }
 
-// openSession prepares a new connection. With its default PostgreSQL plans WHERE id = ANY ($1) at
-// each call.
+// openSession prepares a new connection. By default PostgreSQL plans WHERE id = ANY ($1) at each call.
+// A plan is kept, and one for an empty outbox must be right for a full one too: each statement has an
+// index, but for the total. JIT would compile that one for longer than it runs.
 func openSession(ctx context.Context, conn *pgx.Conn) error {
 	ctx, cancel := context.WithTimeout(ctx, connectBudget)
 	defer cancel()
-	_, err := conn.Exec(ctx, `SET plan_cache_mode = force_generic_plan;
-		SET default_transaction_isolation = 'read committed'`)
+	_, err := conn.Exec(ctx, `SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off;
+		SET jit = off; SET default_transaction_isolation = 'read committed'`)
 	return err
 }
 
 // applySchema applies each step of schema.sql in a transaction of its own. One replica at a time
-// does so in this schema.
+// does so in this schema. Its commits wait for a synchronous standby only where the schema is new:
+// a replica can start while the standby is away.
 func applySchema(ctx context.Context, conn *pgx.Conn) error {
 	for _, step := range strings.Split(schema, "\n-- Step ")[1:] {
 		options := pgx.TxOptions{IsoLevel: pgx.ReadCommitted}
@@ -237,7 +247,9 @@ func applySchema(ctx context.Context, conn *pgx.Conn) error {
 					set_config('client_min_messages', 'notice', true),
 					set_config('statement_timeout', '0', true), set_config('lock_timeout', '0', true);
 				SELECT pg_advisory_xact_lock(hashtext('user-service'), hashtext(current_schema()));
-				SELECT set_config('lock_timeout', '200ms', true)`)
+				SELECT set_config('lock_timeout', '200ms', true);
+				SELECT set_config('synchronous_commit', 'local', true)
+				WHERE to_regprocedure('user_service_schema()') IS NOT NULL`)
 			if err != nil {
 				return fmt.Errorf("locking the schema: %w", err)
 			}

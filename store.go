@@ -272,7 +272,7 @@ func (s *postgres) newChanger(sql string) changer {
 	return changer{
 		waiting: strings.Replace(sql, "SKIP LOCKED", "", 1),
 		group: &Group[*userChange, User]{
-			budget: statementBudget, alone: coalescing.writesAlone, limit: coalescing.writes,
+			budget: batchBudget, alone: coalescing.writesAlone, limit: coalescing.writes,
 			run: func(ctx context.Context, changes []*userChange) (map[*userChange]User, error) {
 				return s.changeTogether(ctx, sql, changes)
 			},
@@ -291,9 +291,11 @@ func (s *postgres) change(ctx context.Context, by changer, c *userChange) (User,
 		return User{}, fmt.Errorf("waiting for another change of the user: %w", err)
 	}
 	defer wake(s.wake)
-	u, done, err := by.group.Do(ctx, c)
-	if done || err != nil {
-		return u, err
+	if time.Until(deadline) > batchBudget { // else its turn came late, and other changes with it
+		u, done, err := by.group.Do(ctx, c)
+		if done || err != nil {
+			return u, err
+		}
 	}
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
