@@ -389,6 +389,12 @@ func isStale(err error) bool {
 	return code == "0A000" || code == "26000" || code == "42P05"
 }
 
+// isTimeout reports that a statement was cancelled, or waited too long for a lock.
+func isTimeout(err error) bool {
+	code := sqlState(err)
+	return code == "57014" || code == "55P03"
+}
+
 // sqlState returns "" where err is not what the server said.
 func sqlState(err error) string {
 	if refusal, ok := errors.AsType[*pgconn.PgError](err); ok {
@@ -409,16 +415,15 @@ func sentinel(err error, lost, harmless bool) error {
 		return errNotFound
 	case !harmless:
 		return fmt.Errorf("%w: %w", errOutcomeUnknown, err)
-	case lost, errors.Is(err, context.DeadlineExceeded), isConflict(err),
-		class == "53",                    // no resources
-		code == "57014", code == "55P03", // timeouts of a statement and of a lock
+	case lost, errors.Is(err, context.DeadlineExceeded), isConflict(err), isTimeout(err),
+		class == "53",   // no resources
 		code == "25006": // read-only
 		return fmt.Errorf("%w: %w", errUnavailable, err)
 	case code == "22021", code == "22P02", code == "22P05", code == "22003":
 		return fmt.Errorf("%w: %w", errInvalidValue, err)
 	case code == "23503":
 		return fmt.Errorf("%w: %w", errReferenced, err)
-	case class == "23": // a constraint
+	case class == "23", code == "P0001": // a constraint; RAISE in a trigger
 		return fmt.Errorf("%w: %w", errRefused, err)
 	}
 	return err

@@ -387,15 +387,18 @@ func (c *consumer) handle(ctx context.Context, body []byte) error {
 	return nil
 }
 
-// commit flushes the log. If that fails, the events since the last commit count as unseen.
+// commit flushes the log. If that fails because lines were dropped, the events since the last commit
+// count as unseen.
 func (c *consumer) commit() error {
-	fresh := c.fresh
-	c.fresh = 0
-	if err := flushLog(c.log); err != nil {
-		c.newest = recent[int64, seen]{max: maxVersions}
+	err := flushLog(c.log)
+	if errors.Is(err, errLinesLost) {
+		c.newest, c.fresh = recent[int64, seen]{max: maxVersions}, 0
+	}
+	if err != nil {
 		return fmt.Errorf("logging events: %w", err)
 	}
-	c.consumed.Add(fresh)
+	c.consumed.Add(c.fresh)
+	c.fresh = 0
 	return nil
 }
 

@@ -1,8 +1,9 @@
 package main
 
 import (
-	"cmp"
 	"context"
+	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"math"
@@ -94,15 +95,18 @@ func (h *logHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 // WithGroup has no effect: the keys of a line are flat.
 func (h *logHandler) WithGroup(string) slog.Handler { return h }
 
-// flushLog writes out what a logger of newLogger has not written yet. It fails also where
-// lines were lost since the last time.
+// errLinesLost reports that lines were dropped. Lines that could not be written yet are not.
+var errLinesLost = errors.New("log lines were dropped")
+
+// flushLog writes out what a logger of newLogger has not written yet. It fails with errLinesLost where
+// lines were dropped since the last time.
 func flushLog(log *slog.Logger) error {
 	out := log.Handler().(*logHandler).out
 	out.mu.Lock()
 	defer out.mu.Unlock()
 	lost := out.lost
 	out.lost = nil
-	return cmp.Or(out.flushLocked(), lost)
+	return errors.Join(out.flushLocked(), lost)
 }
 
 // stopCollecting writes out what a logger of newLogger has not written yet, and from then on
@@ -135,7 +139,7 @@ func (l *logWriter) Write(line []byte) (int, error) {
 	defer l.mu.Unlock()
 	if len(l.buffer)+len(line) > logCapacity {
 		if err := l.flushLocked(); err != nil {
-			l.lost = err // this line; half a line never is
+			l.lost = fmt.Errorf("%w: %w", errLinesLost, err) // this line; half a line never is
 			return 0, err
 		}
 	}

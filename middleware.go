@@ -350,8 +350,7 @@ func problemOf(err error, r *http.Request) *problem {
 			"Other data refer to user with id "+r.PathValue("id"))
 	case errors.Is(err, errRefused):
 		return newProblem(http.StatusConflict, "A rule of the database refuses the change")
-	case errors.Is(err, errUnavailable), errors.Is(err, errBusy),
-		errors.Is(err, context.DeadlineExceeded):
+	case errors.Is(err, errUnavailable), errors.Is(err, errBusy):
 		return newProblem(http.StatusServiceUnavailable,
 			"The service cannot take the request now; nothing was changed")
 	case errors.Is(err, errOutcomeUnknown):

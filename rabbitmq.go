@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/url"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -59,7 +60,11 @@ func parseRabbitURL(text string) (string, error) {
 	if err := checkURL(text, "amqp", "amqps"); err != nil {
 		return "", err
 	}
-	for _, single := range splitHosts(text) {
+	hosts := splitHosts(text)
+	for _, single := range hosts {
+		if u, err := url.Parse(single); err != nil || u.Host == "" && len(hosts) > 1 {
+			return "", errUnusable
+		}
 		if _, err := amqp.ParseURI(single); err != nil {
 			return "", err
 		}

@@ -128,7 +128,8 @@ func checkURL(text string, schemes ...string) error {
 	}
 	for _, single := range splitHosts(text) {
 		u, err := url.Parse(single)
-		if err != nil {
+		if err != nil || strings.HasSuffix(u.Host, ":") ||
+			strings.Count(u.Host, ":") > 1 && !strings.HasPrefix(u.Host, "[") {
 			return errUnusable
 		}
 		if port := u.Port(); port != "" {

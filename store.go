@@ -315,12 +315,13 @@ func (s *postgres) change(ctx context.Context, by changer, c *userChange) (User,
 	return User{}, fmt.Errorf("changing a user: a trigger prevents it: %w", errRefused)
 }
 
-// changeTogether makes those changes that can be made together. Where PostgreSQL refuses one, it
-// makes none.
+// changeTogether makes those changes that can be made together. Where PostgreSQL refuses one, or one
+// takes too long for a limit of the site, it makes none.
 func (s *postgres) changeTogether(ctx context.Context, sql string, changes []*userChange) (
 	map[*userChange]User, error) {
 	users, err := s.changeUsers(ctx, sql, s.write, changes)
-	if err != nil && !errors.Is(err, errUnavailable) && !errors.Is(err, errOutcomeUnknown) {
+	timedOut := isTimeout(err) && ctx.Err() == nil
+	if err != nil && (timedOut || !errors.Is(err, errUnavailable) && !errors.Is(err, errOutcomeUnknown)) {
 		return nil, nil
 	}
 	results := make(map[*userChange]User, len(changes))

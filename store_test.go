@@ -923,7 +923,7 @@ func TestPoolConfigSendsWhatPoolersTake(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := map[string]string{"application_name": "test", "client_encoding": "UTF8",
-		"datestyle": "ISO", "timezone": "UTC"}
+		"datestyle": "ISO", "timezone": "UTC", "standard_conforming_strings": "on"}
 	if got := config.ConnConfig.RuntimeParams; !maps.Equal(got, want) {
 		t.Errorf("%v, not %v", got, want)
 	}

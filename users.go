@@ -89,8 +89,8 @@ type api struct {
 // fieldRule returns a field's text as it is taken, or says what is wrong with it.
 type fieldRule func(text string) (string, error)
 
-// keyedBudget is the time of a creation that has an idempotency key.
-const keyedBudget = 4500 * time.Millisecond
+// creationBudget is the time that the store has for the statements of a creation together.
+const creationBudget = 4500 * time.Millisecond
 
 // guesses is how many passwords may be tried on a user within a minute.
 const guesses = 10
@@ -143,16 +143,15 @@ func (a *api) createUser(w http.ResponseWriter, r *http.Request) error {
 // createOnce creates a user, or returns the one that was created under the key before. h is the
 // header of the answer.
 func (a *api) createOnce(ctx context.Context, h http.Header, in userInput, key string) (User, error) {
+	budget, cancel := context.WithTimeout(ctx, creationBudget)
+	defer cancel()
 	if key != "" {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, keyedBudget) // for several statements together
-		defer cancel()
 		if _, running := a.creating.LoadOrStore(key, true); running {
 			return User{}, newProblem(http.StatusConflict,
 				"A request with this Idempotency-Key is still running")
 		}
 		defer a.creating.Delete(key)
-		u, err := a.replay(ctx, h, in, key)
+		u, err := a.replay(ctx, budget, h, in, key)
 		if !errors.Is(err, errNotFound) {
 			return u, err
 		}
@@ -161,17 +160,17 @@ func (a *api) createOnce(ctx context.Context, h http.Header, in userInput, key s
 	if err := a.hashPassword(ctx, &hashed); err != nil {
 		return User{}, err
 	}
-	u, err := a.store.createUser(ctx, hashed, key)
+	u, err := a.store.createUser(budget, hashed, key)
 	if errors.Is(err, errKeyUsed) { // another replica was faster
-		return a.replay(ctx, h, in, key)
+		return a.replay(ctx, budget, h, in, key)
 	}
 	return u, err
 }
 
 // replay returns the user that was created under the key, if in is what created it. Because the
 // answer tells whether the password is the same, it costs one of the user's tries.
-func (a *api) replay(ctx context.Context, h http.Header, in userInput, key string) (User, error) {
-	u, hash, err := a.store.creationUnder(ctx, key)
+func (a *api) replay(ctx, budget context.Context, h http.Header, in userInput, key string) (User, error) {
+	u, hash, err := a.store.creationUnder(budget, key)
 	if err != nil {
 		return User{}, err
 	}
