@@ -1,5 +1,8 @@
 package main
 
+// This file owns the way to PostgreSQL: the connections, the application of schema.sql, how a
+// statement is run, and what its errors mean.
+
 import (
 	"context"
 	_ "embed"

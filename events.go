@@ -184,7 +184,7 @@ func (r *relay) session(ctx, work context.Context, restored func()) error {
 		if leads, n, err = r.relayOnce(work, p, led); err != nil {
 			return err
 		}
-		r.leads.Set(map[bool]float64{true: 1}[leads])
+		r.leads.Set(oneIf(leads))
 		if led || !leads { // a new leader has yet to publish
 			restored()
 		}
@@ -197,16 +197,24 @@ func (r *relay) session(ctx, work context.Context, restored func()) error {
 		if n == relayRead {
 			continue
 		}
-		pause := relayPoll
+		changed, pause := r.outbox.changed(), relayPoll
 		if !leads {
-			pause = leadInterval
+			changed, pause = nil, leadInterval
 		}
 		select {
 		case <-ctx.Done():
-		case <-r.outbox.changed():
+		case <-changed:
 		case <-time.After(pause):
 		}
 	}
+}
+
+// oneIf returns the value of a gauge of yes and no.
+func oneIf(yes bool) float64 {
+	if yes {
+		return 1
+	}
+	return 0
 }
 
 // resign lets another replica lead, whose broker may answer.

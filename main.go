@@ -223,12 +223,7 @@ func newBroker(s settings, to messageHandler, log *slog.Logger, set *metrics.Set
 		b = newRabbitMQ(s, log, set)
 	}
 	set.GetOrCreateCounter("events_returned_total") // none is, in process
-	set.NewGauge("broker_connected", func() float64 {
-		if b.status() == "down" {
-			return 0
-		}
-		return 1
-	})
+	set.NewGauge("broker_connected", func() float64 { return oneIf(b.status() != "down") })
 	return b
 }
 

@@ -1,5 +1,7 @@
 package main
 
+// This file owns the statements for events, for the lease of the relay, and for the upkeep of tables.
+
 import (
 	"context"
 	"math/rand/v2"

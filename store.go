@@ -1,5 +1,7 @@
 package main
 
+// This file owns the statements for users.
+
 import (
 	"context"
 	"errors"
