@@ -27,7 +27,7 @@ build: ## build ./user-service, a static binary
 test: lint ## lint, all tests with the race detector against real services, some of each fuzz target
 	exports=$$(.ci/services); eval "$$exports"; \
 	REQUIRE_SERVICES=1 $(GOTESTSUM) --format pkgname-and-test-fails --hide-summary output \
-		--jsonfile $(TEST_LOG) -- -race -count=1 -parallel 8 ./...
+		--jsonfile $(TEST_LOG) -- -race -count=1 -parallel 8 -timeout 20m ./...
 	@! grep -E '"Action":"skip".*"Test":' $(TEST_LOG) || { echo "skipped tests count as failed"; exit 1; }
 	$(MAKE) --no-print-directory fuzz FUZZTIME=5000x
 
