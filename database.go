@@ -139,6 +139,19 @@ var remedies = map[string]string{
 	"42501": "the role must own its database or be granted CREATE on its schema",
 }
 
+// errSchema reports that the server refused a step of schema.sql.
+var errSchema = errors.New("the schema cannot be applied")
+
+// isTemporary says whether a step may succeed later: after a conflict, a lock, a shutdown, a lack of
+// resources, on another host, or on a new connection.
+func isTemporary(code string) bool {
+	switch code[:min(2, len(code))] {
+	case "", "08", "25", "40", "53", "55", "57", "58":
+		return true
+	}
+	return false
+}
+
 // openPostgres waits until the database answers and has the schema, for databaseWait at most. It
 // does not wait for what can never work.
 func openPostgres(ctx context.Context, databaseURL, appName string,
@@ -157,7 +170,7 @@ func openPostgres(ctx context.Context, databaseURL, appName string,
 			denials++
 			err = fmt.Errorf("%w; %s", err, remedy)
 		}
-		hopeless := code == "US001" || code == "42501" || denials == maxDenials
+		hopeless := errors.Is(err, errSchema) && !isTemporary(code) || denials == maxDenials
 		if hopeless || ctx.Err() != nil || time.Now().Add(databaseRetry).After(deadline) {
 			return nil, fmt.Errorf("opening the database: %w", err)
 		}
@@ -234,7 +247,8 @@ func openSession(ctx context.Context, conn *pgx.Conn) error {
 	ctx, cancel := context.WithTimeout(ctx, connectBudget)
 	defer cancel()
 	_, err := conn.Exec(ctx, `SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off;
-		SET jit = off; SET default_transaction_isolation = 'read committed'`)
+		SET jit = off; SET default_transaction_isolation = 'read committed';
+		SET client_min_messages = warning`) // see noteUnsynced
 	return err
 }
 
@@ -258,7 +272,7 @@ func applySchema(ctx context.Context, conn *pgx.Conn) error {
 			}
 			number, _, _ := strings.Cut(step, ":")
 			if _, err := tx.Exec(ctx, "-- "+step); err != nil {
-				return fmt.Errorf("step %s of the schema: %w", number, err)
+				return fmt.Errorf("%w: step %s: %w", errSchema, number, err)
 			}
 			return nil
 		})
@@ -365,11 +379,15 @@ func (s *postgres) try(ctx context.Context, k kind, f statement) (err error, aga
 	case err == nil:
 		return nil, false
 	}
+	if sqlState(err) == alteredType { // the session would fail again and again
+		_ = conn.Conn().Close(ctx)
+	}
 	lost := conn.Conn().IsClosed()
 	if lost || sqlState(err) == "25006" { // the others are as old; new ones may reach the new primary
 		s.pool.Reset()
 	}
-	harmless := k.idempotent || sqlState(err) != "" && !lost || pgconn.SafeToRetry(err)
+	harmless := k.idempotent || sqlState(err) != "" && !lost || pgconn.SafeToRetry(err) ||
+		sqlState(err) == alteredType
 	return sentinel(err, lost, harmless), harmless && (lost || isPassing(err))
 }
 
@@ -389,8 +407,12 @@ func isConflict(err error) bool {
 // pooler has changed the session. The next attempt prepares it again.
 func isStale(err error) bool {
 	code := sqlState(err)
-	return code == "0A000" || code == "26000" || code == "42P05"
+	return code == "0A000" || code == "26000" || code == "42P05" || code == alteredType
 }
+
+// alteredType is what a trigger fails with where its session knows another type of id, version or
+// updated_at.
+const alteredType = "42804"
 
 // isTimeout reports that a statement was cancelled, or waited too long for a lock.
 func isTimeout(err error) bool {
@@ -426,7 +448,7 @@ func sentinel(err error, lost, harmless bool) error {
 		return fmt.Errorf("%w: %w", errInvalidValue, err)
 	case code == "23503":
 		return fmt.Errorf("%w: %w", errReferenced, err)
-	case class == "23", code == "P0001": // a constraint; RAISE in a trigger
+	case class == "23", code == "P0001", code == "22001", code == "44000": // a constraint, RAISE, a length
 		return fmt.Errorf("%w: %w", errRefused, err)
 	}
 	return err

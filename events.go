@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"log/slog"
 	"math/rand/v2"
 	"regexp"
@@ -65,7 +66,8 @@ func (e event) check() error {
 
 // logSetAside is all that remains of an event.
 func logSetAside(ctx context.Context, log *slog.Logger, e event, err error) {
-	log.LogAttrs(withTraceID(ctx, e.TraceID), slog.LevelError, "Event set aside",
+	id := e.TraceID[:min(len(e.TraceID), maxTraceIDBytes)]
+	log.LogAttrs(withTraceID(ctx, id), slog.LevelError, "Event set aside",
 		slog.Any("error", err), slog.String("event_id", e.ID), slog.String("event_type", e.Type),
 		slog.Int64("user_id", e.Data.UserID), slog.Int64("version", e.Data.Version))
 }
@@ -338,14 +340,16 @@ type consumer struct {
 	log      *slog.Logger
 	consumed *metrics.Counter
 	skipped  *metrics.Counter
+	seed     maphash.Seed        // of the hashes of event ids
 	newest   recent[int64, seen] // by user
 	fresh    int                 // events since the last commit
 }
 
-// seen is the newest version of a user that the consumer got, and the event that told it.
+// seen is the newest version of a user that the consumer got, and a hash of the event's id. It has no
+// pointers, which the garbage collector would follow.
 type seen struct {
 	version int64
-	eventID string
+	event   uint64
 }
 
 func newConsumer(log *slog.Logger, set *metrics.Set) *consumer {
@@ -353,6 +357,7 @@ func newConsumer(log *slog.Logger, set *metrics.Set) *consumer {
 		log:      log,
 		consumed: set.NewCounter("events_consumed_total"),
 		skipped:  set.NewCounter("events_skipped_total"),
+		seed:     maphash.MakeSeed(),
 		newest:   recent[int64, seen]{max: maxVersions},
 	}
 }
@@ -379,8 +384,7 @@ func (c *consumer) handle(ctx context.Context, body []byte) error {
 	}
 	if newest, ok := c.newest.get(e.Data.UserID); ok && newest.version >= e.Data.Version {
 		c.skipped.Inc()
-		if newest.version == e.Data.Version && newest.eventID != e.ID {
-			attrs = append(attrs, slog.String("known_event_id", newest.eventID))
+		if newest.version == e.Data.Version && newest.event != maphash.String(c.seed, e.ID) {
 			c.log.LogAttrs(ctx, slog.LevelWarn,
 				"Conflicting event: the database was restored or lost changes in a failover", attrs...)
 			return nil
@@ -390,7 +394,7 @@ func (c *consumer) handle(ctx context.Context, body []byte) error {
 	}
 	message := fmt.Sprintf("Received event %s with user_id=%d", e.Type, e.Data.UserID)
 	c.log.LogAttrs(ctx, slog.LevelInfo, message, attrs...)
-	c.newest.put(e.Data.UserID, seen{e.Data.Version, e.ID})
+	c.newest.put(e.Data.UserID, seen{e.Data.Version, maphash.String(c.seed, e.ID)})
 	c.fresh++
 	return nil
 }

@@ -36,7 +36,8 @@ func (s *postgres) size(ctx context.Context) (pending int64, oldest time.Duratio
 }
 
 // lead takes the lease where nobody else has it. There may be several rows, after a restore: they
-// count as one, because who leads holds all of them and a live row of somebody else stops it.
+// count as one, because who leads holds all of them and a live row of somebody else stops it. A row that
+// ends too far in the future is not live: the clock of the database was put back.
 //
 // The commit waits for the synchronous standbys, whatever the session's settings. So what was read
 // from the outbox before is on every standby that may become the primary.
@@ -46,22 +47,27 @@ func (s *postgres) lead(ctx context.Context) (leads bool, err error) {
 	err = s.do(ctx, "taking the lease", once, func(ctx context.Context, db querier) error {
 		return db.QueryRow(ctx, `
 			WITH lease AS (
-				SELECT $1::text AS holder, clock_timestamp() + make_interval(secs => $2) AS until
+				SELECT $1::text AS holder, clock_timestamp() + length AS until, length
+				FROM make_interval(secs => $2) AS length
 			), first AS (
 				INSERT INTO relay_lease (holder, until)
-				SELECT * FROM lease WHERE NOT EXISTS (SELECT FROM relay_lease)
+				SELECT holder, until FROM lease WHERE NOT EXISTS (SELECT FROM relay_lease)
 				RETURNING holder
 			), next AS (
 				UPDATE relay_lease SET holder = lease.holder, until = lease.until FROM lease
 				WHERE ctid = ANY (ARRAY(
 						SELECT ctid FROM relay_lease
-						WHERE holder = $1 OR until < clock_timestamp() FOR UPDATE SKIP LOCKED))
+						WHERE holder = $1 OR until NOT BETWEEN clock_timestamp() AND lease.until + lease.length
+						FOR UPDATE SKIP LOCKED))
 					AND NOT EXISTS (
-						SELECT FROM relay_lease WHERE holder <> $1 AND until >= clock_timestamp())
+						SELECT FROM relay_lease
+						WHERE holder <> $1
+							AND until BETWEEN clock_timestamp() AND lease.until + lease.length)
 				RETURNING relay_lease.holder
 			)
 			SELECT EXISTS (SELECT FROM first) OR EXISTS (SELECT FROM next)
-			FROM set_config('synchronous_commit', 'on', true)`, s.holder, leaseSeconds).Scan(&leads)
+			FROM set_config('synchronous_commit', 'on', true) AS waits,
+				set_config('client_min_messages', 'warning', true) AS warns`, s.holder, leaseSeconds).Scan(&leads)
 	})
 	return leads && err == nil, err
 }
@@ -133,7 +139,7 @@ func (s *postgres) maintain(ctx context.Context) {
 // a snapshot has either the many or the one.
 func (s *postgres) fold(ctx context.Context) error {
 	for folded := foldMost; folded == foldMost; {
-		err := s.do(ctx, "folding", s.write, func(ctx context.Context, db querier) error {
+		err := s.do(ctx, "folding", s.create, func(ctx context.Context, db querier) error {
 			return db.QueryRow(ctx, `
 				WITH many AS (
 					DELETE FROM user_counts WHERE ctid = ANY (ARRAY(
@@ -157,7 +163,7 @@ func (s *postgres) fold(ctx context.Context) error {
 // sweepKeys deletes idempotency keys that are too old, some pages of the table at a time.
 func (s *postgres) sweepKeys(ctx context.Context) error {
 	for page, pages := 0, 1; page < pages; page += keyPages {
-		err := s.do(ctx, "deleting keys", s.write, func(ctx context.Context, db querier) error {
+		err := s.do(ctx, "deleting keys", s.create, func(ctx context.Context, db querier) error {
 			return db.QueryRow(ctx, `
 				WITH old AS (
 					DELETE FROM idempotency_keys
@@ -179,6 +185,11 @@ func (s *postgres) sweepKeys(ctx context.Context) error {
 func (s *postgres) vacuum(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, vacuumBudget)
 	defer cancel()
+	requests := s.read.lanes[0]
+	if err := requests.take(ctx, ctx); err != nil {
+		return err
+	}
+	defer requests.free()
 	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
 		return err

@@ -104,9 +104,13 @@ var repairs = []struct {
 	{name: "the sequence of outbox set back", users: 3, line: "outbox",
 		sql: `INSERT INTO users (name, surname, password) VALUES ('a', 'b', 'c');
 			DELETE FROM users WHERE name = 'a'; ALTER TABLE outbox ALTER id RESTART`},
-	{name: "ids copied", users: 5, line: "sequence",
-		sql: `INSERT INTO users (id, name, surname, password)
+	{name: "ids copied", users: 5, sql: `INSERT INTO users (id, name, surname, password)
 			VALUES (4, 'a', 'b', 'c'), (5, 'a', 'b', 'c')`},
+	{name: "ids copied without triggers", users: 5, superuser: true, line: "sequence",
+		sql: `SET session_replication_role = replica; INSERT INTO users (id, name, surname, password)
+			VALUES (4, 'a', 'b', 'c'), (5, 'a', 'b', 'c')`},
+	{name: "the highest id", users: 4, sql: `INSERT INTO users (id, name, surname, password)
+			VALUES (9223372036854775807, 'a', 'b', 'c')`},
 	{name: "the sequence set back by setval", users: 3, line: "sequence",
 		sql: "SELECT setval('users_id_seq', 1)"},
 	{name: "the sequence restarted", users: 3, line: "sequence",
@@ -313,6 +317,9 @@ func TestStartRefuses(t *testing.T) {
 		other     bool   // another role than the owner of the tables opens it
 		says      []string
 	}{
+		{name: "a foreign table users with our names", empty: true, says: []string{"public.users", "id"},
+			sql: `CREATE TABLE users (id uuid, name text, surname text, password text, version int,
+				created_at timestamptz, updated_at timestamptz)`},
 		{name: "a foreign table users", empty: true,
 			sql:  "CREATE TABLE users (id serial PRIMARY KEY, email text, encrypted_password text)",
 			says: []string{"public.users", "name", "surname", "DATABASE_URL|database|schema"}},

@@ -44,29 +44,34 @@ BEGIN
     END IF;
 
     FOR existing IN
-        SELECT format('%s.%s', current_schema(), name) AS name, relkind, relowner, array_to_string(ARRAY(
-            SELECT unnest(needed) EXCEPT
-            SELECT attname::text FROM pg_attribute
-            WHERE attrelid = pg_class.oid AND attnum > 0 AND NOT attisdropped
-            ORDER BY 1
-        ), ', ') AS missing
+        -- A column is needed with the category of its type: N(umber), S(tring), D(ate), U(ser-defined).
+        SELECT format('%s.%s', current_schema(), name) AS name, relkind, relowner, (
+            SELECT string_agg(split_part(needed, ' ', 1), ', ' ORDER BY needed)
+            FROM unnest(columns) AS needed
+            WHERE needed NOT IN (
+                SELECT attname || ' ' || typcategory::text
+                FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
+                WHERE attrelid = pg_class.oid AND attnum > 0
+            )
+        ) AS missing
         FROM (VALUES
-            ('users', '{id, name, surname, password, version, created_at, updated_at}'::text[]),
-            ('outbox', '{id, event_id, event_type, user_id, version, trace_id, occurred_at}'),
-            ('idempotency_keys', '{key, user_id, name, surname, password, created_at}'),
-            ('user_counts', '{n}'),
-            ('relay_lease', '{holder, until}')
-        ) AS ours (name, needed)
+            ('users', '{id N, name S, surname S, password S, version N, created_at D, updated_at D}'::text[]),
+            ('outbox', '{id N, event_id U, event_type S, user_id N, version N, trace_id S, occurred_at D}'),
+            ('idempotency_keys', '{key S, user_id N, name S, surname S, password S, created_at D}'),
+            ('user_counts', '{n N}'),
+            ('relay_lease', '{holder S, until D}')
+        ) AS ours (name, columns)
         LEFT JOIN pg_class ON pg_class.oid = to_regclass(name)
     LOOP
         IF existing.relkind IS NULL THEN
             IF installed IS NOT NULL THEN
                 RAISE WARNING 'created the table %', existing.name USING ERRCODE = 'US100';
             END IF;
-        ELSIF existing.relkind NOT IN ('r', 'p') OR existing.missing <> '' THEN
+        ELSIF existing.relkind NOT IN ('r', 'p') OR existing.missing IS NOT NULL THEN
             RAISE EXCEPTION USING ERRCODE = 'US001',
                 MESSAGE = existing.name || ' is not the table of this service: '
-                    || coalesce('it has no column ' || nullif(existing.missing, ''), 'it is no table'),
+                    || coalesce('it has no column, or one of another type, ' || existing.missing,
+                        'it is no table'),
                 HINT = 'Give this service a database, or by search_path a schema, of its own';
         ELSIF NOT pg_has_role(existing.relowner, 'USAGE') THEN
             RAISE EXCEPTION USING ERRCODE = 'US001',
@@ -197,6 +202,11 @@ BEGIN
             coalesce(traces[array_position(ids, id)], trace)
         FROM inserted;
         INSERT INTO user_counts (n) SELECT count(*) FROM inserted HAVING count(*) > 0;
+        -- Somebody chose the ids: move the sequence before the commit, so that nobody waits for it.
+        PERFORM setval(sequence::regclass, highest)
+        FROM pg_get_serial_sequence('users', 'id') AS sequence,
+            (SELECT max(id) AS highest FROM inserted WHERE id < 9223372036854775807) AS chosen
+        WHERE highest > coalesce(pg_sequence_last_value(sequence::regclass), 0);
     WHEN 'UPDATE' THEN
         INSERT INTO outbox (event_type, user_id, version, occurred_at, trace_id)
         SELECT 'user.updated', id, version, updated_at,
@@ -220,7 +230,7 @@ BEGIN
         INSERT INTO user_counts (n) SELECT -count(*) FROM users HAVING count(*) > 0;
         PERFORM set_config('user_service.highest_id', greatest(max(id),
             pg_sequence_last_value(pg_get_serial_sequence('users', 'id')::regclass))::text, true)
-        FROM users;
+        FROM users WHERE id < 9223372036854775807;
     END CASE;
     RETURN NULL;
 END
@@ -293,7 +303,9 @@ BEGIN
     END LOOP;
 
     -- From here on no statement of the old triggers is under way: users is locked.
-    IF to_regprocedure('count_users()') IS NOT NULL THEN
+    IF EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'users'::regclass
+        AND tgname = 'count_inserted' AND tgfoid = to_regprocedure('count_users()'))
+    THEN
         CREATE OR REPLACE FUNCTION count_users() RETURNS trigger LANGUAGE plpgsql
             AS 'BEGIN RETURN NULL; END';
     END IF;
@@ -356,11 +368,15 @@ BEGIN
         EXECUTE format('ALTER TABLE %I %s', missing.relation, missing.ddl);
         RAISE WARNING 'created the % of %', missing.what, missing.relation USING ERRCODE = code;
     END LOOP;
-    IF to_regprocedure('count_users()') IS NOT NULL THEN
-        DROP TRIGGER IF EXISTS count_inserted ON users;
+    IF EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'users'::regclass
+        AND tgname = 'count_inserted' AND tgfoid = to_regprocedure('count_users()'))
+    THEN
+        DROP TRIGGER count_inserted ON users;
         DROP TRIGGER IF EXISTS count_deleted ON users;
         DROP TRIGGER IF EXISTS count_truncated ON users;
-        DROP FUNCTION IF EXISTS count_users();
+        IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgfoid = to_regprocedure('count_users()')) THEN
+            DROP FUNCTION count_users();
+        END IF;
     END IF;
 END
 $$;
@@ -380,11 +396,11 @@ DECLARE
 BEGIN
     FOREACH relation IN ARRAY '{users, outbox}'::text[] LOOP
         sequence := pg_get_serial_sequence(relation, 'id');
-        EXECUTE format('SELECT max(id) FROM %I', relation) INTO highest;
+        EXECUTE format('SELECT max(id) FROM %I WHERE id < 9223372036854775807', relation) INTO highest;
         EXECUTE format('SELECT last_value + is_called::int FROM %s', sequence) INTO next;
         IF highest >= next THEN
             PERFORM setval(sequence, highest);
-            RAISE WARNING 'moved the sequence of %.id from % to %', relation, next, highest + 1
+            RAISE WARNING 'moved the sequence of %.id from % behind %', relation, next, highest
                 USING ERRCODE = code;
         END IF;
     END LOOP;

@@ -3,6 +3,7 @@ package main
 // This file owns the statements for users.
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -29,8 +31,8 @@ type postgres struct {
 	wake     chan struct{}
 
 	// The kinds of statements. Of the connections that requests share, one is left to reads,
-	// whatever becomes of lists and writes, and half to writes that wait for no locked user.
-	read, list, write, lockedWrite, relay, probe kind
+	// whatever becomes of lists and writes, and creations and changes of locked users have half each.
+	read, list, write, create, lockedWrite, relay, probe kind
 
 	reads              *Group[int64, User] // by id
 	updates, deletions changer
@@ -45,6 +47,7 @@ func newPostgres(pool *pgxpool.Pool, explicit bool, log *slog.Logger) *postgres 
 		read:        kind{true, []slots{requests}},
 		list:        kind{true, []slots{lists, requests}},
 		write:       kind{false, []slots{most, requests}},
+		create:      kind{false, []slots{make(slots, shared/2), most, requests}},
 		lockedWrite: kind{false, []slots{make(slots, shared/2), most, requests}},
 		relay:       kind{true, nil},
 		probe:       kind{true, []slots{make(slots, 1)}},
@@ -59,69 +62,74 @@ func newPostgres(pool *pgxpool.Pool, explicit bool, log *slog.Logger) *postgres 
 // userColumns are the columns of a User. A time that JSON cannot show, which only a row older than
 // the CHECK of schema.sql can have, becomes the nearest that it can.
 const userColumns = `id, name, surname, version,
-	least(greatest(created_at, '0001-01-01 00:00Z'), '9999-12-31 23:59:59.999999Z'),
-	least(greatest(updated_at, '0001-01-01 00:00Z'), '9999-12-31 23:59:59.999999Z')`
+	least(greatest(created_at, '0001-01-01 00:00Z'), '9999-12-31 23:59:59.999999Z') AS created_at,
+	least(greatest(updated_at, '0001-01-01 00:00Z'), '9999-12-31 23:59:59.999999Z') AS updated_at`
 
 func (u *User) scanInto() []any {
 	return []any{&u.ID, &u.Name, &u.Surname, &u.Version, &u.CreatedAt.Time, &u.UpdatedAt.Time}
 }
 
-// createUser tries again where the sequence of the ids was behind: somebody has inserted users with
-// ids of their own.
+// createUser tries again where the sequence of the ids was behind, because somebody has inserted users
+// with ids of their own, and where the key is one of more than keyLifetime ago.
 func (s *postgres) createUser(ctx context.Context, in userInput, key string) (User, error) {
-	u, err := s.insertUser(ctx, in, key)
-	for retries := 0; sqlState(err) == "23505" && retries < maxRetries; retries++ {
-		if err := s.moveSequence(ctx); err != nil {
-			return User{}, err
+	for retries := 0; ; retries++ {
+		u, err := s.insertUser(ctx, in, key)
+		refusal, ok := errors.AsType[*pgconn.PgError](err)
+		if !ok || refusal.Code != "23505" {
+			return u, err
 		}
-		u, err = s.insertUser(ctx, in, key)
+		cleared, clearErr := false, error(nil)
+		if refusal.TableName == "idempotency_keys" {
+			err = errKeyUsed
+			cleared, clearErr = s.succeeds(ctx, "deleting an old key", `
+				WITH old AS (
+					DELETE FROM idempotency_keys
+					WHERE key = $1 AND created_at <= now() - make_interval(secs => $2)
+					RETURNING key
+				)
+				SELECT EXISTS (SELECT FROM old)`, key, keyLifetime.Seconds())
+		} else {
+			cleared, clearErr = s.succeeds(ctx, "moving the sequence", `
+				SELECT count(setval(sequence::regclass, highest)) > 0
+				FROM pg_get_serial_sequence('users', 'id') AS sequence,
+					(SELECT max(id) AS highest FROM users WHERE id < 9223372036854775807) AS users,
+					nextval(sequence::regclass) AS next
+				WHERE highest >= next`)
+		}
+		if clearErr != nil || !cleared || retries == maxRetries {
+			return User{}, cmp.Or(clearErr, err)
+		}
 	}
-	return u, err
 }
 
-// moveSequence moves the sequence behind the highest id.
-func (s *postgres) moveSequence(ctx context.Context) error {
-	return s.do(ctx, "moving the sequence", s.write, func(ctx context.Context, db querier) error {
-		_, err := db.Exec(ctx, `
-			SELECT setval(sequence::regclass, highest)
-			FROM pg_get_serial_sequence('users', 'id') AS sequence,
-				(SELECT max(id) AS highest FROM users) AS users, nextval(sequence::regclass) AS next
-			WHERE highest >= next`)
-		return err
+// succeeds runs a statement that says whether it changed something.
+func (s *postgres) succeeds(ctx context.Context, what, sql string, args ...any) (changed bool, err error) {
+	err = s.do(ctx, what, s.create, func(ctx context.Context, db querier) error {
+		return db.QueryRow(ctx, sql, args...).Scan(&changed)
 	})
+	return changed, err
 }
 
 func (s *postgres) insertUser(ctx context.Context, in userInput, key string) (User, error) {
 	defer wake(s.wake)
 	var u User
-	err := s.do(ctx, "inserting a user", s.write, func(ctx context.Context, db querier) error {
-		if key == "" {
-			return db.QueryRow(ctx, `
+	err := s.do(ctx, "inserting a user", s.create, func(ctx context.Context, db querier) error {
+		// A key waits here for a transaction that is just using it, and then is a duplicate.
+		return db.QueryRow(ctx, `
+			WITH created AS (
 				INSERT INTO users (name, surname, password)
 				SELECT $1, $2, $3 FROM set_config('user_service.trace_id', $4, true)
-				RETURNING `+userColumns,
-				in.name, in.surname, in.password, traceID(ctx),
-			).Scan(u.scanInto()...)
-		}
-		// A key waits here for a transaction that is just using it, and then claims nothing.
-		return db.QueryRow(ctx, `
-			WITH claimed AS (
-				INSERT INTO idempotency_keys AS k (key, user_id, name, surname, password)
-				SELECT $5, nextval(pg_get_serial_sequence('users', 'id')), $1, $2, $3
-				FROM set_config('user_service.trace_id', $4, true)
-				ON CONFLICT (key) DO UPDATE SET user_id = excluded.user_id, name = excluded.name,
-					surname = excluded.surname, password = excluded.password, created_at = now()
-				WHERE k.created_at <= now() - make_interval(secs => $6)
-				RETURNING k.*
+				RETURNING `+userColumns+`
+			), kept AS (
+				INSERT INTO idempotency_keys (key, user_id, name, surname, password)
+				SELECT $5, id, name, surname, $3 FROM created WHERE $5 <> ''
 			)
-			INSERT INTO users (id, name, surname, password)
-			SELECT user_id, name, surname, password FROM claimed
-			RETURNING `+userColumns,
-			in.name, in.surname, in.password, traceID(ctx), key, keyLifetime.Seconds(),
+			SELECT * FROM created`,
+			in.name, in.surname, in.password, traceID(ctx), key,
 		).Scan(u.scanInto()...)
 	})
 	if errors.Is(err, errNotFound) {
-		err = errKeyUsed
+		err = fmt.Errorf("inserting a user: a trigger prevents it: %w", errRefused)
 	}
 	return u, err
 }
@@ -131,7 +139,7 @@ func (s *postgres) insertUser(ctx context.Context, in userInput, key string) (Us
 func (s *postgres) creationUnder(ctx context.Context, key string) (User, string, error) {
 	var u User
 	var password string
-	err := s.do(ctx, "selecting a creation", s.write, func(ctx context.Context, db querier) error {
+	err := s.do(ctx, "selecting a creation", s.create, func(ctx context.Context, db querier) error {
 		return db.QueryRow(ctx, `
 			SELECT user_id, name, surname, 1, created_at, created_at, password
 			FROM idempotency_keys
@@ -194,7 +202,7 @@ func (s *postgres) listUsers(ctx context.Context, after, offset, limit int64) (
 		// One statement sees one state. Its first row is the total, as the version of a
 		// user of id 0.
 		rows, _ := db.Query(ctx, `
-			SELECT 0 AS id, '' AS name, '' AS surname, coalesce(sum(n), 0)::bigint AS version,
+			SELECT 0 AS id, '' AS name, '' AS surname, greatest(sum(n), 0)::bigint AS version,
 				now() AS created_at, now() AS updated_at
 			FROM user_counts
 			UNION ALL (
@@ -302,14 +310,18 @@ func (s *postgres) change(ctx context.Context, by changer, c *userChange) (User,
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	for range maxRetries {
-		u, err := s.getUser(ctx, c.id)
+		users, err := s.selectUsers(ctx, []int64{c.id})
 		if err != nil {
 			return User{}, err
+		}
+		u, exists := users[c.id]
+		if !exists {
+			return User{}, errNotFound
 		}
 		if c.match != nil && !slices.Contains(c.match, u.Version) {
 			return User{}, errVersionMismatch
 		}
-		users, err := s.changeUsers(ctx, by.waiting, s.lockedWrite, []*userChange{c})
+		users, err = s.changeUsers(ctx, by.waiting, s.lockedWrite, []*userChange{c})
 		if u, done := users[c.id]; done || err != nil {
 			return u, err
 		}

@@ -1209,6 +1209,7 @@ func TestLeadIsOne(t *testing.T) {
 		"INSERT INTO relay_lease VALUES ('restored', now() - interval '1 day')",
 		"INSERT INTO relay_lease SELECT 'restored', now() - interval '1 day' FROM generate_series(1, 3)",
 		"UPDATE relay_lease SET until = '-infinity'",
+		"UPDATE relay_lease SET holder = 'ahead', until = now() + interval '1 hour'",
 	} {
 		if _, err := conn.Exec(t.Context(), disturbance); err != nil {
 			t.Fatal(err)
@@ -1254,5 +1255,63 @@ func TestMemoryListsManyUsers(t *testing.T) {
 	users, total, err := s.listUsers(t.Context(), 99_990, 0, 100)
 	if err != nil || total != 100_000 || len(users) != 10 || users[0].ID != 99_991 {
 		t.Errorf("%d users of %d, %v", len(users), total, err)
+	}
+}
+
+// TestPreventedCreation has a trigger of the site prevent creations, in silence: nobody is told that a
+// user was created, and the key is free for the next attempt.
+func TestPreventedCreation(t *testing.T) {
+	t.Parallel()
+	set := postgresSettings(t)
+	svc, conn := startService(t, set), connect(t, set.databaseURL)
+	execute(t, conn, `
+		CREATE FUNCTION prevent() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+		CREATE TRIGGER prevent BEFORE INSERT ON users FOR EACH ROW EXECUTE FUNCTION prevent()`)
+	for _, header := range []string{"", "Idempotency-Key: key-1"} {
+		if a := svc.do("POST", "/users", john, header); a.status != 409 {
+			t.Errorf("%q: %d %s", header, a.status, a.body)
+		}
+	}
+	execute(t, conn, "DROP TRIGGER prevent ON users")
+	a := svc.do("POST", "/users", john, "Idempotency-Key: key-1")
+	if a.status != 201 || svc.do("GET", a.header.Get("Location"), "").status != 200 {
+		t.Errorf("with the same key afterwards: %d %s", a.status, a.body)
+	}
+}
+
+// TestCreationBesideCopiedIDs has an open import insert ids that come next: creations go on.
+func TestCreationBesideCopiedIDs(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s := openTestPostgres(t, url)
+	last := mustCreate(t, s, "John").ID
+	tx, err := connect(t, url).Begin(t.Context())
+	if err == nil {
+		_, err = tx.Exec(t.Context(), `INSERT INTO users (id, name, surname, password)
+			SELECT id, 'copied', 'Doe', 'x' FROM generate_series($1::bigint + 1, $1 + 100) AS id`, last)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback(context.Background())
+	if u := mustCreate(t, s, "Jane"); u.ID <= last+100 {
+		t.Errorf("the next id is %d", u.ID)
+	}
+}
+
+// TestAlteredVersion changes the type of a column that the trigger sets: the sessions that have run it
+// fail from then on, and are replaced.
+func TestAlteredVersion(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s := openTestPostgres(t, url)
+	id := mustCreate(t, s, "John").ID
+	for i, alter := range []string{"SELECT 1", "ALTER TABLE users ALTER version TYPE int",
+		"ALTER TABLE users ALTER updated_at TYPE timestamptz(3)"} {
+		execute(t, connect(t, url), alter)
+		if u, err := s.updateUser(t.Context(), id, input(fmt.Sprint("name ", i), "", ""), nil); err != nil ||
+			u.Version != int64(i+2) {
+			t.Errorf("after %s: %+v, %v", alter, u, err)
+		}
 	}
 }

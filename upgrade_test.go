@@ -448,3 +448,15 @@ func TestUpgradeHoldsUpNobody(t *testing.T) {
 	}
 	checkTotal(t, old.conn)
 }
+
+// TestForeignCountUsers has a function of the site that is called like that of the previous release.
+func TestForeignCountUsers(t *testing.T) {
+	t.Parallel()
+	url := emptyDatabase(t, "")
+	conn := connect(t, url)
+	execute(t, conn, "CREATE FUNCTION count_users() RETURNS bigint LANGUAGE sql AS 'SELECT 7::bigint'")
+	openTestPostgres(t, url)
+	if n := queryValue[int64](t, conn, "SELECT count_users()"); n != 7 {
+		t.Errorf("the site's function returns %d", n)
+	}
+}
