@@ -41,8 +41,7 @@ const (
 // The connections of a replica.
 const (
 	defaultPoolSize = 8
-	pooledPoolSize  = 6 // behind a pooler: three replicas share its usual 20
-	minPoolSize     = 4
+	minPoolSize     = 6 // and the default behind a pooler: three replicas share its usual 20
 	maxPoolSize     = 16
 	reservedConns   = 2 // for the relay and for probes; requests share the others
 )
@@ -231,7 +230,7 @@ func prepareDatabase(ctx context.Context, config *pgxpool.Config, deadline time.
 		}
 	}
 	if pooled && !strings.Contains(c.ConnString(), "pool_max_conns=") {
-		config.MaxConns = pooledPoolSize
+		config.MaxConns = minPoolSize
 	}
 	err = applySchema(ctx, conn)
 	if refusal, ok := errors.AsType[*pgconn.PgError](err); ok && refusal.Hint != "" {

@@ -31,8 +31,9 @@ type postgres struct {
 	holder   string // names this replica in relay_lease
 	wake     chan struct{}
 
-	// The kinds of statements. Of the connections that requests share, one is left to reads,
-	// whatever becomes of lists and writes, and creations and changes of locked users have half each.
+	// The kinds of statements. Of the connections that requests share, one is left to reads, whatever
+	// becomes of lists and writes, and one to changes of free users, whatever becomes of creations and
+	// of changes of locked users: those have a third each.
 	read, list, write, create, lockedWrite, relay, probe kind
 
 	reads              *Group[int64, User] // by id
@@ -48,8 +49,8 @@ func newPostgres(pool *pgxpool.Pool, explicit bool, log *slog.Logger) *postgres 
 		read:        kind{true, []slots{requests}},
 		list:        kind{true, []slots{lists, requests}},
 		write:       kind{false, []slots{most, requests}},
-		create:      kind{false, []slots{make(slots, shared/2), most, requests}},
-		lockedWrite: kind{false, []slots{make(slots, shared/2), most, requests}},
+		create:      kind{false, []slots{make(slots, shared/3), most, requests}},
+		lockedWrite: kind{false, []slots{make(slots, shared/3), most, requests}},
 		relay:       kind{true, nil},
 		probe:       kind{true, []slots{make(slots, 1)}},
 		changing:    queues[int64]{keys: make(map[int64]*queue)},

@@ -906,7 +906,7 @@ func TestPoolConfigBoundsConnecting(t *testing.T) {
 			t.Errorf("%s: %v, %v", url, config.ConnConfig.ConnectTimeout, err)
 		}
 	}
-	for query, want := range map[string]int32{"": defaultPoolSize, "?pool_max_conns=5": 5,
+	for query, want := range map[string]int32{"": defaultPoolSize, "?pool_max_conns=7": 7,
 		"?pool_max_conns=1": minPoolSize, "?pool_max_conns=99": maxPoolSize} {
 		if config, err := poolConfig("postgres://u@h/d"+query, "test"); err != nil || config.MaxConns != want {
 			t.Errorf("%q: %d connections, %v", query, config.MaxConns, err)
