@@ -385,9 +385,14 @@ func (s *postgres) try(ctx context.Context, k kind, f statement) (err error, aga
 	if lost || sqlState(err) == "25006" { // the others are as old; new ones may reach the new primary
 		s.pool.Reset()
 	}
-	harmless := k.idempotent || sqlState(err) != "" && !lost || pgconn.SafeToRetry(err) ||
-		sqlState(err) == alteredType
+	harmless := k.idempotent || changedNothing(err, lost)
 	return sentinel(err, lost, harmless), harmless && (lost || isPassing(err))
+}
+
+// changedNothing reports that the server has refused the statement, or never got it.
+func changedNothing(err error, lost bool) bool {
+	code := sqlState(err)
+	return code != "" && !lost || code == alteredType || pgconn.SafeToRetry(err)
 }
 
 // isPassing reports that nothing was changed, and that the next attempt may succeed: after a
