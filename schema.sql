@@ -5,7 +5,8 @@
 -- A start applies the steps below in order, one replica at a time. Each step is a transaction
 -- whose search_path is this schema alone. A step takes strong locks on existing tables only where
 -- something is missing, and waits 200 ms for them at most: then it is rolled back and tried
--- again, so that no user waits behind it. On a database that has everything, nothing changes.
+-- again, so that no user waits behind it. On a database that has everything, the functions are
+-- replaced by themselves and nothing else happens.
 --
 -- To change the schema, add a step before the last one, say at its head whether the release
 -- before can run on it, and raise the number in user_service_schema and in step 0.
@@ -144,7 +145,7 @@ CREATE TABLE IF NOT EXISTS user_counts (
 );
 
 -- The replica that relays events, until when by the clock of the database. There is one row once
--- a replica has asked, and no key: a restore may add the row of another time. See store.lead.
+-- a replica has asked, and no key: a restore may add the row of another time. See lead in outbox.go.
 CREATE TABLE IF NOT EXISTS relay_lease (
     holder text        NOT NULL,
     until  timestamptz NOT NULL
@@ -155,10 +156,12 @@ CREATE TABLE IF NOT EXISTS relay_lease (
 );
 
 -- Sets version and updated_at of a row of users that is updated. A change of any other column makes
--- a new version, the rehash of an unchanged password excepted.
+-- a new version, the rehash of an unchanged password excepted. A generated column that is stored has
+-- no value yet here, so with one every update counts as a change.
 --
 -- The rows are compared as a whole: a session keeps the types of single columns that it has seen,
--- and would fail after ALTER TABLE ... ALTER COLUMN ... TYPE.
+-- and fails after ALTER TABLE ... ALTER COLUMN ... TYPE. For id, version and updated_at the service
+-- opens a new session then.
 CREATE OR REPLACE FUNCTION user_service_stamp() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF NEW.id <> OLD.id THEN

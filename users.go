@@ -39,7 +39,8 @@ type userInput struct {
 // userStore holds the users. Each change commits together with its event, and match, if
 // not nil, lists the versions that the change may be made to. Every method also fails with
 // errUnavailable, and with the context's error where the caller left before the work began;
-// a change also with errOutcomeUnknown, and with errInvalidValue for what slipped through.
+// a change also with errOutcomeUnknown, with errReferenced or errRefused where the database has rules
+// of its own, and with errInvalidValue for what slipped through.
 type userStore interface {
 	// createUser takes an input that says everything. With a key, which may be "", it
 	// fails with errKeyUsed where another user was created under it.
