@@ -1,5 +1,7 @@
 package main
 
+// This file owns access: API keys, client addresses, other origins, and rates.
+
 import (
 	"crypto/rand"
 	"crypto/sha256"
@@ -20,33 +22,30 @@ import (
 	"golang.org/x/time/rate"
 )
 
-const (
-	maxInFlight = 4096 // requests, beyond which those under way would be late too
-	maxClients  = 20_000
-)
+const maxClients = 20_000 // whose rate is remembered
 
-// access decides who may come in, from where, and how often.
+// access decides who may send requests, from where, and how often.
 type access struct {
-	keys    []apiKey         // none: everybody may
-	clients *limiter[string] // nil: as often as they like
-	proxies []netip.Prefix   // whose X-Forwarded-For is believed
-	origins []string         // whose pages a browser may let in
-	cross   *http.CrossOriginProtection
+	keys        []apiKey         // none: everybody may
+	rates       *limiter[string] // of callers; nil: no limit
+	proxies     []netip.Prefix   // whose X-Forwarded-For is trusted
+	origins     []string         // whose pages may use the API
+	crossOrigin *http.CrossOriginProtection
 }
 
 func newAccess(s settings) *access {
 	a := &access{keys: s.apiKeys, proxies: s.trustedProxies, origins: s.corsOrigins,
-		cross: http.NewCrossOriginProtection()}
+		crossOrigin: http.NewCrossOriginProtection()}
 	if s.rateLimit > 0 {
-		a.clients = newLimiter[string]("client", rate.Limit(s.rateLimit), int(math.Ceil(s.rateLimit)))
+		a.rates = newLimiter[string]("client", rate.Limit(s.rateLimit), int(math.Ceil(s.rateLimit)))
 	}
 	for _, origin := range s.corsOrigins {
-		_ = a.cross.AddTrustedOrigin(origin) // loadSettings has seen that it can
+		_ = a.crossOrigin.AddTrustedOrigin(origin) // loadSettings has tried it
 	}
 	return a
 }
 
-// securityHeaders go with every answer. /docs alone has another policy for its content.
+// securityHeaders are set on every answer. /docs replaces the Content-Security-Policy.
 var securityHeaders = http.Header{
 	"Cache-Control":           {"no-store"},
 	"Content-Security-Policy": {"default-src 'none'; frame-ancestors 'none'"},
@@ -54,33 +53,25 @@ var securityHeaders = http.Header{
 	"X-Content-Type-Options":  {"nosniff"},
 }
 
-// admit says why r is not let in, and notes whose key it has. Probes are always let in: an
-// overloaded process lives.
-func (a *access) admit(w *response, r *http.Request, inFlight int64) error {
-	w.key = a.keyOf(r.Header)
-	a.allowOrigin(w.Header(), r.Header.Get("Origin"))
-	if r.URL.Path == "/healthz" || r.URL.Path == "/readyz" {
-		return nil
-	}
-	if a.clients != nil {
-		client := a.clientNetwork(r)
-		if w.key != nil {
-			client = "key " + w.key.name
-		}
-		if err := a.clients.admit(w.Header(), client); err != nil {
-			return err
-		}
-	}
-	if inFlight > maxInFlight {
-		return errOverloaded
-	}
-	if err := a.cross.Check(r); err != nil {
-		return newProblem(http.StatusForbidden, "The page that sent this request is of another origin")
-	}
-	return nil
+// caller is who sent a request. The zero value is anonymous.
+type caller struct {
+	name     string // of the API key
+	readOnly bool
 }
 
-// apiKey is a key that somebody holds; of the key itself only the digest is known.
+// limitRate takes a token of the caller, or of an anonymous caller's network. It fails with a 429.
+func (a *access) limitRate(h http.Header, r *http.Request, by caller) error {
+	if a.rates == nil {
+		return nil
+	}
+	client := "key " + by.name
+	if by.name == "" {
+		client = a.clientNetwork(r)
+	}
+	return a.rates.admit(h, client)
+}
+
+// apiKey is an entry of API_KEYS. The key itself is not known, only its digest.
 type apiKey struct {
 	name     string
 	digest   [sha256.Size]byte
@@ -100,10 +91,10 @@ func parseAPIKey(text string) (apiKey, error) {
 	return key, err
 }
 
-// newAPIKey makes a key of 256 random bits, and what API_KEYS has to say about it.
+// newAPIKey returns a new key of 256 random bits, and its entry for API_KEYS.
 func newAPIKey(name string, readOnly bool) (key, setting string, err error) {
 	var random [32]byte
-	rand.Read(random[:]) // never fails, says its documentation
+	rand.Read(random[:]) // never fails, see its documentation
 	key = "usk_" + base64.RawURLEncoding.EncodeToString(random[:])
 	setting = fmt.Sprintf("%s:%x", name, sha256.Sum256([]byte(key)))
 	if readOnly {
@@ -113,11 +104,11 @@ func newAPIKey(name string, readOnly bool) (key, setting string, err error) {
 	return key, setting, err
 }
 
-// keyOf returns the key that the header has, or nil. It takes the same time for each of
-// the keys and for one that is unknown.
-func (a *access) keyOf(h http.Header) (found *apiKey) {
+// identify returns the caller whose API key the header has, or the zero caller. It takes the same time
+// for every key, known or not.
+func (a *access) identify(h http.Header) (by caller) {
 	if len(a.keys) == 0 {
-		return nil
+		return caller{}
 	}
 	var token string
 	if lines := h["Authorization"]; len(lines) == 1 {
@@ -127,35 +118,38 @@ func (a *access) keyOf(h http.Header) (found *apiKey) {
 		}
 	}
 	digest := sha256.Sum256([]byte(token))
-	for i := range a.keys {
-		if subtle.ConstantTimeCompare(digest[:], a.keys[i].digest[:]) == 1 {
-			found = &a.keys[i]
+	for _, key := range a.keys {
+		if subtle.ConstantTimeCompare(digest[:], key.digest[:]) == 1 {
+			by = caller{key.name, key.readOnly}
 		}
 	}
-	return found
+	return by
 }
 
-// needsKey lets those in who have a key, and to read also those whose key is to read.
-func (a *access) needsKey(h handler) handler {
+// protect returns the routes with handlers that require an API key, if there are keys. A read-only key
+// allows GET and HEAD.
+func (a *access) protect(routes []route) []route {
 	if len(a.keys) == 0 {
-		return h
+		return routes
 	}
-	return func(w http.ResponseWriter, r *http.Request) error {
-		key := w.(*response).key
-		switch {
-		case key == nil:
-			w.Header().Set("WWW-Authenticate", "Bearer")
-			return newProblem(http.StatusUnauthorized,
-				"The request needs the header Authorization: Bearer <key>")
-		case key.readOnly && r.Method != http.MethodGet && r.Method != http.MethodHead:
-			return newProblem(http.StatusForbidden, "The key is one to read only")
+	for i, r := range routes {
+		routes[i].handler = func(w *response, request *http.Request, by caller) error {
+			if by.name == "" {
+				w.Header().Set("WWW-Authenticate", "Bearer")
+				return newProblem(http.StatusUnauthorized,
+					"An API key is required in the header Authorization: Bearer <key>")
+			}
+			if by.readOnly && r.method != http.MethodGet {
+				return newProblem(http.StatusForbidden, "This API key is read-only")
+			}
+			return r.handler(w, request, by)
 		}
-		return h(w, r)
 	}
+	return routes
 }
 
-// clientNetwork is where r comes from: an IPv4 address, or the /64 that one holder of an
-// IPv6 address has. X-Forwarded-For counts as far as trusted proxies have written it.
+// clientNetwork returns the client's IPv4 address, or the /64 network of its IPv6 address, because one
+// client usually has all of it. It follows X-Forwarded-For as long as trusted proxies wrote it.
 func (a *access) clientNetwork(r *http.Request) string {
 	peer, err := netip.ParseAddrPort(r.RemoteAddr)
 	if err != nil {
@@ -180,7 +174,7 @@ func (a *access) clientNetwork(r *http.Request) string {
 	return client.String()
 }
 
-// parsePrefix reads a network, or an address as the network that has no other.
+// parsePrefix reads a network, or an address as a network of one.
 func parsePrefix(text string) (netip.Prefix, error) {
 	if address, err := netip.ParseAddr(text); err == nil && address.Zone() == "" {
 		return netip.PrefixFrom(address, address.BitLen()), nil
@@ -188,7 +182,7 @@ func parsePrefix(text string) (netip.Prefix, error) {
 	return netip.ParsePrefix(text)
 }
 
-// What a page of another origin may send, and see of the answer.
+// The values of the CORS headers.
 const (
 	corsMethods = "GET, HEAD, POST, PUT, PATCH, DELETE"
 	corsHeaders = "Authorization, Content-Type, Idempotency-Key, If-Match, If-None-Match, " +
@@ -197,7 +191,7 @@ const (
 	corsMaxAge  = "600" // seconds
 )
 
-// allowOrigin lets a page of that origin, if it is one of ours, see the answer.
+// allowOrigin lets pages of origin read the answer, if it is one of CORS_ORIGINS.
 func (a *access) allowOrigin(h http.Header, origin string) {
 	if len(a.origins) == 0 {
 		return
@@ -209,21 +203,20 @@ func (a *access) allowOrigin(h http.Header, origin string) {
 	}
 }
 
-// preflight answers a browser that asks whether a page may send a request, where it may.
-func preflight(w http.ResponseWriter, r *http.Request) bool {
+// isPreflight reports whether a browser asks if a page may send a request (Fetch Standard, section 3.3).
+func isPreflight(r *http.Request) bool {
+	return r.Method == http.MethodOptions && r.Header.Get("Access-Control-Request-Method") != ""
+}
+
+func allowPreflight(w http.ResponseWriter) {
 	h := w.Header()
-	if r.Method != http.MethodOptions || r.Header.Get("Access-Control-Request-Method") == "" ||
-		h.Get("Access-Control-Allow-Origin") == "" {
-		return false
-	}
 	h.Set("Access-Control-Allow-Methods", corsMethods)
 	h.Set("Access-Control-Allow-Headers", corsHeaders)
 	h.Set("Access-Control-Max-Age", corsMaxAge)
 	w.WriteHeader(http.StatusNoContent)
-	return true
 }
 
-// parseOrigin reads scheme://host or scheme://host:port, as a browser writes it.
+// parseOrigin reads scheme://host or scheme://host:port, spelled as browsers send it.
 func parseOrigin(text string) (string, error) {
 	if text != strings.ToLower(text) {
 		return "", errUnusable
@@ -231,10 +224,10 @@ func parseOrigin(text string) (string, error) {
 	return text, http.NewCrossOriginProtection().AddTrustedOrigin(text)
 }
 
-// limiter gives each client its tokens at a rate, up to a burst. It knows the clients that
-// came last; one that it has forgotten has all its tokens again.
+// limiter gives each client tokens at a rate, up to a burst. It remembers the most recent clients; a
+// forgotten client starts with all tokens.
 type limiter[K comparable] struct {
-	name  string     // of its policy
+	name  string     // of the policy, in the answer
 	rate  rate.Limit // per second
 	burst int
 
@@ -247,8 +240,8 @@ func newLimiter[K comparable](name string, r rate.Limit, burst int) *limiter[K] 
 		buckets: recent[K, *rate.Limiter]{max: maxClients}}
 }
 
-// admit takes one of the client's tokens. h says what is left (draft-ietf-httpapi-ratelimit-
-// headers), and where there was none, in its 429, when to come again.
+// admit takes a token of the client, or fails with a 429. It sets the headers of
+// draft-ietf-httpapi-ratelimit-headers, and Retry-After with the 429.
 func (l *limiter[K]) admit(h http.Header, client K) error {
 	now := time.Now()
 	l.mu.Lock()
@@ -268,7 +261,7 @@ func (l *limiter[K]) admit(h http.Header, client K) error {
 	if !allowed {
 		h.Set("Retry-After", strconv.Itoa(max(seconds(1-left), 1)))
 		return newProblem(http.StatusTooManyRequests,
-			"Too many requests; Retry-After says when to come again")
+			"Too many requests; try again after Retry-After seconds")
 	}
 	return nil
 }

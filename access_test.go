@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -239,15 +240,16 @@ func TestLimiterStaysBounded(t *testing.T) {
 
 func TestOverloadIsRefused(t *testing.T) {
 	t.Parallel()
-	server := newFaultyServer(faultyStore{state: "up"}, false)
-	server.traffic.begun.Store(maxInFlight)
+	d := testDependencies(settings{}, newMemory(), slog.New(slog.DiscardHandler))
+	server := newHandler(d).(*server)
+	server.traffic.requests.Store(int64(d.limits.requests))
 	for path, want := range map[string]int{"/users": 503, "/docs": 503, "/healthz": 200, "/readyz": 200} {
 		a := ask(server, "GET", path, nil)
 		if a.status != want || (a.header.Get("Retry-After") != "") != (want == 503) {
 			t.Errorf("%s: status %d, Retry-After %q", path, a.status, a.header.Get("Retry-After"))
 		}
 	}
-	server.traffic.begun.Add(-1)
+	server.traffic.requests.Add(-1)
 	if a := ask(server, "GET", "/users", nil); a.status != 200 {
 		t.Errorf("within the bound: status %d", a.status)
 	}

@@ -2,49 +2,63 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"runtime"
 	"runtime/debug"
 	"sync"
 	"time"
 )
 
-// Group turns concurrent calls into one: while few are under way a call runs at once, alone;
-// those that come when more are share the next batch. Nobody waits for a timer, and a call
-// never joins a batch that has started, so no answer is older than its question.
+// Group merges concurrent calls into batches. The cost of a SQL statement is the round trip, hardly the
+// row, so calls that arrive together should share one.
+//
+// A call runs at once, alone, while few others run. Otherwise it joins the next batch, which starts when
+// a running one ends; there is no timer. A call never joins a batch that has started, so the answer is
+// never older than the call. The batch runs under a context of its own: a caller who leaves does not
+// cancel the others.
 type Group[K comparable, V any] struct {
-	// run answers a batch of keys, some of which may be equal. A key that it leaves out
-	// has no value. Its context is none of the callers': it ends with the budget.
+	// run answers a batch of keys, some of which may be equal. Keys without a value are left out of
+	// the map.
 	run    func(ctx context.Context, keys []K) (map[K]V, error)
-	budget time.Duration // from a batch's first call to its end, the wait included
-	alone  int           // calls that may run at the same time, while nothing is shared
-	limit  int           // shared batches that may run at the same time
+	budget time.Duration // from a batch's first call to its end, including the wait
+	batchLimits
 
 	mu      sync.Mutex
-	running int          // batches, of one call or several
-	shared  int          // those of them that were waited for
-	next    *batch[K, V] // joined by calls that cannot run at once; nil when one can
+	running int          // batches, including those of one call
+	shared  int          // running batches that calls waited for
+	next    *batch[K, V] // joined by calls that cannot run at once; nil if they can
 }
+
+// batchLimits says how many calls may run alone at the same time, and how many shared batches.
+type batchLimits struct{ alone, batches int }
 
 type batch[K comparable, V any] struct {
 	deadline time.Time
 	keys     []K
-	claimed  bool // it is about to run; calls still join it
+	starting bool // share was called; calls may still join
 	values   map[K]V
 	err      error
 	done     chan struct{} // closed when values and err are set
 }
 
-// joinTurns is how often a shared batch lets other goroutines go first: where requests are
-// being read just now, their calls join it. With nothing else to run it costs nothing.
+// panicError is a recovered panic.
+type panicError struct {
+	value any
+	stack []byte
+}
+
+func (e *panicError) Error() string { return fmt.Sprintf("panic: %v", e.value) }
+
+// joinTurns is how often a batch yields the processor before it starts, so that calls whose requests
+// are just being read can join. Yields are free when nothing else can run.
 const joinTurns = 8
 
-// Do returns the value of key, and whether there is one. It fails with the error of the
-// batch, which may be a *panicError, or with that of ctx when it ends before the batch.
-// Its own deadline is the batch's: waiting callers need no timers.
+// Do returns the value of key and whether there is one. It fails with the error of the batch, which may
+// be a *panicError, or with that of ctx if it ends first.
 func (g *Group[K, V]) Do(ctx context.Context, key K) (V, bool, error) {
 	g.mu.Lock()
 	b := g.next
-	atOnce := b == nil && g.running < g.alone && g.shared < g.limit
+	atOnce := b == nil && g.running < g.alone && g.shared < g.batches
 	if b == nil {
 		b = &batch[K, V]{deadline: time.Now().Add(g.budget), done: make(chan struct{})}
 	}
@@ -57,7 +71,7 @@ func (g *Group[K, V]) Do(ctx context.Context, key K) (V, bool, error) {
 	g.mu.Unlock()
 
 	if atOnce {
-		g.finish(b, 0)
+		g.serve(b, 0)
 	} else {
 		select {
 		case <-b.done:
@@ -70,7 +84,7 @@ func (g *Group[K, V]) Do(ctx context.Context, key K) (V, bool, error) {
 	return value, ok, b.err
 }
 
-// share runs b, which others have waited for, after the last of them has joined.
+// share closes b to further calls and runs it.
 func (g *Group[K, V]) share(b *batch[K, V]) {
 	for range joinTurns {
 		runtime.Gosched()
@@ -78,11 +92,11 @@ func (g *Group[K, V]) share(b *batch[K, V]) {
 	g.mu.Lock()
 	g.next = nil
 	g.mu.Unlock()
-	g.finish(b, 1)
+	g.serve(b, 1)
 }
 
-// finish runs b, lets its callers go, and has the batch that formed meanwhile run next.
-func (g *Group[K, V]) finish(b *batch[K, V], shared int) {
+// serve runs b, wakes its callers, and starts the batch that formed in the meantime.
+func (g *Group[K, V]) serve(b *batch[K, V], shared int) {
 	ctx, cancel := context.WithDeadline(context.Background(), b.deadline)
 	defer func() {
 		if v := recover(); v != nil {
@@ -94,10 +108,10 @@ func (g *Group[K, V]) finish(b *batch[K, V], shared int) {
 		defer g.mu.Unlock()
 		g.running--
 		g.shared -= shared
-		if next := g.next; next != nil && !next.claimed && g.shared < g.limit {
+		if next := g.next; next != nil && !next.starting && g.shared < g.batches {
 			g.running++
 			g.shared++
-			next.claimed = true
+			next.starting = true
 			go g.share(next)
 		}
 	}()

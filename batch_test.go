@@ -14,7 +14,7 @@ import (
 // slowGroup answers each key with its text, a second later, and notes the batches.
 func slowGroup(batches *[][]int) *Group[int, string] {
 	return &Group[int, string]{
-		budget: time.Minute, alone: 1, limit: 1,
+		budget: time.Minute, batchLimits: batchLimits{1, 1},
 		run: func(_ context.Context, keys []int) (map[int]string, error) {
 			*batches = append(*batches, slices.Clone(keys))
 			time.Sleep(time.Second)
@@ -85,7 +85,7 @@ func TestGroupKeepsToItsLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var batches [][]int
 		g := slowGroup(&batches)
-		g.alone, g.limit = 2, 1
+		g.alone, g.batches = 2, 1
 		start := time.Now()
 		var took [5]time.Duration
 		var callers sync.WaitGroup
@@ -110,7 +110,7 @@ func TestGroupReadsNothingStale(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		state := "old"
-		g := &Group[int, string]{budget: time.Minute, alone: 1, limit: 1}
+		g := &Group[int, string]{budget: time.Minute, batchLimits: batchLimits{1, 1}}
 		g.run = func(context.Context, []int) (map[int]string, error) {
 			seen := state
 			time.Sleep(time.Second)
@@ -161,7 +161,7 @@ func TestGroupLetsCallersGo(t *testing.T) {
 func TestGroupKeepsToItsBudget(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		g := &Group[int, string]{budget: 4 * time.Second, alone: 1, limit: 1}
+		g := &Group[int, string]{budget: 4 * time.Second, batchLimits: batchLimits{1, 1}}
 		g.run = func(ctx context.Context, _ []int) (map[int]string, error) {
 			<-ctx.Done()
 			return nil, ctx.Err()
@@ -191,7 +191,7 @@ func TestGroupKeepsToItsBudget(t *testing.T) {
 func TestGroupSurvivesFailures(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		g := &Group[string, int]{budget: time.Minute, alone: 1, limit: 1}
+		g := &Group[string, int]{budget: time.Minute, batchLimits: batchLimits{1, 1}}
 		g.run = func(_ context.Context, keys []string) (map[string]int, error) {
 			time.Sleep(time.Second)
 			switch keys[0] {

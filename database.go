@@ -1,7 +1,7 @@
 package main
 
-// This file owns the way to PostgreSQL: the connections, the application of schema.sql, how a
-// statement is run, and what its errors mean.
+// This file owns the way to PostgreSQL: connections, the application of schema.sql, how a statement
+// runs, and what its errors mean.
 
 import (
 	"context"
@@ -23,30 +23,7 @@ import (
 //go:embed schema.sql
 var schema string
 
-const (
-	databaseWait    = 60 * time.Second // at start, for a database that does not answer
-	databaseRetry   = time.Second
-	maxDenials      = 3                      // attempts with a password or database that is wrong
-	connectBudget   = 2 * time.Second        // for one host
-	allHostsBudget  = 3 * time.Second        // for several together
-	statementBudget = 4 * time.Second        // for a connection and an answer
-	batchBudget     = 3 * time.Second        // for changes that are made together
-	cancelBudget    = 500 * time.Millisecond // for the answer to a cancel request
-	readyBudget     = 2 * time.Second
-	startUpkeep     = 10 * time.Second // for what maintain does too
-	closeWait       = 500 * time.Millisecond
-	maxRetries      = 2
-)
-
-// The connections of a replica.
-const (
-	defaultPoolSize = 8
-	minPoolSize     = 6 // and the default behind a pooler: three replicas share its usual 20
-	maxPoolSize     = 16
-	reservedConns   = 2 // for the relay and for probes; requests share the others
-)
-
-// parseDatabaseURL returns text without a driver suffix, such as postgresql+asyncpg.
+// parseDatabaseURL returns a valid URL without its driver suffix, such as in postgresql+asyncpg.
 func parseDatabaseURL(text string) (string, error) {
 	scheme, rest, _ := strings.Cut(text, ":")
 	scheme, _, _ = strings.Cut(scheme, "+")
@@ -58,8 +35,8 @@ func parseDatabaseURL(text string) (string, error) {
 	return text, err
 }
 
-// poolConfig returns what the URL says, with our defaults for what it does not say. It sets no
-// start-up parameters but those that every pooler passes on.
+// poolConfig returns the configuration of a URL, with defaults for what it leaves out. It sets only the
+// start-up parameters that every pooler accepts.
 func poolConfig(databaseURL, appName string) (*pgxpool.Config, error) {
 	config, err := pgxpool.ParseConfig(databaseURL)
 	if err != nil {
@@ -76,21 +53,20 @@ func poolConfig(databaseURL, appName string) (*pgxpool.Config, error) {
 	timeout := connectBudget
 	if hosts := countHosts(&c.Config); hosts > 1 {
 		timeout = min(timeout, allHostsBudget/time.Duration(hosts))
-		if c.ValidateConnect == nil { // of several hosts, one takes writes
+		if c.ValidateConnect == nil { // only one of several hosts accepts writes
 			c.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
 		}
 	}
-	if c.ConnectTimeout == 0 || c.ConnectTimeout > timeout { // 0 is without end
+	if c.ConnectTimeout == 0 || c.ConnectTimeout > timeout { // 0 means no timeout
 		c.ConnectTimeout = timeout
 	}
 	maps.DeleteFunc(c.RuntimeParams, func(name, _ string) bool {
 		return strings.EqualFold(name, "client_encoding") || strings.EqualFold(name, "datestyle")
 	})
-	ours := map[string]string{"application_name": appName, "timezone": "UTC",
-		"standard_conforming_strings": "on",
-		"client_encoding":             "UTF8", "datestyle": "ISO"}
-	maps.Copy(ours, c.RuntimeParams)
-	c.RuntimeParams = ours
+	defaults := map[string]string{"application_name": appName, "timezone": "UTC",
+		"standard_conforming_strings": "on", "client_encoding": "UTF8", "datestyle": "ISO"}
+	maps.Copy(defaults, c.RuntimeParams)
+	c.RuntimeParams = defaults
 	c.BuildContextWatcherHandler = func(conn *pgconn.PgConn) ctxwatch.Handler {
 		return &pgconn.CancelRequestContextWatcherHandler{Conn: conn, DeadlineDelay: cancelBudget}
 	}
@@ -98,8 +74,8 @@ func poolConfig(databaseURL, appName string) (*pgxpool.Config, error) {
 	return config, nil
 }
 
-// preferPlain turns around sslmode=prefer, the default, on this machine: there TLS keeps no
-// secret from anybody, and costs a tenth of what a read does. A server that wants TLS gets it.
+// preferPlain reverses sslmode=prefer, the default, for hosts on this machine: TLS protects nothing
+// there and costs a tenth of a read. A server that requires TLS still gets it.
 func preferPlain(c *pgconn.Config) {
 	ip := net.ParseIP(c.Host)
 	loopback := c.Host == "localhost" || ip.IsLoopback()
@@ -122,15 +98,16 @@ func countHosts(c *pgconn.Config) int {
 
 const unsynced = "unsynced"
 
-// noteUnsynced marks a connection whose commit did not wait for the synchronous standbys to the end,
-// because it was cancelled: the server reports a warning, and success.
+// noteUnsynced marks a connection whose commit was cancelled while it waited for the synchronous
+// standbys. The server reports that as a warning, and success.
 func noteUnsynced(conn *pgconn.PgConn, notice *pgconn.Notice) {
 	if notice.Routine == "SyncRepWaitForLSN" {
 		conn.CustomData()[unsynced] = true
 	}
 }
 
-// remedies says what to do where the server denies access. Step 0 of schema.sql has its own hints.
+// remedies say what to do if the server denies access, by SQLSTATE. Step 0 of schema.sql has its own
+// hints.
 var remedies = map[string]string{
 	"28000": "check the user in DATABASE_URL, and pg_hba.conf",
 	"28P01": "check the user and the password in DATABASE_URL",
@@ -141,8 +118,8 @@ var remedies = map[string]string{
 // errSchema reports that the server refused a step of schema.sql.
 var errSchema = errors.New("the schema cannot be applied")
 
-// isTemporary says whether a step may succeed later: after a conflict, a lock, a shutdown, a lack of
-// resources, on another host, or on a new connection.
+// isTemporary reports whether a step of schema.sql may succeed later: after a conflict, a lock, a
+// shutdown or a lack of resources, on another host, or on a new connection.
 func isTemporary(code string) bool {
 	switch code[:min(2, len(code))] {
 	case "", "08", "25", "40", "53", "55", "57", "58":
@@ -151,8 +128,8 @@ func isTemporary(code string) bool {
 	return false
 }
 
-// openPostgres waits until the database answers and has the schema, for databaseWait at most. It
-// does not wait for what can never work.
+// openPostgres returns the store when the database answers and has the schema. It waits for databaseWait
+// at most, and does not wait for what can never work. The caller closes the store.
 func openPostgres(ctx context.Context, databaseURL, appName string,
 	log *slog.Logger) (*postgres, error) {
 	config, err := poolConfig(databaseURL, appName)
@@ -182,14 +159,14 @@ func openPostgres(ctx context.Context, databaseURL, appName string,
 	s := newPostgres(pool, explicit, log)
 	ctx, cancel := context.WithTimeout(ctx, startUpkeep)
 	defer cancel()
-	_ = errors.Join(s.fold(ctx), s.vacuum(ctx)) // maintain tries again
+	_ = errors.Join(s.fold(ctx), s.vacuum(ctx)) // maintain will try again
 	return s, nil
 }
 
-// prepareDatabase brings the schema up to date on a connection of its own, and config in line with
-// what is at the other end. A pooler gives the session to somebody else after each transaction: there
-// config gets a mode that keeps no prepared statement from one round trip to the next, the session is
-// left as it is, and explicit says whether each transaction has to ask for its isolation level.
+// prepareDatabase brings the schema up to date on a connection of its own, and adapts config to the
+// server. A pooler may give the session to another client after each transaction. So behind a pooler,
+// config gets a mode without prepared statements, no session is changed, and explicit reports whether
+// each transaction must set its isolation level.
 func prepareDatabase(ctx context.Context, config *pgxpool.Config, deadline time.Time,
 	log *slog.Logger) (explicit bool, err error) {
 	ctx, cancel := context.WithDeadline(ctx, deadline)
@@ -212,7 +189,7 @@ func prepareDatabase(ctx context.Context, config *pgxpool.Config, deadline time.
 		defer cancel()
 		_ = conn.Close(ctx)
 	}()
-	var pooled bool // a pooler shows itself by the id of another process
+	var pooled bool // a pooler reports the id of another process
 	err = conn.QueryRow(ctx, `SELECT pg_backend_pid() <> $1::bigint,
 		current_setting('default_transaction_isolation') <> 'read committed'`,
 		pgx.QueryExecModeExec, int64(conn.PgConn().PID())).Scan(&pooled, &explicit)
@@ -239,9 +216,10 @@ func prepareDatabase(ctx context.Context, config *pgxpool.Config, deadline time.
 	return explicit, err
 }
 
-// openSession prepares a new connection. By default PostgreSQL plans WHERE id = ANY ($1) at each call.
-// A plan is kept, and one for an empty outbox must be right for a full one too: each statement has an
-// index, but for the total. JIT would compile that one for longer than it runs.
+// openSession prepares a new connection. By default PostgreSQL plans WHERE id = ANY ($1) at every call.
+// Here it keeps the plans, and a plan that was made for an empty outbox must suit a full one, hence no
+// sequential scans: every statement but the total's has an index. JIT would compile that one for longer
+// than it runs.
 func openSession(ctx context.Context, conn *pgx.Conn) error {
 	ctx, cancel := context.WithTimeout(ctx, connectBudget)
 	defer cancel()
@@ -251,9 +229,9 @@ func openSession(ctx context.Context, conn *pgx.Conn) error {
 	return err
 }
 
-// applySchema applies each step of schema.sql in a transaction of its own. One replica at a time
-// does so in this schema. Its commits wait for a synchronous standby only where the schema is new:
-// a replica can start while the standby is away.
+// applySchema applies the steps of schema.sql, each in a transaction, and one replica at a time in this
+// schema. The commits wait for a synchronous standby only if the schema is new, so that a replica can
+// start while the standby is down.
 func applySchema(ctx context.Context, conn *pgx.Conn) error {
 	for _, step := range strings.Split(schema, "\n-- Step ")[1:] {
 		options := pgx.TxOptions{IsoLevel: pgx.ReadCommitted}
@@ -285,13 +263,13 @@ func applySchema(ctx context.Context, conn *pgx.Conn) error {
 	return nil
 }
 
-// close does not wait for long: a database that is frozen says no goodbye.
+// close closes the connections, and waits for closeWait at most: a frozen database does not answer.
 func (s *postgres) close() {
 	start(func(context.Context) { s.pool.Close() })(closeWait)
 }
 
-// ready says whether the database can take a write: "up", or "read-only" or "down".
-func (s *postgres) ready(ctx context.Context) string {
+// ready reports whether the database can take a write.
+func (s *postgres) ready(ctx context.Context) state {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readyBudget)
 	defer cancel()
 	var readOnly bool
@@ -301,12 +279,12 @@ func (s *postgres) ready(ctx context.Context) string {
 	})
 	switch {
 	case err != nil:
-		return "down"
+		return stateDown
 	case readOnly:
 		s.pool.Reset() // new connections may reach the new primary
-		return "read-only"
+		return stateReadOnly
 	}
-	return "up"
+	return stateUp
 }
 
 // querier is a connection or a transaction.
@@ -319,15 +297,19 @@ type querier interface {
 // statement makes one round trip.
 type statement func(ctx context.Context, db querier) error
 
-// kind is what statements of one kind may do.
+// kind describes statements that do has to treat alike.
 type kind struct {
-	idempotent bool    // it may be sent again although its outcome is not known
-	lanes      []slots // each lets in a limited number of statements
+	idempotent bool // may be sent again although its outcome is unknown
+	lane       lane // limits how many run at the same time
 }
 
-// do runs f, and again where that cannot change anything twice; what names f in an error. The
-// budget is that of ctx where it has one, as a batch has. A caller who leaves ends the wait for a
-// connection, but not a statement under way.
+// do runs f on a connection; what names f in an error. The problem is to repeat a statement only if
+// that cannot change anything twice. The server's refusal means that nothing was changed; a lost
+// connection means that only an idempotent statement may be sent again.
+//
+// The deadline is that of ctx, as of a batch, or statementBudget from now. A caller who leaves ends the
+// wait for a connection, but never a statement in progress: cancelling it would close the connection.
+// The error wraps one of the sentinels of userStore if one applies.
 func (s *postgres) do(ctx context.Context, what string, k kind, f statement) error {
 	deadline, ok := ctx.Deadline()
 	if !ok {
@@ -335,19 +317,20 @@ func (s *postgres) do(ctx context.Context, what string, k kind, f statement) err
 	}
 	budget, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
 	defer cancel()
-	for _, lane := range k.lanes {
-		if err := lane.take(ctx, budget); err != nil {
-			return fmt.Errorf("%s: waiting: %w", what, err)
-		}
-		defer lane.free()
+	wait, stop := context.WithDeadline(ctx, deadline)
+	err := k.lane.enter(wait)
+	stop()
+	if err != nil {
+		return fmt.Errorf("%s: waiting: %w", what, waitError(err))
 	}
+	defer k.lane.leave()
 	for retries := 0; ; retries++ {
 		err, again := s.try(budget, k, f)
 		if err == nil {
 			return nil
 		}
 		limit := maxRetries
-		if isStale(err) { // as each connection may be
+		if isStale(err) { // as every connection of the pool may be
 			limit = maxPoolSize
 		}
 		if !again || retries >= limit || budget.Err() != nil {
@@ -356,16 +339,23 @@ func (s *postgres) do(ctx context.Context, what string, k kind, f statement) err
 	}
 }
 
-// try runs f once. It says whether to run it again after an error, which is one of the sentinels of
-// userStore where there is one for it.
+// waitError returns errUnavailable for a wait that ended with its deadline, and err if the caller left.
+func waitError(err error) error {
+	if errors.Is(err, context.Canceled) {
+		return err
+	}
+	return errUnavailable
+}
+
+// try runs f once. again reports whether do may run f again after the error.
 func (s *postgres) try(ctx context.Context, k kind, f statement) (err error, again bool) {
 	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
 		return fmt.Errorf("%w: %w", errUnavailable, err), false
 	}
 	defer conn.Release()
-	remarks := conn.Conn().PgConn().CustomData()
-	delete(remarks, unsynced)
+	notes := conn.Conn().PgConn().CustomData()
+	delete(notes, unsynced)
 	if s.explicit {
 		options := pgx.TxOptions{IsoLevel: pgx.ReadCommitted}
 		err = pgx.BeginTxFunc(ctx, conn, options, func(tx pgx.Tx) error { return f(ctx, tx) })
@@ -373,58 +363,57 @@ func (s *postgres) try(ctx context.Context, k kind, f statement) (err error, aga
 		err = f(ctx, conn)
 	}
 	switch {
-	case err == nil && remarks[unsynced] != nil && !k.idempotent:
+	case err == nil && notes[unsynced] != nil && !k.idempotent:
 		return fmt.Errorf("%w: the commit did not wait for the standby", errOutcomeUnknown), false
 	case err == nil:
 		return nil, false
 	}
-	if sqlState(err) == alteredType { // the session would fail again and again
+	if sqlState(err) == alteredType { // every later statement of the session would fail
 		_ = conn.Conn().Close(ctx)
 	}
 	lost := conn.Conn().IsClosed()
-	if lost || sqlState(err) == "25006" { // the others are as old; new ones may reach the new primary
-		s.pool.Reset()
+	if lost || sqlState(err) == "25006" { // the other connections have the same age; new ones may
+		s.pool.Reset() // reach the new primary
 	}
 	harmless := k.idempotent || changedNothing(err, lost)
 	return sentinel(err, lost, harmless), harmless && (lost || isPassing(err))
 }
 
-// changedNothing reports that the server has refused the statement, or never got it.
+// changedNothing reports whether the server refused the statement, or never received it.
 func changedNothing(err error, lost bool) bool {
 	code := sqlState(err)
 	return code != "" && !lost || code == alteredType || pgconn.SafeToRetry(err)
 }
 
-// isPassing reports that nothing was changed, and that the next attempt may succeed: after a
-// conflict, or a cancel request that was meant for the statement before.
+// isPassing reports whether the next attempt may succeed: after a conflict, or a cancel request that was
+// meant for an earlier statement.
 func isPassing(err error) bool {
 	return isConflict(err) || isStale(err) || sqlState(err) == "57014"
 }
 
-// isConflict reports a serialization failure or a deadlock.
+// isConflict reports whether err is a serialization failure or a deadlock.
 func isConflict(err error) bool {
 	code := sqlState(err)
 	return code == "40001" || code == "40P01"
 }
 
-// isStale reports that a prepared statement does not fit any more, because a table was altered or a
-// pooler has changed the session. The next attempt prepares it again.
+// isStale reports whether a prepared statement has become invalid, because a table was altered or a
+// pooler changed the session. The next attempt prepares it again.
 func isStale(err error) bool {
 	code := sqlState(err)
 	return code == "0A000" || code == "26000" || code == "42P05" || code == alteredType
 }
 
-// alteredType is what a trigger fails with where its session knows another type of id, version or
-// updated_at.
+// alteredType is the SQLSTATE of a trigger whose session still knows an earlier type of a column.
 const alteredType = "42804"
 
-// isTimeout reports that a statement was cancelled, or waited too long for a lock.
+// isTimeout reports whether a statement was cancelled, or waited too long for a lock.
 func isTimeout(err error) bool {
 	code := sqlState(err)
 	return code == "57014" || code == "55P03"
 }
 
-// sqlState returns "" where err is not what the server said.
+// sqlState returns "" if err did not come from the server.
 func sqlState(err error) string {
 	if refusal, ok := errors.AsType[*pgconn.PgError](err); ok {
 		return refusal.Code
@@ -432,8 +421,8 @@ func sqlState(err error) string {
 	return ""
 }
 
-// sentinel wraps err in what the handlers know. Of the server's words only the SQLSTATE counts.
-// lost says that the connection is gone; harmless, that nothing was changed, or may be again.
+// sentinel wraps err in the sentinel of userStore that applies, by its SQLSTATE. lost means that the
+// connection is closed; harmless, that nothing was changed, or that the statement is idempotent.
 func sentinel(err error, lost, harmless bool) error {
 	code := sqlState(err)
 	class := code[:min(2, len(code))]

@@ -1,105 +1,94 @@
 package main
 
+// This file owns /docs, which shows openapi.json in Swagger UI, and needs no other host.
+
 import (
-	"bytes"
 	"compress/gzip"
-	_ "embed"
+	"embed"
 	"io"
+	"io/fs"
 	"net/http"
 	"path"
 	"strconv"
 	"strings"
-	"sync"
 
 	"github.com/swaggest/swgui/v5/static"
 )
 
-var (
-	//go:embed openapi.json
-	openAPI []byte
-	//go:embed docs.html
-	docsPage []byte
-	//go:embed docs.js
-	docsStart []byte
-)
+//go:embed openapi.json assets/docs.html assets/docs.js
+var assets embed.FS
 
-// docsTypes does not depend on what the machine knows of media types.
+// docsTypes has the media types of the files. Those that package mime knows differ between machines.
 var docsTypes = map[string]string{
-	".css": "text/css; charset=utf-8",
-	".js":  "text/javascript; charset=utf-8",
-	".png": "image/png",
+	".css":  "text/css; charset=utf-8",
+	".html": "text/html; charset=utf-8",
+	".js":   "text/javascript; charset=utf-8",
+	".json": "application/json",
+	".png":  "image/png",
 }
 
-// docsPolicy lets the page load what this service serves, and send requests to it.
-// Swagger UI writes style attributes and draws with data: images.
+// docsPolicy allows the page to load files of this service and to send requests to it. Swagger UI
+// writes style attributes and uses data: images.
 const docsPolicy = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; " +
 	"img-src 'self' data:; font-src 'self'; connect-src 'self'; base-uri 'none'; " +
 	"form-action 'none'; frame-ancestors 'none'"
 
-func serveOpenAPI(w http.ResponseWriter, r *http.Request) error {
-	return writeBytes(w, "application/json", openAPI)
+func serveOpenAPI(w *response, _ *http.Request, _ caller) error {
+	return serveFile(w, assets, "openapi.json", ".json")
 }
 
-func serveDocs(w http.ResponseWriter, r *http.Request) error {
+func serveDocs(w *response, _ *http.Request, _ caller) error {
 	w.Header().Set("Content-Security-Policy", docsPolicy)
-	return writeBytes(w, "text/html; charset=utf-8", docsPage)
+	return serveFile(w, assets, "assets/docs.html", ".html")
 }
 
-func redirectToDocs(w http.ResponseWriter, r *http.Request) error {
+func serveDocsScript(w *response, _ *http.Request, _ caller) error {
+	return serveFile(w, assets, "assets/docs.js", ".js")
+}
+
+func redirectToDocs(w *response, r *http.Request, _ caller) error {
 	http.Redirect(w, r, "/docs", http.StatusFound)
 	return nil
 }
 
-// serveDocsFile serves a file of Swagger UI. The larger ones are embedded with gzip, and
-// unpacked for a client that does not ask for that.
-func serveDocsFile(w http.ResponseWriter, r *http.Request) error {
+// serveSwaggerUI serves a file of Swagger UI. The large ones are embedded with gzip, and are unpacked for
+// clients that do not accept it.
+func serveSwaggerUI(w *response, r *http.Request, _ caller) error {
 	name := path.Base(r.URL.Path)
-	contentType := docsTypes[path.Ext(name)]
-	if name == "start.js" {
-		return writeBytes(w, contentType, docsStart)
-	}
-	body, err := static.FS.ReadFile(name)
-	if err == nil && path.Ext(name) == ".png" {
-		return writeBytes(w, contentType, body)
-	}
-	body, err = static.FS.ReadFile(name + ".gz")
-	if err != nil {
-		return errNoRoute
+	extension := path.Ext(name)
+	if extension == ".png" {
+		return serveFile(w, static.FS, name, extension)
 	}
 	w.Header().Set("Vary", "Accept-Encoding")
 	if strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
 		w.Header().Set("Content-Encoding", "gzip")
-		return writeBytes(w, contentType, body)
+		return serveFile(w, static.FS, name+".gz", extension)
 	}
-	if body, err = unzipped(name, body); err != nil {
+	file, err := static.FS.Open(name + ".gz")
+	if err != nil {
 		return err
 	}
-	return writeBytes(w, contentType, body)
+	unpacked, err := gzip.NewReader(file)
+	if err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", docsTypes[extension])
+	_, _ = io.Copy(w, unpacked) // #nosec G110 -- a file of ours; response records a failure
+	return nil
 }
 
-// unzippedFiles has each file once, however many clients read it slowly.
-var unzippedFiles sync.Map
-
-func unzipped(name string, zipped []byte) ([]byte, error) {
-	if body, ok := unzippedFiles.Load(name); ok {
-		return body.([]byte), nil
-	}
-	reader, err := gzip.NewReader(bytes.NewReader(zipped))
+// serveFile streams an embedded file.
+func serveFile(w *response, files fs.FS, name, extension string) error {
+	file, err := files.Open(name)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	body, err := io.ReadAll(reader)
+	info, err := file.Stat()
 	if err != nil {
-		return nil, err
+		return err
 	}
-	first, _ := unzippedFiles.LoadOrStore(name, body)
-	return first.([]byte), nil
-}
-
-func writeBytes(w http.ResponseWriter, contentType string, body []byte) error {
-	w.Header().Set("Content-Type", contentType)
-	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
-	w.WriteHeader(http.StatusOK)
-	_, _ = w.Write(body) // #nosec G705 -- a file of our own; the response keeps the error
+	w.Header().Set("Content-Type", docsTypes[extension])
+	w.Header().Set("Content-Length", strconv.FormatInt(info.Size(), 10))
+	_, _ = io.Copy(w, file) // response records a failure
 	return nil
 }

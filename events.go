@@ -1,5 +1,8 @@
 package main
 
+// This file owns events: the relay, which moves them from the outbox to a broker, the consumer, and the
+// broker of a service without RabbitMQ.
+
 import (
 	"context"
 	"encoding/json"
@@ -7,7 +10,6 @@ import (
 	"fmt"
 	"hash/maphash"
 	"log/slog"
-	"math/rand/v2"
 	"regexp"
 	"slices"
 	"time"
@@ -22,28 +24,13 @@ const (
 )
 
 const (
-	relayRead     = 5000 // events at once: each time, the dead rows are passed over
-	relayWindow   = 500  // events that are published before their confirms are awaited
-	relayPoll     = 100 * time.Millisecond
-	relayDrain    = 2 * time.Second
-	leadInterval  = 500 * time.Millisecond // between two attempts to take or renew the lease
-	resignWait    = 500 * time.Millisecond
-	maxEventBytes = 64 << 10
-
+	maxEventBytes   = 64 << 10
 	maxTraceIDBytes = 255     // of an AMQP short string
 	maxVersions     = 100_000 // users whose newest version the consumer remembers
 )
 
-// A backlog competes for the processors with the requests that come in. Where they are few
-// it gives way to them, at most half of the time; where they are many it has to keep up.
-const (
-	relayAside = 100 // events, instead of relayWindow
-	relayYield = 50 * time.Millisecond
-	relayFlood = 50 // requests during a window
-)
-
-// event says that a user changed, and to which version. For one user the versions of
-// the events have no gaps; a deletion is the version after the last one.
+// event reports that a user has changed, and to which version. The versions of a user's events have no
+// gaps; a deletion has the version after the last one.
 type event struct {
 	outboxID   int64
 	ID         string    `json:"event_id"`
@@ -53,10 +40,15 @@ type event struct {
 	OccurredAt timestamp `json:"occurred_at"`
 }
 
-// eventPattern fits the types that queues are bound to.
+type eventData struct {
+	UserID  int64 `json:"user_id"`
+	Version int64 `json:"version"`
+}
+
+// eventPattern matches the types that queues are bound to.
 var eventPattern = regexp.MustCompile(`^user\.[a-z_]{1,64}$`)
 
-// check fails for what no broker could take to a queue, whatever its consumers know.
+// check fails with errUnreadable for an event that no broker could deliver, whatever its consumers know.
 func (e event) check() error {
 	if !eventPattern.MatchString(e.Type) || len(e.TraceID) > maxTraceIDBytes {
 		return fmt.Errorf("%w: its type or trace id cannot be sent", errUnreadable)
@@ -64,98 +56,86 @@ func (e event) check() error {
 	return nil
 }
 
-// logSetAside is all that remains of an event.
+// logSetAside logs an event that is removed without having been published. The line is the only trace
+// that remains of it.
 func logSetAside(ctx context.Context, log *slog.Logger, e event, err error) {
 	id := e.TraceID[:min(len(e.TraceID), maxTraceIDBytes)]
-	log.LogAttrs(withTraceID(ctx, id), slog.LevelError, "Event set aside",
+	log.LogAttrs(withTraceID(ctx, id), slog.LevelError, "Undeliverable event removed",
 		slog.Any("error", err), slog.String("event_id", e.ID), slog.String("event_type", e.Type),
 		slog.Int64("user_id", e.Data.UserID), slog.Int64("version", e.Data.Version))
 }
 
-type eventData struct {
-	UserID  int64 `json:"user_id"`
-	Version int64 `json:"version"`
-}
-
-// outbox holds the events of committed changes until they are removed: what is in it is pending.
+// outbox holds the events of committed changes until they are removed. An event in it is pending.
 type outbox interface {
-	// lead takes or renews the lease of this process, and says whether it has it. What pending
-	// returned before may be published only after that: lead makes sure that it cannot be lost.
+	// lead takes or renews the lease of this process, and reports whether it holds the lease. Events
+	// that pending returned before must not be published until lead succeeds: after that, no failover
+	// of the database can lose them.
 	lead(ctx context.Context) (bool, error)
 	// resign gives up the lease, so that another process can take it at once.
 	resign(ctx context.Context) error
-	// pending returns up to limit events, for each user in the order of versions.
+	// pending returns up to limit events, and those of each user in the order of versions.
 	pending(ctx context.Context, limit int) ([]event, error)
+	// remove deletes events that have been delivered.
 	remove(ctx context.Context, events []event) error
-	// size counts the events that are pending, and how long the oldest has been.
+	// size returns the number of pending events, and the age of the oldest.
 	size(ctx context.Context) (pending int64, oldest time.Duration, err error)
-	// changed receives soon after a change of this process was committed.
+	// changed returns a channel that receives soon after this process has committed a change.
 	changed() <-chan struct{}
 }
 
-// broker takes events to consumers, at least once and in their order.
+// broker delivers events to consumers, at least once and in order.
 type broker interface {
-	// publisher connects; the publisher is the caller's to close.
+	// publisher connects. The caller closes the publisher.
 	publisher(ctx context.Context) (publisher, error)
-	// consume calls connected once and then hands over message after message, until ctx
-	// or the connection ends.
-	consume(ctx context.Context, connected func(), to messageHandler) error
-	// status is for /readyz.
-	status() string
+	// consume connects, calls onReady once, and then passes messages to handler until ctx or the
+	// connection ends.
+	consume(ctx context.Context, onReady func(), handler messageHandler) error
+	// state is shown by /readyz.
+	state() state
 }
 
+// publisher is a connection that publishes. It is not safe for concurrent use.
 type publisher interface {
-	// publish returns how many events, from the first on, the broker has for certain.
-	// After an error the publisher is of no more use.
+	// publish returns how many events, from the first one on, the broker has confirmed. After an error
+	// the publisher can only be closed.
 	publish(ctx context.Context, events []event) (int, error)
-	// closed says whether the connection is gone.
+	// closed reports whether the connection has ended.
 	closed() bool
 	close()
 }
 
 var errBrokerGone = errors.New("the broker closed the connection")
 
-// messageHandler gets each message at least once.
+// messageHandler receives each message at least once.
 type messageHandler interface {
-	// handle fails with errUnreadable for a message that is to be put aside.
-	handle(ctx context.Context, body []byte) error
-	// commit makes certain what was done about all messages so far. They are acknowledged
-	// after it, or come again where it fails.
-	commit() error
+	// handle handles messages, and returns the indexes of those that are unreadable and should be put
+	// aside. If it fails, none counts as handled, and all are delivered again.
+	handle(ctx context.Context, bodies [][]byte) (unreadable []int, err error)
 }
 
-// errUnreadable is a message that no consumer of this version can handle.
+// errUnreadable reports a message that no consumer of this version can handle.
 var errUnreadable = errors.New("unreadable message")
 
-// wake makes a channel of capacity 1 ready to receive.
-func wake(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
-	default:
-	}
-}
-
-// relay moves events from the outbox to the broker. Any number may run; one leads at a time.
+// relay moves events from the outbox to the broker. Every replica runs one; the lease decides which one
+// works.
 //
-// Two may both believe that they lead, such as one that was frozen and one that took its place. That
-// costs duplicates, but not the order: each publishes what is pending from the first event on, on
-// one channel, and removes only what the broker has confirmed. So whoever sends a version of a user
-// has sent the one before itself, or has not found it any more, because the broker had it.
+// Two may work at the same time, such as one that was frozen and its successor. That costs duplicates but
+// never the order: each publishes what is pending from the first event on, on one channel, and removes
+// only what the broker has confirmed. So a relay that sends a version of a user has sent the version
+// before itself, or did not find it any more, because the broker already had it.
 type relay struct {
 	outbox    outbox
 	broker    broker
-	traffic   *traffic
 	log       *slog.Logger
 	leads     *metrics.Gauge
 	published *metrics.Counter
-	renewed   time.Time // when the lease was last taken
+	renewed   time.Time // when the lease was last taken or renewed; zero: not held
 }
 
-func newRelay(o outbox, b broker, t *traffic, log *slog.Logger, set *metrics.Set) *relay {
+func newRelay(o outbox, b broker, log *slog.Logger, set *metrics.Set) *relay {
 	return &relay{
 		outbox:    o,
 		broker:    b,
-		traffic:   t,
 		log:       log,
 		leads:     set.NewGauge("relay_leader", nil),
 		published: set.NewCounter("events_published_total"),
@@ -167,14 +147,14 @@ func (r *relay) run(ctx context.Context) {
 	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	context.AfterFunc(ctx, func() { time.AfterFunc(relayDrain, cancel) })
-	keepUp(ctx, r.log, "relay", func(restored func()) error {
-		return r.session(ctx, work, restored)
+	keepUp(ctx, r.log, "relay", func(onReady func()) error {
+		return r.session(ctx, work, onReady)
 	})
 }
 
-// session relays over one connection to the broker. It returns nil only when ctx has ended and
-// nothing is pending, or another replica leads.
-func (r *relay) session(ctx, work context.Context, restored func()) error {
+// session relays over one connection to the broker. It returns nil only when ctx has ended and either
+// nothing is pending or another replica leads.
+func (r *relay) session(ctx, work context.Context, onReady func()) error {
 	p, err := r.broker.publisher(ctx)
 	if err != nil {
 		return fmt.Errorf("connecting to the broker: %w", err)
@@ -187,8 +167,8 @@ func (r *relay) session(ctx, work context.Context, restored func()) error {
 			return err
 		}
 		r.leads.Set(oneIf(leads))
-		if led || !leads { // a new leader has yet to publish
-			restored()
+		if led || !leads { // a new leader has not published yet
+			onReady()
 		}
 		if n == 0 && ctx.Err() != nil {
 			return nil
@@ -211,31 +191,41 @@ func (r *relay) session(ctx, work context.Context, restored func()) error {
 	}
 }
 
-// oneIf returns the value of a gauge of yes and no.
-func oneIf(yes bool) float64 {
-	if yes {
-		return 1
+// relayOnce publishes the oldest events and returns how many. It reads them first and then renews the
+// lease: that commit waits for the synchronous standbys, so that after it no failover can lose what
+// was read.
+func (r *relay) relayOnce(ctx context.Context, p publisher, led bool) (leads bool, n int, err error) {
+	if !led {
+		leads, err = r.acquireLeadership(ctx)
+		return leads, 0, err
 	}
-	return 0
-}
-
-// resign lets another replica lead, whose broker may answer.
-func (r *relay) resign(ctx context.Context) {
-	r.leads.Set(0)
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), resignWait)
-	defer cancel()
-	_ = r.outbox.resign(ctx) // the lease ends by itself
-}
-
-// keepLead renews the lease unless that was done within leadInterval.
-func (r *relay) keepLead(ctx context.Context) (leads bool, err error) {
-	if time.Since(r.renewed) < leadInterval {
-		return true, nil
+	events, err := r.outbox.pending(ctx, relayRead)
+	if err != nil {
+		return false, 0, err
 	}
-	return r.lead(ctx)
+	if len(events) == 0 {
+		leads, err = r.keepLeadership(ctx)
+		return leads, 0, err
+	}
+	if leads, err = r.acquireLeadership(ctx); err != nil || !leads {
+		return leads, 0, err
+	}
+	good, err := r.setAside(ctx, events)
+	if err != nil {
+		return true, 0, err
+	}
+	for window := range slices.Chunk(good, relayWindow) {
+		if leads, err = r.keepLeadership(ctx); err != nil || !leads {
+			return leads, 0, err
+		}
+		if err := r.publishWindow(ctx, p, window); err != nil {
+			return true, 0, err
+		}
+	}
+	return true, len(events), nil
 }
 
-func (r *relay) lead(ctx context.Context) (leads bool, err error) {
+func (r *relay) acquireLeadership(ctx context.Context) (leads bool, err error) {
 	r.renewed = time.Time{}
 	began := time.Now()
 	if leads, err = r.outbox.lead(ctx); leads {
@@ -244,61 +234,24 @@ func (r *relay) lead(ctx context.Context) (leads bool, err error) {
 	return leads, err
 }
 
-// relayOnce publishes the oldest events and returns how many. First it reads them, then it renews
-// the lease: after that what was read cannot be lost any more.
-func (r *relay) relayOnce(ctx context.Context, p publisher, led bool) (leads bool, n int, err error) {
-	if !led {
-		leads, err = r.lead(ctx)
-		return leads, 0, err
+// keepLeadership renews the lease unless that was done within leadInterval.
+func (r *relay) keepLeadership(ctx context.Context) (leads bool, err error) {
+	if time.Since(r.renewed) < leadInterval {
+		return true, nil
 	}
-	events, err := r.outbox.pending(ctx, relayRead)
-	if err != nil {
-		return false, 0, err
-	}
-	if len(events) == 0 {
-		leads, err = r.keepLead(ctx)
-		return leads, 0, err
-	}
-	if leads, err = r.lead(ctx); err != nil || !leads {
-		return leads, 0, err
-	}
-	good, err := r.setAside(ctx, events)
-	if err == nil {
-		err = r.publishAll(ctx, p, good)
-	}
-	return true, len(events), err
+	return r.acquireLeadership(ctx)
 }
 
-// publishAll publishes events window by window, as long as this replica leads.
-func (r *relay) publishAll(ctx context.Context, p publisher, events []event) error {
-	requests, patience := r.traffic.begun.Load(), relayYield
-	for n := 0; n < len(events); {
-		if leads, err := r.keepLead(ctx); err != nil || !leads {
-			return err
-		}
-		came := r.traffic.begun.Load() - requests
-		requests += came
-		aside := (came > 0 || r.traffic.underWay() > 0) && came < relayFlood
-		size := relayWindow
-		if aside {
-			size = relayAside
-		}
-		began := time.Now()
-		window := events[n:min(n+size, len(events))]
-		if err := r.publishWindow(ctx, p, window); err != nil {
-			return err
-		}
-		n += len(window)
-		patience = min(patience+time.Since(began), relayYield)
-		if aside && n < len(events) {
-			patience -= r.giveWay(ctx, patience)
-		}
-	}
-	return nil
+// resign lets another replica lead at once. If it fails, the lease expires.
+func (r *relay) resign(ctx context.Context) {
+	r.leads.Set(0)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), resignWait)
+	defer cancel()
+	_ = r.outbox.resign(ctx)
 }
 
-// publishWindow publishes events and removes those that the broker has: the longest run
-// from the first on, so that no event is passed over.
+// publishWindow publishes events and removes those that the broker has confirmed: the longest run from
+// the first event on, so that none is skipped.
 func (r *relay) publishWindow(ctx context.Context, p publisher, events []event) error {
 	n, publishErr := p.publish(ctx, events)
 	r.published.Add(n)
@@ -309,7 +262,7 @@ func (r *relay) publishWindow(ctx context.Context, p publisher, events []event) 
 	return errors.Join(publishErr, err)
 }
 
-// setAside removes what no broker could take, with a line in the log each, and returns the rest.
+// setAside removes and logs the events that no broker could deliver, and returns the others.
 func (r *relay) setAside(ctx context.Context, events []event) ([]event, error) {
 	var bad []event
 	good := slices.DeleteFunc(events, func(e event) bool {
@@ -326,35 +279,36 @@ func (r *relay) setAside(ctx context.Context, events []event) ([]event, error) {
 	return good, r.outbox.remove(ctx, bad)
 }
 
-// giveWay waits for the requests under way, and returns how long.
-func (r *relay) giveWay(ctx context.Context, atMost time.Duration) time.Duration {
-	began := time.Now()
-	for r.traffic.underWay() > 0 && time.Since(began) < atMost {
-		sleep(ctx, time.Millisecond)
+// oneIf returns the value of a gauge that is 1 or 0.
+func oneIf(yes bool) float64 {
+	if yes {
+		return 1
 	}
-	return time.Since(began)
+	return 0
 }
 
-// consumer logs the events that it has not seen.
+// consumer logs each event once.
 type consumer struct {
 	log      *slog.Logger
+	out      *logWriter // of log
 	consumed *metrics.Counter
 	skipped  *metrics.Counter
 	seed     maphash.Seed        // of the hashes of event ids
 	newest   recent[int64, seen] // by user
-	fresh    int                 // events since the last commit
+	fresh    int                 // events since the last flush
 }
 
-// seen is the newest version of a user that the consumer got, and a hash of the event's id. It has no
-// pointers, which the garbage collector would follow.
+// seen is the newest version of a user that the consumer has received, and a hash of the event's id. It
+// has no pointers, which the garbage collector would have to follow.
 type seen struct {
 	version int64
 	event   uint64
 }
 
-func newConsumer(log *slog.Logger, set *metrics.Set) *consumer {
+func newConsumer(log *slog.Logger, out *logWriter, set *metrics.Set) *consumer {
 	return &consumer{
 		log:      log,
+		out:      out,
 		consumed: set.NewCounter("events_consumed_total"),
 		skipped:  set.NewCounter("events_skipped_total"),
 		seed:     maphash.MakeSeed(),
@@ -364,57 +318,61 @@ func newConsumer(log *slog.Logger, set *metrics.Set) *consumer {
 
 // run consumes until ctx ends.
 func (c *consumer) run(ctx context.Context, b broker) {
-	keepUp(ctx, c.log, "consumer", func(restored func()) error {
-		return b.consume(ctx, restored, c)
+	keepUp(ctx, c.log, "consumer", func(onReady func()) error {
+		return b.consume(ctx, onReady, c)
 	})
 }
 
-func (c *consumer) handle(ctx context.Context, body []byte) error {
-	e, err := parseEvent(body)
-	if err != nil {
-		c.log.WarnContext(ctx, "Rejected message", "error", err, "bytes", len(body))
-		return err
+// handle logs the events and flushes the log. If that fails because lines were dropped, it forgets what
+// it has seen, so that the events are logged when they are delivered again.
+func (c *consumer) handle(ctx context.Context, bodies [][]byte) (unreadable []int, err error) {
+	for i, body := range bodies {
+		e, err := parseEvent(body)
+		if err != nil {
+			c.log.WarnContext(ctx, "Rejected message", "error", err, "bytes", len(body))
+			unreadable = append(unreadable, i)
+			continue
+		}
+		c.logEvent(withTraceID(ctx, e.TraceID), e)
 	}
-	ctx = withTraceID(ctx, e.TraceID)
+	err = c.out.flush()
+	if errors.Is(err, errLinesLost) {
+		c.newest, c.fresh = recent[int64, seen]{max: maxVersions}, 0
+	}
+	if err != nil {
+		return nil, fmt.Errorf("logging events: %w", err)
+	}
+	c.consumed.Add(c.fresh)
+	c.fresh = 0
+	return unreadable, nil
+}
+
+func (c *consumer) logEvent(ctx context.Context, e event) {
 	attrs := []slog.Attr{
 		slog.String("event_type", e.Type),
 		slog.Int64("user_id", e.Data.UserID),
 		slog.Int64("version", e.Data.Version),
 		slog.String("event_id", e.ID),
 	}
-	if newest, ok := c.newest.get(e.Data.UserID); ok && newest.version >= e.Data.Version {
+	hash := maphash.String(c.seed, e.ID)
+	newest, ok := c.newest.get(e.Data.UserID)
+	switch {
+	case !ok || newest.version < e.Data.Version:
+		message := fmt.Sprintf("Received event %s with user_id=%d", e.Type, e.Data.UserID)
+		c.log.LogAttrs(ctx, slog.LevelInfo, message, attrs...)
+		c.newest.put(e.Data.UserID, seen{e.Data.Version, hash})
+		c.fresh++
+	case newest.version == e.Data.Version && newest.event != hash:
 		c.skipped.Inc()
-		if newest.version == e.Data.Version && newest.event != maphash.String(c.seed, e.ID) {
-			c.log.LogAttrs(ctx, slog.LevelWarn,
-				"Conflicting event: the database was restored or lost changes in a failover", attrs...)
-			return nil
-		}
+		c.log.LogAttrs(ctx, slog.LevelWarn,
+			"Conflicting event: the database was restored or lost changes in a failover", attrs...)
+	default:
+		c.skipped.Inc()
 		c.log.LogAttrs(ctx, slog.LevelDebug, "Skipped duplicate event", attrs...)
-		return nil
 	}
-	message := fmt.Sprintf("Received event %s with user_id=%d", e.Type, e.Data.UserID)
-	c.log.LogAttrs(ctx, slog.LevelInfo, message, attrs...)
-	c.newest.put(e.Data.UserID, seen{e.Data.Version, maphash.String(c.seed, e.ID)})
-	c.fresh++
-	return nil
 }
 
-// commit flushes the log. If that fails because lines were dropped, the events since the last commit
-// count as unseen.
-func (c *consumer) commit() error {
-	err := flushLog(c.log)
-	if errors.Is(err, errLinesLost) {
-		c.newest, c.fresh = recent[int64, seen]{max: maxVersions}, 0
-	}
-	if err != nil {
-		return fmt.Errorf("logging events: %w", err)
-	}
-	c.consumed.Add(c.fresh)
-	c.fresh = 0
-	return nil
-}
-
-// parseEvent fails with errUnreadable. Members that it does not know are no error.
+// parseEvent fails with errUnreadable. It accepts unknown members.
 func parseEvent(body []byte) (event, error) {
 	if len(body) > maxEventBytes {
 		return event{}, fmt.Errorf("%w: more than %d bytes", errUnreadable, maxEventBytes)
@@ -434,36 +392,33 @@ func parseEvent(body []byte) (event, error) {
 	return e, nil
 }
 
-// inProcess is the broker of a service without RabbitMQ: what it has published has been
-// handled, or set aside where nobody could read it.
+// inProcess is the broker of a service without RabbitMQ. It passes events directly to the handler. Those
+// that the handler cannot read are logged and count as published.
 type inProcess struct {
-	to  messageHandler
-	log *slog.Logger
+	handler messageHandler
+	log     *slog.Logger
 }
 
 func (b inProcess) publisher(context.Context) (publisher, error) { return b, nil }
 
 func (b inProcess) publish(ctx context.Context, events []event) (int, error) {
-	for _, e := range events {
-		body, err := json.Marshal(e)
-		if err == nil {
-			err = b.to.handle(ctx, body)
-		}
-		if errors.Is(err, errUnreadable) {
-			logSetAside(ctx, b.log, e, err)
-		} else if err != nil {
-			return 0, fmt.Errorf("handing over an event: %w", err)
-		}
+	bodies := make([][]byte, len(events))
+	for i, e := range events {
+		bodies[i], _ = json.Marshal(e) // without a body it is unreadable
 	}
-	if err := b.to.commit(); err != nil {
+	unreadable, err := b.handler.handle(ctx, bodies)
+	if err != nil {
 		return 0, err
+	}
+	for _, i := range unreadable {
+		logSetAside(ctx, b.log, events[i], errUnreadable)
 	}
 	return len(events), nil
 }
 
-// consume has nothing to do: publish hands over.
-func (b inProcess) consume(ctx context.Context, connected func(), _ messageHandler) error {
-	connected()
+// consume only waits: publish passes the events on.
+func (b inProcess) consume(ctx context.Context, onReady func(), _ messageHandler) error {
+	onReady()
 	<-ctx.Done()
 	return nil
 }
@@ -472,38 +427,4 @@ func (b inProcess) closed() bool { return false }
 
 func (b inProcess) close() {}
 
-func (b inProcess) status() string { return "in-process" }
-
-// keepUp runs a session again whenever it ends, until ctx does. The log has one line when
-// a session fails and one when the next is restored; between attempts it waits with full
-// jitter, below a bound that doubles from 0.25 s to 5 s.
-func keepUp(ctx context.Context, log *slog.Logger, name string,
-	session func(restored func()) error) {
-	failures := 0
-	restored := func() {
-		if failures > 0 {
-			log.Info("Event connection restored", "connection", name)
-		}
-		failures = 0
-	}
-	for ctx.Err() == nil {
-		err := session(restored)
-		if ctx.Err() != nil {
-			return
-		}
-		level := slog.LevelDebug
-		if failures++; failures == 1 {
-			level = slog.LevelWarn
-		}
-		log.Log(ctx, level, "Event connection lost", "connection", name, "error", err)
-		wait := min(250*time.Millisecond<<min(failures, 5), 5*time.Second)
-		sleep(ctx, rand.N(wait)) // #nosec G404 -- no secret: replicas shall not come at once
-	}
-}
-
-func sleep(ctx context.Context, d time.Duration) {
-	select {
-	case <-ctx.Done():
-	case <-time.After(d):
-	}
-}
+func (b inProcess) state() state { return stateInProcess }

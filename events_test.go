@@ -95,9 +95,9 @@ func (b *fakeBroker) publisher(context.Context) (publisher, error) { return b, n
 func (b *fakeBroker) consume(context.Context, func(), messageHandler) error {
 	return errors.New("not in this test")
 }
-func (b *fakeBroker) status() string { return "up" }
-func (b *fakeBroker) closed() bool   { return false }
-func (b *fakeBroker) close()         {}
+func (b *fakeBroker) state() state { return stateUp }
+func (b *fakeBroker) closed() bool { return false }
+func (b *fakeBroker) close()       {}
 
 func (b *fakeBroker) publish(_ context.Context, events []event) (int, error) {
 	b.mu.Lock()
@@ -125,7 +125,7 @@ func TestRelayRemovesWhatTheBrokerHas(t *testing.T) {
 			return sent, nil
 		}}
 		log := &logBuffer{}
-		r := newRelay(m, b, &traffic{}, newLogger(log, 0), metrics.NewSet())
+		r := newRelay(m, b, newLogger(&logWriter{w: log}, 0), metrics.NewSet())
 		ctx, cancel := context.WithCancel(t.Context())
 		go r.run(ctx)
 		time.Sleep(time.Minute)
@@ -148,47 +148,6 @@ func TestRelayRemovesWhatTheBrokerHas(t *testing.T) {
 	})
 }
 
-// TestRelayGivesWay has a backlog meet requests: windows get small, and after each the
-// relay waits until the request under way has ended, but not for one without end, nor for
-// a flood.
-func TestRelayGivesWay(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		m := newMemory()
-		const backlogSize = 3*relayWindow + 5*relayAside
-		for range backlogSize {
-			mustCreate(t, m, "John")
-		}
-		var traffic traffic
-		var windows []int
-		var at []time.Duration
-		start := time.Now()
-		b := &fakeBroker{verdict: func(sent int) (int, error) {
-			windows = append(windows, sent)
-			at = append(at, time.Since(start).Round(time.Millisecond))
-			switch len(windows) {
-			case 1: // nobody was here so far
-				traffic.begun.Add(1)
-				time.AfterFunc(5500*time.Microsecond, func() { traffic.ended.Add(1) })
-			case 3:
-				traffic.begun.Add(1) // never ends
-			case 7:
-				traffic.begun.Add(relayFlood)
-			}
-			time.Sleep(10 * time.Millisecond)
-			return sent, nil
-		}}
-		r := newRelay(m, b, &traffic, newLogger(t.Output(), 0), metrics.NewSet())
-		leads, n, err := r.relayOnce(t.Context(), b, true)
-		if err != nil || n != backlogSize || !leads {
-			t.Errorf("%d events, leads %t, %v", n, leads, err)
-		}
-		if got, want := fmt.Sprint(windows, at), "[500 100 500 100 100 100 100 500] [0s 10ms 20ms 30ms 90ms 110ms 130ms 150ms]"; got != want {
-			t.Errorf("windows %s, want %s", got, want)
-		}
-	})
-}
-
 // TestRelayTellsALongLossOnce lets the broker be away for an hour.
 func TestRelayTellsALongLossOnce(t *testing.T) {
 	t.Parallel()
@@ -205,7 +164,7 @@ func TestRelayTellsALongLossOnce(t *testing.T) {
 		}}
 		log := &logBuffer{}
 		ctx, cancel := context.WithCancel(t.Context())
-		go newRelay(m, b, &traffic{}, newLogger(log, 0), metrics.NewSet()).run(ctx)
+		go newRelay(m, b, newLogger(&logWriter{w: log}, 0), metrics.NewSet()).run(ctx)
 		time.Sleep(time.Hour + 11*time.Second)
 		cancel()
 		synctest.Wait()
@@ -240,7 +199,7 @@ func TestRelayDrains(t *testing.T) {
 			cancel()
 			return sent, nil
 		}}
-		newRelay(m, b, &traffic{}, newLogger(t.Output(), 0), metrics.NewSet()).run(ctx)
+		newRelay(m, b, newLogger(&logWriter{w: t.Output()}, 0), metrics.NewSet()).run(ctx)
 		if len(m.events) != 0 || len(b.published) != 3*relayWindow+1 {
 			t.Errorf("%d events are left, %d were sent", len(m.events), len(b.published))
 		}
@@ -248,7 +207,8 @@ func TestRelayDrains(t *testing.T) {
 }
 
 func newTestConsumer(log *logBuffer) *consumer {
-	return newConsumer(newLogger(log, slog.LevelDebug), metrics.NewSet())
+	out := &logWriter{w: log}
+	return newConsumer(newLogger(out, slog.LevelDebug), out, metrics.NewSet())
 }
 
 func TestConsumerSkipsDuplicates(t *testing.T) {
@@ -260,12 +220,9 @@ func TestConsumerSkipsDuplicates(t *testing.T) {
 		if _, again := sent[d]; !again {
 			sent[d] = newEvent(userUpdated, d.UserID, d.Version)
 		}
-		if err := c.handle(t.Context(), encode(t, sent[d])); err != nil {
-			t.Error(err)
+		if unreadable, err := c.handle(t.Context(), [][]byte{encode(t, sent[d])}); err != nil || unreadable != nil {
+			t.Error(unreadable, err)
 		}
-	}
-	if err := c.commit(); err != nil {
-		t.Error(err)
 	}
 	var received, skipped []string
 	for _, line := range log.lines("") {
@@ -294,12 +251,10 @@ func TestConsumerReportsConflicts(t *testing.T) {
 	log := &logBuffer{}
 	c := newTestConsumer(log)
 	for _, version := range []int64{1, 2, 2, 1, 3} {
-		if err := c.handle(t.Context(), encode(t, newEvent(userUpdated, 7, version))); err != nil {
-			t.Error(err)
+		body := encode(t, newEvent(userUpdated, 7, version))
+		if unreadable, err := c.handle(t.Context(), [][]byte{body}); err != nil || unreadable != nil {
+			t.Error(unreadable, err)
 		}
-	}
-	if err := c.commit(); err != nil {
-		t.Error(err)
 	}
 	var conflicts []logLine
 	for _, line := range log.lines("") {
@@ -344,7 +299,8 @@ func (brokenWriter) Write([]byte) (int, error) { return 0, errors.New("disk full
 // events must come again, not be acknowledged.
 func TestConsumerKeepsWhatItCannotLog(t *testing.T) {
 	t.Parallel()
-	c := newConsumer(newLogger(brokenWriter{}, 0), metrics.NewSet())
+	writer := &logWriter{w: brokenWriter{}}
+	c := newConsumer(newLogger(writer, 0), writer, metrics.NewSet())
 	for version := range int64(2) {
 		e := newEvent(userCreated, 1, version+1)
 		if n, err := (inProcess{c, c.log}).publish(t.Context(), []event{e}); err == nil || n != 0 {
@@ -369,8 +325,9 @@ func TestConsumerTriesAgain(t *testing.T) {
 	log := &logBuffer{}
 	out := &switchedWriter{to: log}
 	out.broken.Store(true)
-	logger := newLogger(out, slog.LevelDebug)
-	c := newConsumer(logger, metrics.NewSet())
+	writer := &logWriter{w: out}
+	logger := newLogger(writer, slog.LevelDebug)
+	c := newConsumer(logger, writer, metrics.NewSet())
 	for range logCapacity / 100 {
 		logger.Info("A line that makes the buffer full", "text", strings.Repeat("x", 100))
 	}
@@ -378,13 +335,11 @@ func TestConsumerTriesAgain(t *testing.T) {
 	if n, err := (inProcess{c, c.log}).publish(t.Context(), events); err == nil || n != 0 {
 		t.Errorf("%d events are acknowledged: %v", n, err)
 	}
-	for healed := range 2 { // the line may be lost before the log heals and acknowledged after
-		if healed == 0 {
-			c.handle(t.Context(), encode(t, events[0]))
-		}
-		out.broken.Store(false)
-		if err := c.commit(); (err == nil) != (healed == 1) {
-			t.Errorf("commit %d: %v", healed, err)
+	c.logEvent(t.Context(), events[0]) // this line is lost, and the next flush says so
+	out.broken.Store(false)
+	for healed := range 2 {
+		if _, err := c.handle(t.Context(), nil); (err == nil) != (healed == 1) {
+			t.Errorf("flush %d: %v", healed, err)
 		}
 	}
 	if n, err := (inProcess{c, c.log}).publish(t.Context(), events); err != nil || n != 1 {
@@ -403,7 +358,8 @@ func TestSettleWaitsForTheLog(t *testing.T) {
 		log := &logBuffer{}
 		out := &switchedWriter{to: log}
 		out.broken.Store(true)
-		c := newConsumer(newLogger(out, slog.LevelDebug), metrics.NewSet())
+		writer := &logWriter{w: out}
+		c := newConsumer(newLogger(writer, slog.LevelDebug), writer, metrics.NewSet())
 		var acks acknowledger
 		var deliveries []amqp.Delivery
 		for i, body := range [][]byte{encode(t, newEvent(userCreated, 1, 1)), []byte("not JSON"),
@@ -588,7 +544,7 @@ func TestStrangeEventsStopNobody(t *testing.T) {
 			})
 			for _, traceID := range aside {
 				traceID = traceID[:min(len(traceID), maxTraceIDBytes)]
-				line := svc.waitForLine("Event set aside", "trace_id", traceID)
+				line := svc.waitForLine("Undeliverable event removed", "trace_id", traceID)
 				if line["level"] != "ERROR" || line["event_id"] == nil || line["version"] == nil {
 					t.Errorf("what is set aside is told as %v", line)
 				}
@@ -633,10 +589,10 @@ func TestTwoRelaysKeepOrder(t *testing.T) {
 	defer func() { cancel(); relays.Wait() }()
 	for range 2 {
 		set := metrics.NewSet()
-		log := newLogger(t.Output(), slog.LevelWarn)
+		log := newLogger(&logWriter{w: t.Output()}, slog.LevelWarn)
 		to := settings{rabbitURL: testRabbitURL, exchange: exchange, appName: "test"}
 		b := slowBroker{newRabbitMQ(to, log, set)}
-		r := newRelay(alwaysLeads{openTestPostgres(t, url)}, b, &traffic{}, log, set)
+		r := newRelay(alwaysLeads{openTestPostgres(t, url)}, b, log, set)
 		relays.Go(func() { r.run(ctx) })
 	}
 	last := make(map[int64]int64)

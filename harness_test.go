@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"os"
 	"strings"
@@ -16,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/VictoriaMetrics/metrics"
 	"github.com/jackc/pgx/v5"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
@@ -65,9 +68,6 @@ var template struct {
 }
 
 func TestMain(m *testing.M) {
-	if kind := os.Getenv("BENCH_SERVER"); kind != "" {
-		os.Exit(benchServer(kind))
-	}
 	code := m.Run()
 	os.RemoveAll(executable.dir)
 	if template.name != "" {
@@ -245,13 +245,62 @@ func eachStore(t *testing.T, test func(t *testing.T, s *service)) {
 	})
 }
 
+// testLimits are those of a machine with two cores and without a memory limit.
+var testLimits = newLimits(2, math.MaxInt64)
+
+// testDependencies returns dependencies for newHandler in this process, without a broker.
+func testDependencies(s settings, users store, log *slog.Logger) dependencies {
+	return dependencies{settings: s, limits: testLimits, store: users,
+		broker: inProcess{newConsumer(log, &logWriter{w: io.Discard}, metrics.NewSet()), log},
+		log:    log, metrics: metrics.NewSet(), draining: &atomic.Bool{}}
+}
+
+// faultyStore fails every call with err if that is set, and is in state.
+type faultyStore struct {
+	*memory
+	err   error
+	state state
+}
+
+func (s faultyStore) createUser(context.Context, userInput, string) (User, error) {
+	return User{}, s.err
+}
+func (s faultyStore) creationUnder(context.Context, string) (User, string, error) {
+	return User{}, "", s.err
+}
+func (s faultyStore) getUser(context.Context, int64) (User, error) { return User{}, s.err }
+func (s faultyStore) listUsers(context.Context, int64, int64, int64) ([]User, int64, error) {
+	return nil, 0, s.err
+}
+func (s faultyStore) updateUser(context.Context, int64, userInput, []int64) (User, error) {
+	return User{}, s.err
+}
+func (s faultyStore) passwordHash(context.Context, int64) (string, error)         { return "", s.err }
+func (s faultyStore) rehashPassword(context.Context, int64, string, string) error { return s.err }
+func (s faultyStore) deleteUser(context.Context, int64, []int64) error            { return s.err }
+func (s faultyStore) size(context.Context) (int64, time.Duration, error)          { return 0, 0, s.err }
+func (s faultyStore) ready(context.Context) state                                 { return s.state }
+
+// ask sends a request to a handler in this process.
+func ask(h http.Handler, method, target string, body io.Reader, headers ...string) answer {
+	request := httptest.NewRequest(method, target, body)
+	request.Header.Set("Content-Type", "application/json")
+	for _, header := range headers {
+		name, value, _ := strings.Cut(header, ": ")
+		request.Header.Set(name, value)
+	}
+	recorder := httptest.NewRecorder()
+	h.ServeHTTP(recorder, request)
+	return answer{recorder.Code, recorder.Header(), recorder.Body.String()}
+}
+
 // startService runs a service until the test ends. Then its log is checked.
 func startService(t *testing.T, s settings) *service {
 	t.Helper()
 	log := &logBuffer{}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- run(ctx, s, newLogger(log, s.logLevel)) }()
+	go func() { ended <- run(ctx, s, testLimits, &logWriter{w: log}) }()
 	svc := &service{t: t, settings: s, log: log}
 	svc.stop = sync.OnceValue(func() error {
 		client.CloseIdleConnections() // the service would wait for their next request

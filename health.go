@@ -1,7 +1,8 @@
 package main
 
+// This file owns what operators look at: probes and metrics.
+
 import (
-	"context"
 	"fmt"
 	"net"
 	"net/http"
@@ -12,32 +13,38 @@ import (
 	"github.com/VictoriaMetrics/metrics"
 )
 
-type healthStore interface {
-	ready(ctx context.Context) string
-	size(ctx context.Context) (pending int64, oldest time.Duration, err error)
-}
+// state is the state of a dependency, as /readyz shows it.
+type state string
 
-// health has the handlers for those who run the service.
+const (
+	stateUp        state = "up"
+	stateDown      state = "down"
+	stateReadOnly  state = "read-only"  // a database that takes no writes
+	stateMemory    state = "memory"     // no database
+	stateInProcess state = "in-process" // no broker
+)
+
+// health has the handlers for operators.
 type health struct {
-	store    healthStore
-	broker   interface{ status() string }
+	store    store
+	broker   broker
 	metrics  *metrics.Set
 	draining *atomic.Bool
 }
 
-func (h *health) live(w http.ResponseWriter, r *http.Request) error {
+func (h *health) live(w *response, r *http.Request, _ caller) error {
 	return writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
 }
 
-// ready says whether this replica should get requests. RabbitMQ does not matter for it:
-// no request waits for it.
-func (h *health) ready(w http.ResponseWriter, r *http.Request) error {
+// ready reports whether this replica should receive requests. The state of RabbitMQ does not count,
+// because no request waits for it.
+func (h *health) ready(w *response, r *http.Request, _ caller) error {
 	answer := struct {
 		Status   string `json:"status"`
-		Database string `json:"database"`
-		RabbitMQ string `json:"rabbitmq"`
-	}{"ready", h.store.ready(r.Context()), h.broker.status()}
-	if h.draining.Load() || answer.Database == "down" || answer.Database == "read-only" {
+		Database state  `json:"database"`
+		RabbitMQ state  `json:"rabbitmq"`
+	}{"ready", h.store.ready(r.Context()), h.broker.state()}
+	if h.draining.Load() || answer.Database == stateDown || answer.Database == stateReadOnly {
 		answer.Status = "not ready"
 		w.Header().Set("Retry-After", retryAfter)
 		return writeJSON(w, http.StatusServiceUnavailable, answer)
@@ -45,7 +52,7 @@ func (h *health) ready(w http.ResponseWriter, r *http.Request) error {
 	return writeJSON(w, http.StatusOK, answer)
 }
 
-func (h *health) prometheus(w http.ResponseWriter, r *http.Request) error {
+func (h *health) prometheus(w *response, r *http.Request, _ caller) error {
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	h.metrics.WritePrometheus(w)
 	if pending, oldest, err := h.store.size(r.Context()); err == nil {
@@ -56,8 +63,8 @@ func (h *health) prometheus(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// checkHealth is the command of the image's HEALTHCHECK: it asks the service that runs
-// with the same settings.
+// checkHealth asks for /healthz of the service that runs with the same settings. It is the command of the
+// image's HEALTHCHECK.
 func checkHealth(s settings) error {
 	host := s.host
 	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {

@@ -77,16 +77,16 @@ func TestIdempotencyKeyIsParsed(t *testing.T) {
 		"a control character":  {[]string{"\"a\tb\""}, ""},
 		"two lines":            {[]string{"a", "a"}, ""},
 	} {
-		got, err := idempotencyKey(map[string][]string{"Idempotency-Key": test.lines}, nil)
+		got, err := idempotencyKey(map[string][]string{"Idempotency-Key": test.lines}, caller{})
 		if got != test.want || (err == nil) != (test.want != "") {
 			t.Errorf("%s: %q, %v", name, got, err)
 		}
 	}
-	owned, err := idempotencyKey(map[string][]string{"Idempotency-Key": {"key"}}, &apiKey{name: "shop"})
+	owned, err := idempotencyKey(map[string][]string{"Idempotency-Key": {"key"}}, caller{name: "shop"})
 	if owned != "shop\tkey" || err != nil {
 		t.Errorf("of an API key: %q, %v", owned, err)
 	}
-	if key, err := idempotencyKey(nil, nil); key != "" || err != nil {
+	if key, err := idempotencyKey(nil, caller{}); key != "" || err != nil {
 		t.Errorf("no header: %q, %v", key, err)
 	}
 }
@@ -150,13 +150,13 @@ func TestIdempotencyKeyTellsNoPassword(t *testing.T) {
 	t.Parallel()
 	eachStore(t, func(t *testing.T, s *service) {
 		s.do("POST", "/users", john, "Idempotency-Key: key")
-		const most = 3 * guesses
+		const most = 3 * maxVerifications
 		tries, a := 0, answer{status: 422}
 		for ; a.status == 422 && tries < most; tries++ {
 			body := strings.Replace(john, secret, fmt.Sprint(secret, tries), 1)
 			a = s.do("POST", "/users", body, "Idempotency-Key: key")
 		}
-		if a.status != 429 || a.header.Get("Retry-After") == "" || tries <= guesses {
+		if a.status != 429 || a.header.Get("Retry-After") == "" || tries <= maxVerifications {
 			t.Errorf("after %d tries: %d %s", tries, a.status, a.body)
 		}
 		for try, body := range map[string]string{
@@ -164,7 +164,7 @@ func TestIdempotencyKeyTellsNoPassword(t *testing.T) {
 			"/users/1/password/verify": fmt.Sprintf(`{"password": %q}`, secret),
 		} {
 			status := 0
-			for n := 0; status != 429 && n < guesses/2; n++ {
+			for n := 0; status != 429 && n < maxVerifications/2; n++ {
 				status = s.do("POST", try, body, "Idempotency-Key: key").status
 			}
 			if status != 429 {
@@ -325,7 +325,7 @@ func TestMemoryForgetsKeys(t *testing.T) {
 
 func TestVerify(t *testing.T) {
 	t.Parallel()
-	h := newHasher(&traffic{})
+	h := newTestHasher()
 	phc := mustHash(t, secret)
 	for password, want := range map[string]bool{secret: true, secret + "!": false, "": false} {
 		if got, err := h.verify(t.Context(), password, phc); got != want || err != nil {
@@ -334,8 +334,8 @@ func TestVerify(t *testing.T) {
 	}
 	for _, bad := range []string{
 		"", "hash", strings.Replace(phc, "argon2id", "argon2i", 1),
-		strings.Replace(phc, "m=12288", "m=65537", 1), strings.Replace(phc, "m=12288", "m=4294967295", 1),
-		strings.Replace(phc, "t=3", "t=11", 1), strings.Replace(phc, "t=3", "t=0", 1),
+		strings.Replace(phc, "m=7168", "m=65537", 1), strings.Replace(phc, "m=7168", "m=4294967295", 1),
+		strings.Replace(phc, "t=5", "t=11", 1), strings.Replace(phc, "t=5", "t=0", 1),
 		strings.Replace(phc, "p=1", "p=0", 1), phc + strings.Repeat("A", 100),
 	} {
 		if same, err := h.verify(t.Context(), secret, bad); same || err == nil {

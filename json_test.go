@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math"
 	"slices"
@@ -52,7 +53,7 @@ func FuzzAppendJSON(f *testing.F) {
 func TestLogValues(t *testing.T) {
 	t.Parallel()
 	log := &logBuffer{}
-	logger := newLogger(log, slog.LevelDebug).With("always", true)
+	logger := newLogger(&logWriter{w: log}, slog.LevelDebug).With("always", true)
 	ctx := withTraceID(context.Background(), "trace-1")
 	logger.WarnContext(ctx, "A \"line\"\n", "text", "\xff\u2028", "error", errors.New("why"), "int", -7,
 		"float", 0.25, "large", 1e21, "duration", time.Second, "list", []int{1})
@@ -81,14 +82,15 @@ func FuzzLogLine(f *testing.F) {
 	f.Add("", "", "", "", int64(0), math.Inf(-1))
 	f.Fuzz(func(t *testing.T, message, key, text, id string, n int64, x float64) {
 		log := &logBuffer{}
-		logger := newLogger(log, slog.LevelDebug).With("always", text)
+		out := &logWriter{w: log}
+		logger := newLogger(out, slog.LevelDebug).With("always", text)
 		ctx := withTraceID(context.Background(), id)
 		logger.LogAttrs(ctx, slog.Level(n%20), message, slog.String("text", text), slog.Int64("n", n),
 			slog.Float64("x", x), slog.Any("error", errors.New(text)), slog.Any("bytes", []byte(text)),
 			slog.Uint64("u", math.Float64bits(x)), slog.Duration("d", time.Duration(n)),
 			slog.Time("t", time.Unix(n, 0)),
 			slog.Group("g"+key, slog.String(key, text)), slog.Any("nothing", nil), slog.Any("k"+key, id))
-		flushLog(logger)
+		out.flush()
 		if slog.Level(n%20) < slog.LevelDebug {
 			if log.String() != "" {
 				t.Errorf("a line below the level: %s", log)
@@ -140,7 +142,7 @@ func BenchmarkUserJSON(b *testing.B) {
 }
 
 func BenchmarkLogLine(b *testing.B) {
-	log := newLogger(discard{}, slog.LevelInfo)
+	log := newLogger(&logWriter{w: io.Discard}, slog.LevelInfo)
 	ctx := withTraceID(context.Background(), newUUIDv4())
 	b.ReportAllocs()
 	for b.Loop() {
@@ -149,7 +151,3 @@ func BenchmarkLogLine(b *testing.B) {
 			slog.Float64("duration_ms", 0.123), slog.Int64("bytes", 151))
 	}
 }
-
-type discard struct{}
-
-func (discard) Write(p []byte) (int, error) { return len(p), nil }

@@ -1,5 +1,7 @@
-// Command user-service is a REST API for users over PostgreSQL that publishes every change,
-// and nothing but changes, as an event on RabbitMQ.
+// Command user-service is a REST API for users over PostgreSQL that publishes each change of a user as an
+// event on RabbitMQ.
+//
+// This file owns the commands, the routes, and the start and stop of the service.
 package main
 
 import (
@@ -12,6 +14,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"regexp"
 	"runtime"
 	"runtime/debug"
 	"strconv"
@@ -23,15 +26,8 @@ import (
 	"github.com/VictoriaMetrics/metrics"
 )
 
-// The bounds of a stop. Together with closeWait they stay below 10 s.
-const (
-	drainIdle     = 500 * time.Millisecond     // for connections that are kept alive
-	drainRequests = 5500 * time.Millisecond    // for requests under way
-	drainEvents   = relayDrain + time.Second/2 // for events that are committed
-	drainConsumer = 500 * time.Millisecond     // for the event in hand
-)
-
-const memoryLimit = 64 << 20 // bytes, beyond which garbage is collected sooner
+// release is the version of this source. CHANGELOG.md and openapi.json name the same.
+const release = "1.1.0"
 
 func main() {
 	ctx, cancel := context.WithCancel(context.Background())
@@ -39,16 +35,17 @@ func main() {
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
 	go func() {
 		<-signals
-		signal.Stop(signals) // before anything else: a second signal ends the process at once
+		signal.Stop(signals) // first of all, so that a second signal ends the process at once
 		cancel()
 	}()
 	os.Exit(command(ctx, os.Args[1:], os.Stdout))
 }
 
-// command runs the service, or the one command that it has, and returns the exit code: 2
-// for what was asked wrongly, 1 for what failed. The last line on stdout says why.
+// command runs the service or another command, and returns the exit code: 2 for wrong arguments or
+// settings, 1 for a failure. The last line on stdout gives the reason.
 func command(ctx context.Context, args []string, stdout io.Writer) int {
-	log := newLogger(stdout, slog.LevelInfo)
+	out := &logWriter{w: stdout}
+	log := newLogger(out, slog.LevelInfo)
 	if len(args) > 0 && args[0] == "key" {
 		return makeKey(args[1:], stdout, log)
 	}
@@ -63,12 +60,13 @@ func command(ctx context.Context, args []string, stdout io.Writer) int {
 	}
 	switch strings.Join(args, " ") {
 	case "":
-		tune(s)
-		err = run(ctx, s, newLogger(stdout, s.logLevel))
+		machine := machineLimits()
+		machine.applyToRuntime()
+		err = run(ctx, s, machine, out)
 	case "healthcheck":
 		err = checkHealth(s)
 	default:
-		log.Error("Unknown command", "error", "the commands are none, to serve, key and healthcheck")
+		log.Error("Unknown command", "error", "the commands are: none, which serves; key; healthcheck")
 		return 2
 	}
 	if err != nil {
@@ -78,54 +76,56 @@ func command(ctx context.Context, args []string, stdout io.Writer) int {
 	return 0
 }
 
-// makeKey prints a new API key, and the line that lets it in.
+// makeKey prints a new API key and its entry for API_KEYS.
 func makeKey(args []string, stdout io.Writer, log *slog.Logger) int {
 	readOnly := len(args) == 2 && args[1] == "read"
 	if len(args) != 1 && !readOnly {
-		log.Error("Unknown command", "error",
-			"the arguments of key are a name and, for a key to read only, read")
+		log.Error("Invalid arguments", "error", "usage: key NAME, or key NAME read for a read-only key")
 		return 2
 	}
 	key, setting, err := newAPIKey(args[0], readOnly)
 	if err != nil {
-		log.Error("Unknown command", "error", "a name has 1 to 64 of A-Z a-z 0-9 . _ -")
+		log.Error("Invalid arguments", "error", "NAME must have 1 to 64 of the characters A-Z a-z 0-9 . _ -")
 		return 2
 	}
-	fmt.Fprintf(stdout, "The key, which is shown only now:\n%s\n"+
-		"Its setting; several are separated by commas:\nAPI_KEYS=%s\n", key, setting)
+	fmt.Fprintf(stdout, "API key, shown only once:\n%s\n"+
+		"Setting; separate several keys by commas:\nAPI_KEYS=%s\n", key, setting)
 	return 0
 }
 
-// store is what both stores are.
+var releaseTag = regexp.MustCompile(`^v(\d+\.\d+\.\d+)$`)
+
+// version returns the version of the tag that the binary was built from, else release and the commit.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return release
+	}
+	if tag := releaseTag.FindStringSubmatch(info.Main.Version); tag != nil {
+		return tag[1]
+	}
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" {
+			return release + "+" + s.Value[:min(len(s.Value), 12)]
+		}
+	}
+	return release
+}
+
+// store is implemented by postgres and memory.
 type store interface {
 	userStore
 	outbox
-	ready(context.Context) string
-	// maintain does regular work on the tables until ctx ends.
+	ready(context.Context) state
+	// maintain keeps the tables small until ctx ends.
 	maintain(ctx context.Context)
 	close()
 }
 
-// tune sets what GOGC, GOMEMLIMIT and GOMAXPROCS do not. Garbage may wait: the heap is small,
-// but each password takes 12 MiB; with users in memory the heap has no limit. And the
-// kernel has to choose between one thread more than cores: where passwords are hashed, Go
-// alone lets other requests wait for 10 ms at each step. With more threads hashing is slower.
-func tune(s settings) {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(400)
-	}
-	if os.Getenv("GOMEMLIMIT") == "" && s.databaseURL != "" {
-		debug.SetMemoryLimit(memoryLimit)
-	}
-	if os.Getenv("GOMAXPROCS") == "" {
-		runtime.GOMAXPROCS(cores + 1)
-	}
-}
-
-// run serves until ctx ends, and returns when everything that it began has ended.
-func run(ctx context.Context, s settings, log *slog.Logger) error {
-	defer flushLog(log)
-	set := metrics.NewSet()
+// run serves until ctx ends. It returns when everything that it started has ended.
+func run(ctx context.Context, s settings, machine limits, out *logWriter) error {
+	log := newLogger(out, s.logLevel)
+	defer func() { _ = out.flush() }()
 	store, err := openStore(ctx, s, log)
 	if ctx.Err() != nil {
 		return nil
@@ -134,15 +134,14 @@ func run(ctx context.Context, s settings, log *slog.Logger) error {
 		return err
 	}
 	defer store.close()
-	consumer := newConsumer(log, set)
+	set := newMetrics()
+	consumer := newConsumer(log, out, set)
 	broker := newBroker(s, consumer, log, set)
 	if len(s.apiKeys) == 0 {
-		log.Warn("No API_KEYS: everybody who reaches the service may do everything")
+		log.Warn("No API_KEYS: every client that reaches the service has full access")
 	}
-	server := newServer(s, log, set)
-	api := newAPI(store, s, &server.traffic, log)
-	health := &health{store: store, broker: broker, metrics: set, draining: &server.draining}
-	server.addRoutes(openRoutes(health), keyedRoutes(api, health))
+	draining := &atomic.Bool{}
+	server := newHTTPServer(newHandler(dependencies{s, machine, store, broker, log, set, draining}), log)
 
 	listener, err := net.Listen("tcp", net.JoinHostPort(s.host, strconv.Itoa(s.port)))
 	if err != nil {
@@ -150,32 +149,31 @@ func run(ctx context.Context, s settings, log *slog.Logger) error {
 	}
 	stopConsumer := start(func(ctx context.Context) { consumer.run(ctx, broker) })
 	stopUpkeep := start(store.maintain)
-	stopRelay := start(newRelay(store, broker, &server.traffic, log, set).run)
-	httpServer := newHTTPServer(server, log)
+	stopRelay := start(newRelay(store, broker, log, set).run)
 	served := make(chan error, 1)
-	go func() { served <- httpServer.Serve(listener) }()
+	go func() { served <- server.Serve(listener) }()
 	address := listener.Addr().(*net.TCPAddr)
-	log.Info("Service started", "app", s.appName, "host", s.host, "port", address.Port,
-		"docs", docsURL(s.host, address.Port))
+	log.Info("Service started", "app", s.appName, "version", version(), "host", s.host,
+		"port", address.Port, "docs", docsURL(s.host, address.Port))
 
 	select {
-	case err = <-served: // only a listener that broke ends it before its Shutdown
+	case err = <-served: // the listener failed
 	case <-ctx.Done():
-		_ = stopCollecting(log) // a second signal ends the process without a word
+		out.stopBuffering() // a second signal ends the process without a flush
 		log.Info("Service stopping")
-		server.draining.Store(true)
+		draining.Store(true)
 		time.Sleep(s.shutdownDelay)
-		err = httpServer.shutDown(listener)
+		err = server.shutDown(listener)
 	}
 	stopUpkeep(0)
-	stopRelay(drainEvents)
+	stopRelay(relayDrain + resignWait)
 	stopConsumer(drainConsumer)
 	log.Info("Service stopped")
 	return err
 }
 
-// keyedRoutes is the list of what needs a key, where there are keys.
-func keyedRoutes(a *api, h *health) []route {
+// protectedRoutes are the routes that require an API key, if there are keys.
+func protectedRoutes(a *api, h *health) []route {
 	return []route{
 		{"GET", "/users", a.listUsers},
 		{"POST", "/users", a.createUser},
@@ -190,14 +188,14 @@ func keyedRoutes(a *api, h *health) []route {
 	}
 }
 
-// openRoutes is the list of what everybody may see.
-func openRoutes(h *health) []route {
+// publicRoutes are the routes that every client may use.
+func publicRoutes(h *health) []route {
 	return []route{
 		{"GET", "/docs", serveDocs},
-		{"GET", "/docs/start.js", serveDocsFile},
-		{"GET", "/docs/swagger-ui-bundle.js", serveDocsFile},
-		{"GET", "/docs/swagger-ui.css", serveDocsFile},
-		{"GET", "/docs/favicon-32x32.png", serveDocsFile},
+		{"GET", "/docs/start.js", serveDocsScript},
+		{"GET", "/docs/swagger-ui-bundle.js", serveSwaggerUI},
+		{"GET", "/docs/swagger-ui.css", serveSwaggerUI},
+		{"GET", "/docs/favicon-32x32.png", serveSwaggerUI},
 		{"GET", "/openapi.json", serveOpenAPI},
 		{"GET", "/docs/{$}", redirectToDocs},
 		{"GET", "/schema", redirectToDocs},
@@ -210,38 +208,45 @@ func openRoutes(h *health) []route {
 
 func openStore(ctx context.Context, s settings, log *slog.Logger) (store, error) {
 	if s.databaseURL == "" {
-		log.Warn("No DATABASE_URL: users are kept in memory, and everything is lost on exit")
+		log.Warn("No DATABASE_URL: users are stored in memory, and everything is lost on exit")
 		return newMemory(), nil
 	}
 	return openPostgres(ctx, s.databaseURL, s.appName, log)
 }
 
-// newBroker is where to gets its messages from.
-func newBroker(s settings, to messageHandler, log *slog.Logger, set *metrics.Set) broker {
-	var b broker = inProcess{to, log}
+// newBroker returns the broker that delivers messages to handler.
+func newBroker(s settings, handler messageHandler, log *slog.Logger, set *metrics.Set) broker {
+	var b broker = inProcess{handler, log}
 	if s.rabbitURL != "" {
 		b = newRabbitMQ(s, log, set)
 	}
-	set.GetOrCreateCounter("events_returned_total") // none is, in process
-	set.NewGauge("broker_connected", func() float64 { return oneIf(b.status() != "down") })
+	set.GetOrCreateCounter("events_returned_total") // also without RabbitMQ
+	set.NewGauge("broker_connected", func() float64 { return oneIf(b.state() != stateDown) })
 	return b
 }
 
-// httpServer is an http.Server that knows how many connections it has.
+// newMetrics returns a set with the metric build_info.
+func newMetrics() *metrics.Set {
+	set := metrics.NewSet()
+	set.NewGauge(fmt.Sprintf("build_info{version=%q,go=%q}", version(), runtime.Version()),
+		func() float64 { return 1 })
+	return set
+}
+
+// httpServer is an http.Server that counts its connections.
 type httpServer struct {
 	http.Server
 	open atomic.Int64
 }
 
-// newHTTPServer bounds what a client may take: zero would mean without end.
 func newHTTPServer(h http.Handler, log *slog.Logger) *httpServer {
 	s := &httpServer{Server: http.Server{
 		Handler:                      h,
-		ReadHeaderTimeout:            3 * time.Second,
-		ReadTimeout:                  10 * time.Second,
-		WriteTimeout:                 15 * time.Second,
-		IdleTimeout:                  60 * time.Second,
-		MaxHeaderBytes:               8 << 10,
+		ReadHeaderTimeout:            readHeaderTimeout,
+		ReadTimeout:                  readTimeout,
+		WriteTimeout:                 writeTimeout,
+		IdleTimeout:                  idleTimeout,
+		MaxHeaderBytes:               maxHeaderBytes,
 		DisableGeneralOptionsHandler: true,
 		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}}
@@ -256,9 +261,9 @@ func newHTTPServer(h http.Handler, log *slog.Logger) *httpServer {
 	return s
 }
 
-// shutDown closes the listener, lets requests under way finish, and cuts off what takes
-// too long. A connection that is idle is not closed at once: its client may be sending
-// just now, and is told with its next answer that it was the last.
+// shutDown closes the listener, lets requests in progress finish, and closes what takes too long. It does
+// not close an idle connection at once, because its client may be sending a request: that request's
+// answer tells the client to close the connection.
 func (s *httpServer) shutDown(listener net.Listener) error {
 	_ = listener.Close()
 	for end := time.Now().Add(drainIdle); s.open.Load() > 0 && time.Now().Before(end); {
@@ -270,31 +275,13 @@ func (s *httpServer) shutDown(listener net.Listener) error {
 	if errors.Is(err, context.DeadlineExceeded) {
 		err = s.Close()
 	}
-	if errors.Is(err, net.ErrClosed) { // the listener, which is closed already
+	if errors.Is(err, net.ErrClosed) { // the listener is closed already
 		err = nil
 	}
 	return err
 }
 
-// start runs f in a goroutine. The function that it returns ends f's context and waits for
-// f, but no longer than atMost.
-func start(f func(context.Context)) (stop func(atMost time.Duration)) {
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		f(ctx)
-	}()
-	return func(atMost time.Duration) {
-		cancel()
-		select {
-		case <-done:
-		case <-time.After(atMost):
-		}
-	}
-}
-
-// docsURL is what a person on this machine opens.
+// docsURL returns the URL of /docs for a browser on this machine.
 func docsURL(host string, port int) string {
 	if ip := net.ParseIP(host); ip != nil && (ip.IsUnspecified() || ip.IsLoopback()) {
 		host = "localhost"

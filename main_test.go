@@ -212,7 +212,7 @@ func TestProgramInMemory(t *testing.T) {
 			p := startProgram(t)
 			lines := p.log.lines("")
 			if len(lines) != 3 || lines[0]["level"] != "WARN" || lines[1]["level"] != "WARN" ||
-				!strings.Contains(fmt.Sprint(lines[0]["event"]), "everything is lost") ||
+				!strings.Contains(fmt.Sprint(lines[0]["event"]), "everything is lost on exit") ||
 				!strings.Contains(fmt.Sprint(lines[1]["event"]), "No API_KEYS") {
 				t.Errorf("the program begins with\n%s", p.log)
 			}
@@ -341,7 +341,7 @@ func TestRunGivesUpOnDatabase(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &logBuffer{}
 		start := time.Now()
-		err := run(t.Context(), s, newLogger(log, slog.LevelDebug))
+		err := run(t.Context(), s, testLimits, &logWriter{w: log})
 		if err == nil || !strings.Contains(err.Error(), "opening the database") ||
 			strings.Contains(err.Error(), secret) {
 			t.Errorf("run: %v", err)

@@ -1,5 +1,7 @@
 package main
 
+// This file owns the store of a service without a database.
+
 import (
 	"cmp"
 	"context"
@@ -8,16 +10,16 @@ import (
 	"time"
 )
 
-// memory is the store of a service without a database: all is lost when it ends. It is
-// its own outbox.
+// memory is the store of a service without a database, and its outbox. Everything is lost when the
+// process ends. Its methods behave as those of postgres; their contract is in userStore and outbox.
 type memory struct {
 	mu     sync.RWMutex
 	lastID int64
 	users  []memoryUser // in the order of ids
-	events []event      // committed and not yet published, oldest first
+	events []event      // pending, oldest first
 	wake   chan struct{}
 
-	byKey     map[string]memoryUser // as created under an idempotency key
+	byKey     map[string]memoryUser // the first version, by idempotency key
 	keysByAge []string              // the keys of byKey, oldest first
 }
 
@@ -38,7 +40,7 @@ func (m *memory) createUser(ctx context.Context, in userInput, key string) (User
 		return User{}, errKeyUsed
 	}
 	m.lastID++
-	now := timestamp{time.Now().Truncate(time.Microsecond)}
+	now := nowAfter(timestamp{})
 	u := User{ID: m.lastID, Name: *in.name, Surname: *in.surname, Version: 1,
 		CreatedAt: now, UpdatedAt: now}
 	m.users = append(m.users, memoryUser{u, *in.password})
@@ -61,7 +63,7 @@ func (m *memory) creationUnder(_ context.Context, key string) (User, string, err
 	return u.User, u.password, nil
 }
 
-// forgetKeys drops the keys that are too old. The lock is the caller's.
+// forgetKeys drops expired keys. The caller holds the lock.
 func (m *memory) forgetKeys() {
 	for len(m.keysByAge) > 0 && time.Since(m.byKey[m.keysByAge[0]].CreatedAt.Time) >= keyLifetime {
 		delete(m.byKey, m.keysByAge[0])
@@ -156,16 +158,7 @@ func (m *memory) deleteUser(ctx context.Context, id int64, match []int64) error 
 	return nil
 }
 
-// nowAfter is now, but later than t.
-func nowAfter(t timestamp) timestamp {
-	now := timestamp{time.Now().Truncate(time.Microsecond)}
-	if next := t.Add(time.Microsecond); now.Before(next) {
-		return timestamp{next}
-	}
-	return now
-}
-
-// find returns the index of a user whose version is in match. The lock is the caller's.
+// find returns the index of a user whose version is in match. The caller holds the lock.
 func (m *memory) find(id int64, match []int64) (int, error) {
 	i, found := m.search(id)
 	if !found {
@@ -183,7 +176,7 @@ func (m *memory) search(id int64) (int, bool) {
 	})
 }
 
-// record adds the event of the change that made u what it is. The lock is the caller's.
+// record adds the event of the change that led to u. The caller holds the lock.
 func (m *memory) record(ctx context.Context, eventType string, u User) {
 	m.events = append(m.events, event{
 		ID:         newUUIDv7(),
@@ -195,7 +188,7 @@ func (m *memory) record(ctx context.Context, eventType string, u User) {
 	wake(m.wake)
 }
 
-func (m *memory) ready(context.Context) string { return "memory" }
+func (m *memory) ready(context.Context) state { return stateMemory }
 
 func (m *memory) close() {}
 
@@ -212,7 +205,7 @@ func (m *memory) size(context.Context) (int64, time.Duration, error) {
 
 func (m *memory) changed() <-chan struct{} { return m.wake }
 
-// lead needs no lease: there is no other process.
+// lead always succeeds: there is no other replica.
 func (m *memory) lead(context.Context) (bool, error) { return true, nil }
 
 func (m *memory) resign(context.Context) error { return nil }
@@ -223,7 +216,7 @@ func (m *memory) pending(_ context.Context, limit int) ([]event, error) {
 	return slices.Clone(m.events[:min(limit, len(m.events))]), nil
 }
 
-// remove takes what pending returned first: no event of this store is set aside.
+// remove requires the first events that pending returned; no event of this store is set aside.
 func (m *memory) remove(_ context.Context, events []event) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()

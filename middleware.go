@@ -1,14 +1,13 @@
 package main
 
+// This file owns what is the same for all requests: an ordered list of middleware around the router.
+
 import (
 	"context"
-	"encoding/json"
 	"errors"
-	"fmt"
 	"log/slog"
 	"maps"
 	"net/http"
-	"regexp"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -19,178 +18,120 @@ import (
 	"github.com/VictoriaMetrics/metrics"
 )
 
-// statusClientGone is what the log says where the client left before its answer.
-const statusClientGone = 499
+// handler answers a request of a caller. If it returns an error it has written nothing, and the
+// middleware answers with the problem that the error stands for.
+type handler func(w *response, r *http.Request, by caller) error
 
-// retryAfter goes with every 503, in seconds.
-const retryAfter = "1"
+// middleware wraps a handler in something that happens before or after it.
+type middleware func(next handler) handler
 
-// handler answers a request, or returns the error that decides the answer. Before an
-// error it has written nothing.
-type handler func(w http.ResponseWriter, r *http.Request) error
-
-// server is the outermost http.Handler: what is the same for all routes happens in its
-// ServeHTTP, in that order.
+// server is the http.Handler of the service.
 type server struct {
-	mux      *http.ServeMux
 	log      *slog.Logger
 	metrics  *metrics.Set
 	access   *access
-	traffic  traffic
-	draining atomic.Bool // when set, each answer is the last of its connection
+	limits   limits
+	traffic  *traffic
+	draining *atomic.Bool // if set, each answer is the last of its connection
+	handle   handler      // the router, in its middleware
 }
 
-func newServer(s settings, log *slog.Logger, set *metrics.Set) *server {
-	return &server{mux: http.NewServeMux(), log: log, metrics: set, access: newAccess(s)}
+// dependencies are what newHandler connects. newHandler starts nothing and closes nothing.
+type dependencies struct {
+	settings settings
+	limits   limits
+	store    store
+	broker   broker
+	log      *slog.Logger
+	metrics  *metrics.Set
+	draining *atomic.Bool
 }
 
-// traffic counts the requests.
-type traffic struct {
-	begun, ended atomic.Int64
-	other        atomic.Int64 // when the last that is no POST ended, in ns since 1970
+// newHandler returns the handler of all routes of the service.
+func newHandler(d dependencies) http.Handler {
+	t, access := &traffic{}, newAccess(d.settings)
+	a, h := newAPI(d, t), &health{d.store, d.broker, d.metrics, d.draining}
+	return newServer(d, t, access, slices.Concat(publicRoutes(h), access.protect(protectedRoutes(a, h))))
 }
 
-func (t *traffic) underWay() int64 { return t.begun.Load() - t.ended.Load() }
-
-// mixedFor is how long one request announces others: where at least four a second come, a core
-// stays theirs, and a probe now and then hardly slows the creation of users.
-const mixedFor = 250 * time.Millisecond
-
-// mixed says whether requests come that need not hash a password: all but POST count as such.
-// Those under way would not tell: where every core hashes, others wait before they are read.
-func (t *traffic) mixed() bool {
-	return time.Since(time.Unix(0, t.other.Load())) < mixedFor
-}
-
-// route is a method of a path, and what answers it.
-type route struct {
-	method, path string
-	handler      handler
-}
-
-// addRoutes registers routes, those that are open to everybody and those that may need a
-// key, and what answers to anything else.
-func (s *server) addRoutes(open, keyed []route) {
-	for i := range keyed {
-		keyed[i].handler = s.access.needsKey(keyed[i].handler)
+// newServer returns routes within the middleware. The first of the list is the outermost: it sees a
+// request first, and its answer last.
+func newServer(d dependencies, t *traffic, a *access, routes []route) *server {
+	s := &server{log: d.log, metrics: d.metrics, access: a, limits: d.limits, traffic: t,
+		draining: d.draining}
+	s.handle = newRouter(routes)
+	for _, wrap := range slices.Backward([]middleware{
+		s.countRequests,   // the others need to know how busy the service is
+		s.logRequests,     // with the final status: errors become answers here
+		s.recoverPanics,   // panics become errors
+		s.shareAnswers,    // CORS headers, on refusals too
+		s.limitRequests,   // 429 and 503
+		s.refuseOrigins,   // 403 to a page of another origin
+		s.answerPreflight, // OPTIONS of a browser; any other OPTIONS is 405
+	}) {
+		s.handle = wrap(s.handle)
 	}
-	allow := make(map[string]string)
-	for _, r := range slices.Concat(open, keyed) {
-		s.handle(r.method+" "+r.path, r.handler)
-		if allow[r.path] != "" {
-			allow[r.path] += ", "
-		}
-		allow[r.path] += strings.Replace(r.method, "GET", "GET, HEAD", 1)
-	}
-	for path, methods := range allow {
-		s.handle(path, methodNotAllowed(methods))
-	}
-	s.handle("/", func(http.ResponseWriter, *http.Request) error { return errNoRoute })
+	return s
 }
 
-// handle registers h. Its error reaches ServeHTTP in the response.
-func (s *server) handle(pattern string, h handler) {
-	s.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
-		w.(*response).err = h(w, r)
-	})
-}
-
+// ServeHTTP prepares the request's trace id and the headers that every answer has.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	s.traffic.begun.Add(1)
-	defer s.traffic.ended.Add(1)
-	start := time.Now()
 	id := requestTraceID(r.Header)
 	r = r.WithContext(withTraceID(r.Context(), id))
-	res := &response{ResponseWriter: w, gone: r.Context().Done(),
-		head: r.Method == http.MethodHead}
-	maps.Copy(res.Header(), securityHeaders)
-	res.Header().Set("X-Trace-Id", id)
+	h := w.Header()
+	maps.Copy(h, securityHeaders)
+	h.Set("X-Trace-Id", id)
 	if s.draining.Load() {
-		res.Header().Set("Connection", "close")
+		h.Set("Connection", "close")
 	}
-	method, path := slog.String("method", r.Method), slog.String("path", r.URL.Path)
-
-	logInfo(r.Context(), s.log, start, "Request started", method, path)
-	s.dispatch(res, r)
-	answered := res.err == nil || s.fail(res, r)
-
-	end := time.Now()
-	elapsed := end.Sub(start)
-	attrs := []slog.Attr{method, path,
-		slog.Int("status", res.status),
-		slog.Float64("duration_ms", float64(elapsed.Microseconds())/1000),
-		slog.Int64("bytes", res.bytes),
-	}
-	if res.status == http.StatusServiceUnavailable && res.err != nil {
-		attrs = append(attrs, slog.String("error", res.err.Error()))
-	}
-	if res.key != nil {
-		attrs = append(attrs, slog.String("key", res.key.name))
-	}
-	logInfo(r.Context(), s.log, end, "Request completed", attrs...)
-	s.observe(r.Pattern, res.status, elapsed)
-	if r.Method != http.MethodPost {
-		s.traffic.other.Store(end.UnixNano())
-	}
-	if !answered { // net/http would send an empty 200, or end half an answer as a whole one
+	res := &response{ResponseWriter: w, gone: r.Context().Done(), isHead: r.Method == http.MethodHead}
+	if err := s.handle(res, r, s.access.identify(r.Header)); err != nil {
+		// net/http would send an empty 200, or end half an answer as if it were whole.
 		panic(http.ErrAbortHandler)
 	}
 }
 
-// dispatch runs the handler of r, if r is let in. A panic becomes the error of the response.
-func (s *server) dispatch(res *response, r *http.Request) {
-	defer func() {
-		if v := recover(); v != nil {
-			res.err = &panicError{value: v, stack: debug.Stack()}
+func (s *server) countRequests(next handler) handler {
+	return func(w *response, r *http.Request, by caller) error {
+		s.traffic.requests.Add(1)
+		defer s.traffic.requests.Add(-1)
+		err := next(w, r, by)
+		if r.Method != http.MethodPost {
+			s.traffic.otherDone.Store(time.Now().UnixNano())
 		}
-	}()
-	if res.err = s.access.admit(res, r, s.traffic.underWay()); res.err != nil {
-		return
-	}
-	if !strings.HasPrefix(r.URL.Path, "/") { // OPTIONS *, CONNECT host:port
-		res.err = errNoRoute
-		return
-	}
-	if !preflight(res, r) {
-		s.mux.ServeHTTP(res, r)
+		return err
 	}
 }
 
-// fail answers with the problem document that res.err stands for. It returns false where
-// that cannot be: the client has left, or half an answer is out.
-func (s *server) fail(res *response, r *http.Request) bool {
-	if errors.Is(res.err, errClientGone) || errors.Is(res.err, context.Canceled) && res.clientGone() {
-		res.status = statusClientGone
-		return false
-	}
-	p := *problemOf(res.err, r)
-	if p.Status == http.StatusInternalServerError {
-		s.logFailure(r.Context(), res.err)
-	}
-	if res.status != 0 {
-		return false
-	}
-	p.Type = "about:blank"
-	p.Title = http.StatusText(p.Status)
-	p.Instance = r.URL.EscapedPath()
-	p.TraceID = traceID(r.Context())
-	switch p.Status {
-	case http.StatusServiceUnavailable:
-		res.Header().Set("Retry-After", retryAfter)
-	case http.StatusRequestTimeout, http.StatusRequestEntityTooLarge:
-		res.Header().Set("Connection", "close") // what is left of the body is not read
-	}
-	res.Header().Set("Content-Type", "application/problem+json")
-	return writeJSON(res, p.Status, p) == nil
-}
+// logRequests logs each request and counts it in the metrics. An error of next is answered here.
+func (s *server) logRequests(next handler) handler {
+	return func(w *response, r *http.Request, by caller) error {
+		start := time.Now()
+		method, path := slog.String("method", r.Method), slog.String("path", r.URL.Path)
+		logInfo(r.Context(), s.log, start, "Request started", method, path)
+		err := next(w, r, by)
+		answered := err == nil || s.answerError(w, r, err)
 
-func (s *server) logFailure(ctx context.Context, err error) {
-	stack := debug.Stack()
-	if p, ok := errors.AsType[*panicError](err); ok {
-		stack = p.stack
+		end := time.Now()
+		elapsed := end.Sub(start)
+		attrs := []slog.Attr{method, path,
+			slog.Int("status", w.status),
+			slog.Float64("duration_ms", float64(elapsed.Microseconds())/1000),
+			slog.Int64("bytes", w.bytes),
+		}
+		if w.status == http.StatusServiceUnavailable && err != nil {
+			attrs = append(attrs, slog.String("error", err.Error()))
+		}
+		if by.name != "" {
+			attrs = append(attrs, slog.String("key", by.name))
+		}
+		logInfo(r.Context(), s.log, end, "Request completed", attrs...)
+		s.observe(r.Pattern, w.status, elapsed)
+		if answered {
+			return nil
+		}
+		return err
 	}
-	s.log.LogAttrs(ctx, slog.LevelError, "Request failed",
-		slog.String("error", err.Error()), slog.String("stack", string(stack)))
 }
 
 func (s *server) observe(pattern string, status int, elapsed time.Duration) {
@@ -201,29 +142,142 @@ func (s *server) observe(pattern string, status int, elapsed time.Duration) {
 		"http_request_duration_seconds" + route + "}").Update(elapsed.Seconds())
 }
 
-// methodNotAllowed answers for the methods that a path does not have.
+// answerError writes the problem document for err, and logs an internal error. It returns false if
+// there is nothing to write to: the client has gone, or the handler has begun to answer.
+func (s *server) answerError(w *response, r *http.Request, err error) bool {
+	if errors.Is(err, errClientGone) || errors.Is(err, context.Canceled) && w.clientGone() {
+		w.status = statusClientGone
+		return false
+	}
+	p := problemOf(err, r)
+	if p.Status == http.StatusInternalServerError {
+		stack := debug.Stack()
+		if panicked, ok := errors.AsType[*panicError](err); ok {
+			stack = panicked.stack
+		}
+		s.log.LogAttrs(r.Context(), slog.LevelError, "Request failed",
+			slog.String("error", err.Error()), slog.String("stack", string(stack)))
+	}
+	return w.status == 0 && writeProblem(w, r, p) == nil
+}
+
+func (s *server) recoverPanics(next handler) handler {
+	return func(w *response, r *http.Request, by caller) (err error) {
+		defer func() {
+			if v := recover(); v != nil {
+				err = &panicError{value: v, stack: debug.Stack()}
+			}
+		}()
+		return next(w, r, by)
+	}
+}
+
+// shareAnswers lets pages of the allowed origins read the answer.
+func (s *server) shareAnswers(next handler) handler {
+	return func(w *response, r *http.Request, by caller) error {
+		s.access.allowOrigin(w.Header(), r.Header.Get("Origin"))
+		return next(w, r, by)
+	}
+}
+
+// limitRequests refuses requests of callers who send too many, and all when too many are in progress.
+// It admits every probe: an overloaded process is alive.
+func (s *server) limitRequests(next handler) handler {
+	return func(w *response, r *http.Request, by caller) error {
+		if r.URL.Path == "/healthz" || r.URL.Path == "/readyz" {
+			return next(w, r, by)
+		}
+		if err := s.access.limitRate(w.Header(), r, by); err != nil {
+			return err
+		}
+		if s.traffic.requests.Load() > int64(s.limits.requests) {
+			return errOverloaded
+		}
+		return next(w, r, by)
+	}
+}
+
+// refuseOrigins refuses changes that a page of another origin sends, unless its origin is allowed.
+func (s *server) refuseOrigins(next handler) handler {
+	return func(w *response, r *http.Request, by caller) error {
+		if err := s.access.crossOrigin.Check(r); err != nil {
+			return newProblem(http.StatusForbidden, "Pages of this origin may not send this request")
+		}
+		return next(w, r, by)
+	}
+}
+
+func (s *server) answerPreflight(next handler) handler {
+	return func(w *response, r *http.Request, by caller) error {
+		if isPreflight(r) && w.Header().Get("Access-Control-Allow-Origin") != "" {
+			allowPreflight(w)
+			return nil
+		}
+		return next(w, r, by)
+	}
+}
+
+// route is a method of a path and its handler.
+type route struct {
+	method, path string
+	handler      handler
+}
+
+// newRouter returns the handler that calls the route of a request. A path without a route is 404; a
+// path without the method is 405 and lists the methods that it has.
+//
+// The ServeMux only matches: its handlers do nothing. So a route's handler can return an error and have
+// a caller, which http.Handler does not provide for.
+func newRouter(routes []route) handler {
+	handlers := make(map[string]handler) // by pattern
+	allow := make(map[string]string)     // the methods of a path
+	for _, r := range routes {
+		handlers[r.method+" "+r.path] = r.handler
+		if allow[r.path] != "" {
+			allow[r.path] += ", "
+		}
+		allow[r.path] += strings.Replace(r.method, "GET", "GET, HEAD", 1)
+	}
+	for path, methods := range allow {
+		handlers[path] = methodNotAllowed(methods)
+	}
+	handlers["/"] = func(*response, *http.Request, caller) error { return errNoRoute }
+	mux := http.NewServeMux()
+	for pattern := range handlers {
+		mux.HandleFunc(pattern, func(http.ResponseWriter, *http.Request) {})
+	}
+	return func(w *response, r *http.Request, by caller) error {
+		if !strings.HasPrefix(r.URL.Path, "/") { // OPTIONS *, CONNECT host:port
+			return errNoRoute
+		}
+		mux.ServeHTTP(w, r) // sets r.Pattern and the path values
+		if w.status != 0 {  // redirects an unclean path
+			return nil
+		}
+		return handlers[r.Pattern](w, r, by)
+	}
+}
+
 func methodNotAllowed(allow string) handler {
-	return func(w http.ResponseWriter, r *http.Request) error {
+	return func(w *response, r *http.Request, _ caller) error {
 		if r.PathValue("id") != "" {
 			if _, err := userID(r); err != nil {
-				return err // not even the path exists
+				return err // 404: the path does not exist either
 			}
 		}
 		w.Header().Set("Allow", allow)
 		return newProblem(http.StatusMethodNotAllowed,
-			r.Method+" is not a method of this path: those are "+allow)
+			"This path does not have the method "+r.Method+", only "+allow)
 	}
 }
 
-// response remembers of an answer what the request log needs to know.
+// response is an http.ResponseWriter that keeps what the request log needs.
 type response struct {
 	http.ResponseWriter
-	key    *apiKey         // nil: the client has none
-	gone   <-chan struct{} // closed when the client has left
-	head   bool            // the body is not sent
-	status int             // 0: nothing was written
-	bytes  int64
-	err    error
+	gone   <-chan struct{} // closed when the client has gone
+	isHead bool            // net/http does not send the body
+	status int             // 0 until the header is written
+	bytes  int64           // of the body
 }
 
 func (w *response) clientGone() bool {
@@ -250,158 +304,11 @@ func (w *response) Write(p []byte) (int, error) {
 		w.WriteHeader(http.StatusOK)
 	}
 	n, err := w.ResponseWriter.Write(p)
-	if !w.head {
+	if !w.isHead {
 		w.bytes += int64(n)
 	}
 	if err != nil {
 		w.status = statusClientGone
 	}
 	return n, err
-}
-
-type panicError struct {
-	value any
-	stack []byte
-}
-
-func (e *panicError) Error() string {
-	return fmt.Sprintf("panic: %v", e.value)
-}
-
-// writeJSON writes nothing where v cannot be encoded. The Content-Type is
-// application/json unless one is set.
-func writeJSON(w http.ResponseWriter, status int, v any) error {
-	var body []byte
-	var err error
-	if a, ok := v.(jsonAppender); ok {
-		body = a.appendJSON(make([]byte, 0, 256))
-	} else if body, err = json.Marshal(v); err != nil {
-		return err
-	}
-	body = append(body, '\n')
-	h := w.Header()
-	if h.Get("Content-Type") == "" {
-		h.Set("Content-Type", "application/json")
-	}
-	h.Set("Content-Length", strconv.Itoa(len(body)))
-	w.WriteHeader(status)
-	_, _ = w.Write(body) // #nosec G705 -- never HTML; the response keeps the error
-	return nil
-}
-
-// problem is an error that the client may see: a problem document by RFC 9457.
-type problem struct {
-	Type     string       `json:"type"`
-	Title    string       `json:"title"`
-	Status   int          `json:"status"`
-	Detail   string       `json:"detail"`
-	Instance string       `json:"instance"`
-	TraceID  string       `json:"trace_id"`
-	Errors   []fieldError `json:"errors,omitempty"`
-}
-
-// fieldError says what is wrong with one member of the body (Pointer: an RFC 6901
-// pointer as a URI fragment) or with one query parameter.
-type fieldError struct {
-	Pointer   string `json:"pointer,omitempty"`
-	Parameter string `json:"parameter,omitempty"`
-	Detail    string `json:"detail"`
-}
-
-func (p *problem) Error() string {
-	return p.Detail
-}
-
-func newProblem(status int, detail string) *problem {
-	return &problem{Status: status, Detail: detail}
-}
-
-// invalid is the 400 that names every wrong part; one of them is called what.
-func invalid(what string, errs []fieldError) *problem {
-	detail := "1 " + what + " is not valid"
-	if len(errs) > 1 {
-		detail = fmt.Sprintf("%d %ss are not valid", len(errs), what)
-	}
-	return &problem{Status: http.StatusBadRequest, Detail: detail, Errors: errs}
-}
-
-var (
-	errNoRoute    = newProblem(http.StatusNotFound, "There is nothing at this path")
-	errOverloaded = newProblem(http.StatusServiceUnavailable, "Too many requests are under way")
-	errClientGone = errors.New("the client went away")
-)
-
-// problemOf is the one place where an error becomes what the client is told. An error
-// that it does not know is a 500 that tells nothing.
-func problemOf(err error, r *http.Request) *problem {
-	if p, ok := errors.AsType[*problem](err); ok {
-		return p
-	}
-	switch {
-	case errors.Is(err, errNotFound):
-		return newProblem(http.StatusNotFound, "User with id "+r.PathValue("id")+" not found")
-	case errors.Is(err, errVersionMismatch):
-		return newProblem(http.StatusPreconditionFailed,
-			"If-Match does not name the current version of the user")
-	case errors.Is(err, errInvalidValue):
-		return newProblem(http.StatusBadRequest, "A value cannot be stored")
-	case errors.Is(err, errReferenced):
-		return newProblem(http.StatusConflict,
-			"Other data refer to user with id "+r.PathValue("id"))
-	case errors.Is(err, errRefused):
-		return newProblem(http.StatusConflict, "A rule of the database refuses the change")
-	case errors.Is(err, errUnavailable), errors.Is(err, errBusy):
-		return newProblem(http.StatusServiceUnavailable,
-			"The service cannot take the request now; nothing was changed")
-	case errors.Is(err, errOutcomeUnknown):
-		return newProblem(http.StatusServiceUnavailable,
-			"The database did not answer; whether the change was made is not known")
-	}
-	return newProblem(http.StatusInternalServerError, "The service failed inside")
-}
-
-type traceIDKey struct{}
-
-func withTraceID(ctx context.Context, id string) context.Context {
-	return context.WithValue(ctx, traceIDKey{}, id)
-}
-
-// traceID is "" where ctx belongs neither to a request nor to an event.
-func traceID(ctx context.Context) string {
-	id, _ := ctx.Value(traceIDKey{}).(string)
-	return id
-}
-
-var (
-	requestIDPattern   = regexp.MustCompile(`^[A-Za-z0-9._:-]{1,128}$`)
-	traceparentPattern = regexp.MustCompile(
-		`^([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(-.*)?$`)
-)
-
-// requestTraceID is the id that the client gave, or a new one.
-func requestTraceID(h http.Header) string {
-	if ids := h["X-Request-Id"]; len(ids) == 1 && requestIDPattern.MatchString(ids[0]) {
-		return ids[0]
-	}
-	if parents := h["Traceparent"]; len(parents) == 1 {
-		if id := traceparentID(parents[0]); id != "" {
-			return id
-		}
-	}
-	return newUUIDv4()
-}
-
-// traceparentID is the trace-id field of a header by W3C Trace Context, section 3.2, or
-// "" where the header is not valid. Only versions above 00 may have a fifth field.
-func traceparentID(header string) string {
-	fields := traceparentPattern.FindStringSubmatch(header)
-	if fields == nil {
-		return ""
-	}
-	version, id, parent, more := fields[1], fields[2], fields[3], fields[4]
-	if version == "ff" || version == "00" && more != "" ||
-		strings.Trim(id, "0") == "" || strings.Trim(parent, "0") == "" {
-		return ""
-	}
-	return id
 }

@@ -17,8 +17,6 @@ import (
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/VictoriaMetrics/metrics"
 )
 
 // dial opens a connection for what net/http's client would not send. It lasts for less
@@ -74,15 +72,16 @@ func (s *service) send(request string) answer {
 func serveHandler(t *testing.T, h handler) *service {
 	t.Helper()
 	log := &logBuffer{}
-	logger := newLogger(log, slog.LevelDebug)
-	server := newServer(settings{}, logger, metrics.NewSet())
-	server.handle("/", h)
+	out := &logWriter{w: log}
+	logger := newLogger(out, slog.LevelDebug)
+	server := newServer(testDependencies(settings{}, newMemory(), logger), &traffic{}, newAccess(settings{}),
+		[]route{{"GET", "/{$}", h}, {"GET", "/x", h}})
 	web := httptest.NewUnstartedServer(nil)
 	web.Config = &newHTTPServer(server, logger).Server
 	web.Start()
 	t.Cleanup(func() {
 		web.Close()
-		flushLog(logger)
+		out.flush()
 		log.check(t)
 	})
 	return &service{t: t, url: web.URL, log: log}
@@ -91,14 +90,13 @@ func serveHandler(t *testing.T, h handler) *service {
 // What hashes passwords leaves a core to the rest, so it has to know whether there is any.
 func TestMixedTraffic(t *testing.T) {
 	t.Parallel()
-	server := newServer(settings{}, slog.New(slog.DiscardHandler), metrics.NewSet())
-	server.handle("/", func(http.ResponseWriter, *http.Request) error { return nil })
+	server := newHandler(testDependencies(settings{}, newMemory(), slog.New(slog.DiscardHandler))).(*server)
 	for _, test := range []struct {
 		method string
 		mixed  bool
 	}{{"POST", false}, {"GET", true}, {"POST", true}} {
 		server.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest(test.method, "/users", nil))
-		if mixed := server.traffic.mixed(); mixed != test.mixed {
+		if mixed := server.traffic.isMixed(); mixed != test.mixed {
 			t.Errorf("after a %s the traffic is mixed: %t", test.method, mixed)
 		}
 	}
@@ -343,7 +341,7 @@ func FuzzRequest(f *testing.F) {
 	} {
 		f.Add(seed.method, seed.target, seed.headers, []byte(seed.body))
 	}
-	hash, err := newHasher(&traffic{}).hash(context.Background(), secret)
+	hash, err := newTestHasher().hash(context.Background(), secret)
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -358,16 +356,13 @@ func FuzzRequest(f *testing.F) {
 			return // net/http answers by itself
 		}
 		log := &logBuffer{}
-		logger := newLogger(log, slog.LevelDebug)
+		out := &logWriter{w: log}
 		store := newMemory()
 		store.createUser(t.Context(), input("John", "Doe", hash), "used")
-		server := newServer(settings{}, logger, metrics.NewSet())
-		a := newAPI(store, settings{passwordMinLength: 8}, &server.traffic, logger)
-		h := &health{store, inProcess{}, server.metrics, &server.draining}
-		server.addRoutes(openRoutes(h), keyedRoutes(a, h))
+		server := newHandler(testDependencies(memorySettings(), store, newLogger(out, slog.LevelDebug)))
 		recorder := httptest.NewRecorder()
 		aborted := serveOnce(server, &onceRecorder{ResponseRecorder: recorder, t: t}, r)
-		flushLog(logger)
+		out.flush()
 
 		s := &service{t: t, log: log}
 		completed := s.checkRequestLog(r, recorder.Header().Get("X-Trace-Id"))
@@ -402,7 +397,7 @@ func FuzzRequest(f *testing.F) {
 }
 
 // serveOnce says whether the server ended the connection instead of an answer.
-func serveOnce(server *server, w http.ResponseWriter, r *http.Request) (aborted bool) {
+func serveOnce(server http.Handler, w http.ResponseWriter, r *http.Request) (aborted bool) {
 	defer func() {
 		if v := recover(); v == http.ErrAbortHandler {
 			aborted = true
@@ -640,7 +635,7 @@ func TestRedirects(t *testing.T) {
 	}
 }
 
-func panicking(http.ResponseWriter, *http.Request) error {
+func panicking(*response, *http.Request, caller) error {
 	panic("at 10.0.0.1")
 }
 
@@ -649,7 +644,7 @@ func TestErrors(t *testing.T) {
 	t.Parallel()
 	const cause = "at 10.0.0.1"
 	wrapped := func(err error) handler {
-		return func(http.ResponseWriter, *http.Request) error {
+		return func(*response, *http.Request, caller) error {
 			return fmt.Errorf("%s: %w", cause, fmt.Errorf("%w: %s", err, cause))
 		}
 	}
@@ -664,11 +659,11 @@ func TestErrors(t *testing.T) {
 		"a bad value":         {wrapped(errInvalidValue), 400, "value"},
 		"no database":         {wrapped(errUnavailable), 503, "nothing was changed"},
 		"too many passwords":  {wrapped(errBusy), 503, "nothing was changed"},
-		"a lost database":     {wrapped(errOutcomeUnknown), 503, "not known"},
-		"an unknown error":    {wrapped(io.ErrUnexpectedEOF), 500, "failed inside"},
-		"somebody's deadline": {wrapped(context.DeadlineExceeded), 500, "failed inside"},
-		"somebody's end":      {wrapped(context.Canceled), 500, "failed inside"},
-		"a panic":             {panicking, 500, "failed inside"},
+		"a lost database":     {wrapped(errOutcomeUnknown), 503, "may or may not"},
+		"an unknown error":    {wrapped(io.ErrUnexpectedEOF), 500, "Internal error"},
+		"somebody's deadline": {wrapped(context.DeadlineExceeded), 500, "Internal error"},
+		"somebody's end":      {wrapped(context.Canceled), 500, "Internal error"},
+		"a panic":             {panicking, 500, "Internal error"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := serveHandler(t, test.handler)
@@ -698,9 +693,9 @@ func TestErrors(t *testing.T) {
 // a whole one.
 func TestPanicInAnswer(t *testing.T) {
 	t.Parallel()
-	s := serveHandler(t, func(w http.ResponseWriter, r *http.Request) error {
+	s := serveHandler(t, func(w *response, r *http.Request, by caller) error {
 		io.WriteString(w, "half")
-		w.(*response).ResponseWriter.(http.Flusher).Flush()
+		w.ResponseWriter.(http.Flusher).Flush()
 		panic("in the middle")
 	})
 	s.log.allowErrors(1)
@@ -806,18 +801,18 @@ func TestClientLeavesInBody(t *testing.T) {
 func TestClientLeavesInHandler(t *testing.T) {
 	t.Parallel()
 	for name, end := range map[string]handler{
-		"the context's error": func(_ http.ResponseWriter, r *http.Request) error {
+		"the context's error": func(_ *response, r *http.Request, _ caller) error {
 			return fmt.Errorf("waiting: %w", r.Context().Err())
 		},
-		"an answer": func(w http.ResponseWriter, _ *http.Request) error {
+		"an answer": func(w *response, _ *http.Request, _ caller) error {
 			return writeJSON(w, http.StatusOK, "too late")
 		},
-		"a refusal": func(http.ResponseWriter, *http.Request) error { return errNotFound },
-		"a 503":     func(http.ResponseWriter, *http.Request) error { return errUnavailable },
+		"a refusal": func(*response, *http.Request, caller) error { return errNotFound },
+		"a 503":     func(*response, *http.Request, caller) error { return errUnavailable },
 	} {
-		s := serveHandler(t, func(w http.ResponseWriter, r *http.Request) error {
+		s := serveHandler(t, func(w *response, r *http.Request, by caller) error {
 			<-r.Context().Done()
-			return end(w, r)
+			return end(w, r, by)
 		})
 		conn := s.dial()
 		s.write(conn, "GET /x HTTP/1.1\r\nHost: test\r\n\r\n")
@@ -833,9 +828,9 @@ func TestClientLeavesInHandler(t *testing.T) {
 // TestPanicAfterClientLeft: nobody waits for the answer, but the fault is the service's.
 func TestPanicAfterClientLeft(t *testing.T) {
 	t.Parallel()
-	s := serveHandler(t, func(w http.ResponseWriter, r *http.Request) error {
+	s := serveHandler(t, func(w *response, r *http.Request, by caller) error {
 		<-r.Context().Done()
-		return panicking(w, r)
+		return panicking(w, r, by)
 	})
 	s.log.allowErrors(1)
 	conn := s.dial()

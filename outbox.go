@@ -1,6 +1,6 @@
 package main
 
-// This file owns the statements for events, for the lease of the relay, and for the upkeep of tables.
+// This file owns the statements for events, for the relay's lease, and for the maintenance of tables.
 
 import (
 	"context"
@@ -8,19 +8,6 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
-)
-
-const (
-	leaseSeconds = 2.0 // by the database's clock; another replica may lead after that
-
-	upkeepInterval = time.Second
-	keySweep       = time.Hour // between two passes over the idempotency keys
-	keyPages       = 500       // pages of the table, of 8 KiB, for each statement of a pass
-	foldFrom       = 50        // rows of user_counts, below which there is nothing to fold
-	foldMost       = 200_000   // rows for each statement
-	foldBytes      = 1 << 20   // of the table, beyond which one row moves too: vacuum cuts off the end
-	vacuumInterval = 10 * time.Second
-	vacuumBudget   = 5 * time.Minute
 )
 
 func (s *postgres) changed() <-chan struct{} { return s.wake }
@@ -35,15 +22,15 @@ func (s *postgres) size(ctx context.Context) (pending int64, oldest time.Duratio
 	return pending, time.Duration(seconds * float64(time.Second)), err
 }
 
-// lead takes the lease where nobody else has it. There may be several rows, after a restore: they
-// count as one, because who leads holds all of them and a live row of somebody else stops it. A row that
-// ends too far in the future is not live: the clock of the database was put back.
+// lead takes or renews the lease unless another replica holds it. After a restore, relay_lease may have
+// several rows. The leader holds all of them: one valid row of another holder is enough to stop it. A row
+// that ends too far in the future is not valid: the clock of the database was set back.
 //
-// The commit waits for the synchronous standbys, whatever the session's settings. So what was read
-// from the outbox before is on every standby that may become the primary.
+// The commit waits for the synchronous standbys, whatever the session's settings are. So every event that
+// was read before is on each standby that may become the primary.
 func (s *postgres) lead(ctx context.Context) (leads bool, err error) {
 	once := s.relay
-	once.idempotent = false // a commit that did not wait for the standbys is no success
+	once.idempotent = false // a commit that did not wait for the standbys is a failure
 	err = s.do(ctx, "taking the lease", once, func(ctx context.Context, db querier) error {
 		return db.QueryRow(ctx, `
 			WITH lease AS (
@@ -67,7 +54,7 @@ func (s *postgres) lead(ctx context.Context) (leads bool, err error) {
 			)
 			SELECT EXISTS (SELECT FROM first) OR EXISTS (SELECT FROM next)
 			FROM set_config('synchronous_commit', 'on', true) AS waits,
-				set_config('client_min_messages', 'warning', true) AS warns`, s.holder, leaseSeconds).Scan(&leads)
+				set_config('client_min_messages', 'warning', true) AS warns`, s.holder, leaseTime.Seconds()).Scan(&leads)
 	})
 	return leads && err == nil, err
 }
@@ -94,7 +81,7 @@ func (s *postgres) pending(ctx context.Context, limit int) (events []event, err 
 	return events, err
 }
 
-// remove does not wait for the disk: a deletion that is lost means that an event is sent twice.
+// remove does not wait for the disk: if a deletion is lost, an event is sent twice.
 func (s *postgres) remove(ctx context.Context, events []event) error {
 	ids := make([]int64, len(events))
 	for i, e := range events {
@@ -108,9 +95,8 @@ func (s *postgres) remove(ctx context.Context, events []event) error {
 	})
 }
 
-// maintain keeps the tables small until ctx ends. Each replica does it, whether or not it leads
-// and whether or not there is a broker; what one has done is nothing to do for the next. The log
-// has a line when a task begins to fail.
+// maintain keeps the tables small until ctx ends. Every replica does so, with or without a broker; a task
+// that one replica has done costs the next one little. It logs when a task starts to fail.
 func (s *postgres) maintain(ctx context.Context) {
 	failing := make(map[string]bool)
 	attempt := func(task string, f func(context.Context) error) {
@@ -131,12 +117,12 @@ func (s *postgres) maintain(ctx context.Context) {
 			swept = time.Now()
 			attempt("deleting idempotency keys", s.sweepKeys)
 		}
-		sleep(ctx, rand.N(2*upkeepInterval)) // #nosec G404 -- so that replicas do not meet
+		sleep(ctx, rand.N(2*upkeepInterval)) // #nosec G404 -- jitter, not a secret
 	}
 }
 
-// fold makes one row of user_counts out of many. Rows that somebody else folds are passed over, and
-// a snapshot has either the many or the one.
+// fold replaces many rows of user_counts by their sum. It skips rows that another replica is folding. A
+// snapshot contains either the many rows or the one.
 func (s *postgres) fold(ctx context.Context) error {
 	for folded := foldMost; folded == foldMost; {
 		err := s.do(ctx, "folding", s.create, func(ctx context.Context, db querier) error {
@@ -160,7 +146,7 @@ func (s *postgres) fold(ctx context.Context) error {
 	return nil
 }
 
-// sweepKeys deletes idempotency keys that are too old, some pages of the table at a time.
+// sweepKeys deletes expired idempotency keys, some pages of the table at a time.
 func (s *postgres) sweepKeys(ctx context.Context) error {
 	for page, pages := 0, 1; page < pages; page += keyPages {
 		err := s.do(ctx, "deleting keys", s.create, func(ctx context.Context, db querier) error {
@@ -180,16 +166,15 @@ func (s *postgres) sweepKeys(ctx context.Context) error {
 	return nil
 }
 
-// vacuum removes dead rows soon: reading the outbox and the total passes over them, and autovacuum
-// looks once a minute. It runs outside a transaction, and passes over a table that is locked.
+// vacuum removes dead rows, which slow down reading the outbox and the total; autovacuum looks once a
+// minute only. It runs outside a transaction, and skips a locked table.
 func (s *postgres) vacuum(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, vacuumBudget)
 	defer cancel()
-	requests := s.read.lanes[0]
-	if err := requests.take(ctx, ctx); err != nil {
+	if err := s.read.lane.enter(ctx); err != nil {
 		return err
 	}
-	defer requests.free()
+	defer s.read.lane.leave()
 	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
 		return err

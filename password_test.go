@@ -6,10 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"reflect"
 	"regexp"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -20,7 +20,7 @@ import (
 )
 
 var phcFormat = regexp.MustCompile(
-	`^\$argon2id\$v=19\$m=12288,t=3,p=1\$([A-Za-z0-9+/]{22})\$([A-Za-z0-9+/]{43})$`)
+	`^\$argon2id\$v=19\$m=7168,t=5,p=1\$([A-Za-z0-9+/]{22})\$([A-Za-z0-9+/]{43})$`)
 
 // verifies says whether hash is the PHC string of exactly these bytes.
 func verifies(t *testing.T, hash, password string) bool {
@@ -33,13 +33,15 @@ func verifies(t *testing.T, hash, password string) bool {
 	if err != nil || len(salt) != 16 {
 		t.Fatalf("the salt has %d bytes: %v", len(salt), err)
 	}
-	key := argon2.IDKey([]byte(password), salt, 3, 12288, 1, 32)
+	key := argon2.IDKey([]byte(password), salt, 5, 7168, 1, 32)
 	return fields[2] == base64.RawStdEncoding.EncodeToString(key)
 }
 
+func newTestHasher() *hasher { return &hasher{newHashLanes(testLimits, &traffic{})} }
+
 func mustHash(t *testing.T, password string) string {
 	t.Helper()
-	hash, err := newHasher(&traffic{}).hash(t.Context(), password)
+	hash, err := newTestHasher().hash(t.Context(), password)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -151,100 +153,86 @@ func scanPHC(phc string) (h argonHash, ok bool) {
 	return h, true
 }
 
-func TestHasherSize(t *testing.T) {
+// TestHashLanesLimit counts how many passwords may be hashed at the same time, alone and in mixed traffic.
+func TestHashLanesLimit(t *testing.T) {
 	t.Parallel()
-	h := newHasher(&traffic{})
-	cores := runtime.GOMAXPROCS(0)
-	if cap(h.working) != cores || cap(h.admitted) != cores*(1+hashQueue) || cap(h.beside) != max(cores-1, 1) {
-		t.Errorf("%d at work, %d beside others and %d admitted on %d cores",
-			cap(h.working), cap(h.beside), cap(h.admitted), cores)
+	for _, test := range []struct{ cores, alone, mixed int }{
+		{1, 1, 1}, {2, 2, 1}, {3, 3, 2}, {8, 8, 7},
+	} {
+		for _, mixed := range []bool{false, true} {
+			synctest.Test(t, func(t *testing.T) {
+				l := newLimits(test.cores, math.MaxInt64)
+				h := newHashLanes(l, &traffic{})
+				want := test.alone
+				if mixed {
+					want = test.mixed
+					h.traffic.otherDone.Store(time.Now().UnixNano())
+				}
+				working := 0
+				for range l.hashQueue {
+					go func() {
+						if leave, err := h.enter(context.Background()); err == nil {
+							working++
+							time.Sleep(time.Hour)
+							leave()
+						}
+					}()
+				}
+				synctest.Wait()
+				if working != want {
+					t.Errorf("%d cores, mixed %t: %d at the same time, not %d", test.cores, mixed, working, want)
+				}
+				if _, err := h.enter(t.Context()); !errors.Is(err, errBusy) {
+					t.Errorf("%d cores: a password beyond the queue: %v", test.cores, err)
+				}
+				time.Sleep(2 * time.Hour)
+				if !h.queue.TryAcquire(int64(l.hashQueue)) {
+					t.Errorf("%d cores: places are still taken", test.cores)
+				}
+			})
+		}
 	}
 }
 
-// TestHasherHoldsItsPlaces watches the places while more calls come than can be at work.
-func TestHasherHoldsItsPlaces(t *testing.T) {
+// TestHashLanesWait has other calls take the cores.
+func TestHashLanesWait(t *testing.T) {
 	t.Parallel()
-	h := &hasher{traffic: &traffic{}, admitted: make(chan struct{}, 20), working: make(chan struct{}, 2)}
-	var group sync.WaitGroup
-	for range cap(h.admitted) {
-		group.Go(func() {
-			// Where the wait is too long, errBusy is the right answer.
-			if _, err := h.hash(context.Background(), secret); err != nil && !errors.Is(err, errBusy) {
-				t.Error(err)
-			}
-		})
-	}
-	eventually(t, "two at work, and others waiting", func() bool {
-		return len(h.working) == 2 && len(h.admitted) > 2
-	})
-	group.Wait()
-	if len(h.working) != 0 || len(h.admitted) != 0 {
-		t.Errorf("after all, %d are at work and %d admitted", len(h.working), len(h.admitted))
-	}
-}
-
-// TestHasherRefuses has a hasher whose places others hold, in the time of a bubble.
-func TestHasherRefuses(t *testing.T) {
-	t.Parallel()
-	type places struct{ admitted, working, beside int } // taken by others, of 3, 1 and 1
 	for name, test := range map[string]struct {
-		taken places
+		busy  time.Duration // how long the other calls work
 		leave time.Duration // 0: the caller stays
-		free  time.Duration // 0: nobody makes room
 		want  error
 		after time.Duration
-		reads time.Duration // for so long, other requests come
 	}{
-		"queue full":        {taken: places{3, 1, 0}, want: errBusy},
-		"no turn in time":   {taken: places{2, 1, 0}, want: errBusy, after: hashWait},
-		"turn in time":      {taken: places{2, 1, 0}, free: hashWait / 2, after: hashWait / 2},
-		"caller leaves":     {taken: places{2, 1, 0}, leave: hashWait / 2, want: context.DeadlineExceeded, after: hashWait / 2},
-		"nobody else there": {},
-		"a core for reads":  {reads: time.Hour},
-		"no core for reads": {taken: places{1, 0, 1}, reads: time.Hour, want: errBusy, after: hashWait},
-		"until reads end":   {taken: places{1, 0, 1}, reads: mixedFor, after: 2 * mixedFor},
-		"no reads":          {taken: places{1, 0, 1}},
-		"caller leaves at last": {taken: places{1, 0, 1}, reads: time.Hour, leave: hashWait / 2,
-			want: context.DeadlineExceeded, after: hashWait / 2},
+		"no wait":         {},
+		"turn in time":    {busy: hashWait / 2, after: hashWait / 2},
+		"no turn in time": {busy: 2 * hashWait, want: errBusy, after: hashWait},
+		"caller leaves":   {busy: 2 * hashWait, leave: hashWait / 2, want: context.Canceled, after: hashWait / 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
-				h := &hasher{traffic: &traffic{}, admitted: make(chan struct{}, 3),
-					working: make(chan struct{}, 1), beside: make(chan struct{}, 1)}
-				if test.reads > 0 {
-					h.traffic.other.Store(time.Now().Add(test.reads).UnixNano())
+				h := newHashLanes(newLimits(1, math.MaxInt64), &traffic{})
+				if test.busy > 0 {
+					leave, err := h.enter(t.Context())
+					if err != nil {
+						t.Fatal(err)
+					}
+					time.AfterFunc(test.busy, leave)
 				}
-				for range test.taken.beside {
-					h.beside <- struct{}{}
-				}
-				for range test.taken.admitted {
-					h.admitted <- struct{}{}
-				}
-				for range test.taken.working {
-					h.working <- struct{}{}
-				}
-				ctx := t.Context()
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
 				if test.leave > 0 {
-					var cancel context.CancelFunc
-					ctx, cancel = context.WithTimeout(ctx, test.leave)
-					defer cancel()
-				}
-				if test.free > 0 {
-					test.taken.working--
-					time.AfterFunc(test.free, func() { <-h.working })
+					time.AfterFunc(test.leave, cancel)
 				}
 				start := time.Now()
-				hash, err := h.hash(ctx, secret)
-				if !errors.Is(err, test.want) || (err == nil) != (hash != "") {
-					t.Errorf("hash is %q, %v", hash, err)
+				leave, err := h.enter(ctx)
+				if !errors.Is(err, test.want) || (err == nil) != (leave != nil) {
+					t.Errorf("enter: %v", err)
 				}
 				if waited := time.Since(start); waited != test.after {
 					t.Errorf("waited for %v, not %v", waited, test.after)
 				}
-				if left := (places{len(h.admitted), len(h.working), len(h.beside)}); left != test.taken {
-					t.Errorf("left %+v, not %+v", left, test.taken)
-				}
+				time.Sleep(3 * hashWait)
 			})
 		})
 	}
@@ -297,7 +285,7 @@ func TestPasswordFlood(t *testing.T) {
 		t.Errorf("statuses and their number: %v", count)
 	}
 	// A machine of many cores may take them all.
-	if tooMany := 2 * cap(newHasher(&traffic{}).admitted); requests > tooMany && count[503] == 0 {
+	if tooMany := 2 * testLimits.hashQueue; requests > tooMany && count[503] == 0 {
 		t.Errorf("nothing was refused: %v", count)
 	}
 	if total := s.do("GET", "/users?per_page=1", "").json(t, "total"); total != float64(count[201]) {

@@ -1,5 +1,7 @@
 package main
 
+// This file owns RabbitMQ: the connections, the topology, publishing with confirms, and consuming.
+
 import (
 	"cmp"
 	"context"
@@ -18,31 +20,16 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-const (
-	brokerTimeout    = 5 * time.Second  // to connect, and to shake hands
-	brokerWrite      = 3 * time.Second  // for one write to the socket
-	brokerGoodbye    = time.Second      // to close a connection in good order
-	brokerHeartbeat  = 10 * time.Second // a frozen broker is noticed after one and a half
-	publishWait      = 10 * time.Second // for a window
-	topologyInterval = 2 * time.Second
-	consumerPrefetch = 64
-
-	// The pauses of a consumer that cannot do its work. RabbitMQ takes messages back after 30 minutes.
-	firstPause = 500 * time.Millisecond
-	maxPause   = 10 * time.Second
-)
-
-// rabbitMQ is the broker of a service with a RABBITMQ_URL. All names in it derive from
-// that of the exchange.
+// rabbitMQ is the broker of a service with a RABBITMQ_URL. Its names derive from that of the exchange.
 type rabbitMQ struct {
-	urls      []string     // of the hosts of a cluster, which are tried in turn
-	host      atomic.Int64 // index of the host that answered last
-	appName   string
-	exchange  string
-	log       *slog.Logger
-	returned  *metrics.Counter
-	consuming atomic.Bool // every replica is connected as a consumer, whoever relays
-	told      sync.Map    // what the log has named as foreign, on whatever connection
+	urls       []string     // of the hosts of a cluster, which are tried in turn
+	host       atomic.Int64 // index of the host that answered last
+	appName    string
+	exchange   string
+	log        *slog.Logger
+	returned   *metrics.Counter
+	consuming  atomic.Bool // every replica consumes, whichever one relays
+	mismatched sync.Map    // names of declarations that RabbitMQ has refused
 }
 
 func newRabbitMQ(s settings, log *slog.Logger, set *metrics.Set) *rabbitMQ {
@@ -55,7 +42,7 @@ func newRabbitMQ(s settings, log *slog.Logger, set *metrics.Set) *rabbitMQ {
 	}
 }
 
-// parseRabbitURL returns text if it is a URL, of one host or several, that can be dialled.
+// parseRabbitURL returns text if it is a valid URL of one or several hosts.
 func parseRabbitURL(text string) (string, error) {
 	if err := checkURL(text, "amqp", "amqps"); err != nil {
 		return "", err
@@ -76,21 +63,21 @@ func (b *rabbitMQ) queue() string              { return b.exchange + ".consumer"
 func (b *rabbitMQ) deadLetterExchange() string { return b.exchange + ".dlx" }
 func (b *rabbitMQ) deadLetterQueue() string    { return b.exchange + ".dead" }
 
-func (b *rabbitMQ) status() string {
+func (b *rabbitMQ) state() state {
 	if b.consuming.Load() {
-		return "up"
+		return stateUp
 	}
-	return "down"
+	return stateDown
 }
 
-// rabbitConn is a connection to a broker that had the topology when it was dialled.
+// rabbitConn is a connection to a broker whose topology was complete when it was dialled.
 type rabbitConn struct {
 	*amqp.Connection
 	socket *brokerSocket
 }
 
-// dial connects to the host that answered last, or else to the next one that answers, unless ctx
-// ends before. The connection is the caller's to hang up.
+// dial connects to the host that answered last, else to the next one that answers. The caller closes the
+// connection with disconnect.
 func (b *rabbitMQ) dial(ctx context.Context, purpose string) (c *rabbitConn, err error) {
 	var errs []error
 	for range b.urls {
@@ -129,24 +116,24 @@ func (b *rabbitMQ) dialHost(ctx context.Context, url, purpose string) (*rabbitCo
 		return nil, err
 	}
 	c := &rabbitConn{conn, socket}
-	if err := b.declareTopology(conn, make(map[string]bool)); err != nil {
-		c.hangUp()
+	if err := b.declareTopology(conn, true); err != nil {
+		c.disconnect()
 		return nil, fmt.Errorf("declaring the topology: %w", err)
 	}
 	return c, nil
 }
 
-// hangUp closes the connection in good order if that can be done soon. The plain Close
-// waits for ever where the broker has stopped to read, and CloseDeadline for as long as it
+// disconnect closes the connection, in an orderly way if the broker answers within brokerGoodbye. Close
+// alone would wait for ever for a broker that has stopped reading, and CloseDeadline for as long as it
 // sends heartbeats.
-func (c *rabbitConn) hangUp() {
+func (c *rabbitConn) disconnect() {
 	defer time.AfterFunc(brokerGoodbye, func() { _ = c.socket.Close() }).Stop()
 	_ = c.CloseDeadline(time.Now().Add(brokerGoodbye))
 }
 
-// brokerSocket bounds each write: a broker in a memory alarm does not read, and amqp091
-// would hang in the write. While it is corked it collects what amqp091 writes message by
-// message: a write for each would cost more than the message.
+// brokerSocket sets a deadline for each write, in which amqp091 would hang while a broker in a memory
+// alarm does not read. While it is corked, it collects messages: with a write for each of them,
+// publishing takes four times as long.
 type brokerSocket struct {
 	net.Conn
 
@@ -155,13 +142,11 @@ type brokerSocket struct {
 	held   []byte
 }
 
-const socketCapacity = 32 << 10 // bytes
-
 func (s *brokerSocket) Write(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.held = append(s.held, p...)
-	if s.corked && len(s.held) < socketCapacity {
+	if s.corked && len(s.held) < brokerBuffer {
 		return len(p), nil
 	}
 	return len(p), s.flushLocked()
@@ -192,14 +177,14 @@ func (s *brokerSocket) flushLocked() error {
 	return err
 }
 
-// declaration makes sure that one thing exists on the broker.
+// declaration makes sure that an exchange, a queue or a binding exists.
 type declaration struct {
 	name    string
 	declare func(*amqp.Channel) error
 }
 
-// topology is the exchange of the events, the consumer's queue, and where it puts aside
-// what is unreadable. The arguments are those that RabbitMQ takes from 3.10 on.
+// topology returns the exchange of the events, the consumer's queue, and the exchange and queue of dead
+// letters. RabbitMQ accepts these arguments from 3.10 on.
 func (b *rabbitMQ) topology() []declaration {
 	exchange := func(name, kind string) declaration {
 		return declaration{"exchange " + name, func(ch *amqp.Channel) error {
@@ -234,43 +219,43 @@ func (b *rabbitMQ) topology() []declaration {
 	}
 }
 
-// foreignCodes are the refusals of what exists with other properties, or of a user who may
-// not declare it.
-var foreignCodes = []int{amqp.PreconditionFailed, amqp.AccessRefused, amqp.ResourceLocked}
+// mismatchCodes are the refusals of a declaration whose name exists with other properties, or that the
+// user may not make.
+var mismatchCodes = []int{amqp.PreconditionFailed, amqp.AccessRefused, amqp.ResourceLocked}
 
-// declareTopology declares what is missing. What RabbitMQ refuses to change is named in
-// the log, and from then on, being in foreign, left as it is.
-func (b *rabbitMQ) declareTopology(conn *amqp.Connection, foreign map[string]bool) error {
+// declareTopology declares what is missing. It logs what RabbitMQ refuses to change, and keeps it. Unless
+// all is set, it skips what was refused before: each refusal closes a channel.
+func (b *rabbitMQ) declareTopology(conn *amqp.Connection, all bool) error {
 	ch, err := conn.Channel()
 	if err != nil {
 		return err
 	}
 	for _, d := range b.topology() {
-		if foreign[d.name] {
+		if _, mismatched := b.mismatched.Load(d.name); mismatched && !all {
 			continue
 		}
 		err := d.declare(ch)
 		if err == nil {
+			b.mismatched.Delete(d.name)
 			continue
 		}
 		refusal, ok := errors.AsType[*amqp.Error](err)
-		if !ok || !slices.Contains(foreignCodes, refusal.Code) {
+		if !ok || !slices.Contains(mismatchCodes, refusal.Code) {
 			return err
 		}
-		foreign[d.name] = true
-		if _, again := b.told.LoadOrStore(d.name, true); !again {
-			b.log.Warn("RabbitMQ keeps this as it is, not as the service declares it",
+		if _, known := b.mismatched.LoadOrStore(d.name, true); !known {
+			b.log.Warn("RabbitMQ declaration mismatch, keeping the existing one",
 				"what", d.name, "error", refusal.Reason)
 		}
-		if ch, err = conn.Channel(); err != nil { // a refusal closes the channel
+		if ch, err = conn.Channel(); err != nil {
 			return err
 		}
 	}
 	return ch.Close()
 }
 
-// rabbitPublisher publishes on one channel of a connection of its own: an alarm blocks
-// the connections that publish, and the consumer must go on.
+// rabbitPublisher publishes on one channel. Its connection is not the consumer's, because an alarm of
+// the broker blocks connections that publish.
 type rabbitPublisher struct {
 	broker  *rabbitMQ
 	conn    *rabbitConn
@@ -288,7 +273,7 @@ func (b *rabbitMQ) publisher(ctx context.Context) (publisher, error) {
 		err = p.channel.Confirm(false)
 	}
 	if err != nil {
-		conn.hangUp()
+		conn.disconnect()
 		return nil, err
 	}
 	p.returns = p.channel.NotifyReturn(make(chan amqp.Return, relayWindow))
@@ -297,12 +282,23 @@ func (b *rabbitMQ) publisher(ctx context.Context) (publisher, error) {
 
 func (p *rabbitPublisher) closed() bool { return p.channel.IsClosed() }
 
-func (p *rabbitPublisher) close() { p.conn.hangUp() }
+func (p *rabbitPublisher) close() { p.conn.disconnect() }
 
-// publish sends all events and then waits for their confirms. Where no queue takes an
-// event and a queue is bound before the next one of its user is sent, the two arrive in
-// reverse; that takes somebody who deletes queues, and their content.
-func (p *rabbitPublisher) publish(ctx context.Context, events []event) (int, error) {
+// publish sends all events and then waits for their confirms, at most relayWindow at a time. If no queue
+// takes an event, and one is bound before the next event of the same user is sent, the two arrive in
+// reverse order. That requires somebody who deletes queues, and their messages with them.
+func (p *rabbitPublisher) publish(ctx context.Context, events []event) (n int, err error) {
+	for window := range slices.Chunk(events, relayWindow) { // the capacity of returns
+		confirmed, err := p.publishWindow(ctx, window)
+		n += confirmed
+		if err != nil {
+			return n, err
+		}
+	}
+	return n, nil
+}
+
+func (p *rabbitPublisher) publishWindow(ctx context.Context, events []event) (int, error) {
 	ctx, cancel := context.WithTimeout(ctx, publishWait)
 	defer cancel()
 	confirms, publishErr := p.sendAll(ctx, events)
@@ -310,14 +306,14 @@ func (p *rabbitPublisher) publish(ctx context.Context, events []event) (int, err
 	if publishErr != nil {
 		err = publishErr
 	}
-	// A message that no queue took is returned, and then confirmed like any other.
+	// The broker returns a message that no queue takes, and then confirms it like any other.
 	if first := p.firstReturned(events[:n]); first < n {
-		return first, errors.New("the broker returned an event: no queue takes it")
+		return first, errors.New("the broker returned an event, because no queue is bound for it")
 	}
 	return n, err
 }
 
-// sendAll returns the confirms to wait for, of those events that were sent.
+// sendAll returns the confirms of the events that were sent.
 func (p *rabbitPublisher) sendAll(ctx context.Context, events []event) (
 	confirms []*amqp.DeferredConfirmation, err error) {
 	p.conn.socket.cork()
@@ -352,7 +348,7 @@ func (p *rabbitPublisher) send(ctx context.Context, e event) (*amqp.DeferredConf
 		})
 }
 
-// countConfirmed counts the confirms from the first on that the broker has given.
+// countConfirmed waits for confirms, and returns how many came, from the first one on.
 func countConfirmed(ctx context.Context, confirms []*amqp.DeferredConfirmation) (int, error) {
 	for i, confirm := range confirms {
 		acknowledged, err := confirm.WaitContext(ctx)
@@ -366,8 +362,8 @@ func countConfirmed(ctx context.Context, confirms []*amqp.DeferredConfirmation) 
 	return len(confirms), nil
 }
 
-// firstReturned is the index of the first event that came back, or their number. The
-// returns have all arrived before the confirms.
+// firstReturned returns the index of the first event that was returned, or their number. All returns
+// arrive before the confirms.
 func (p *rabbitPublisher) firstReturned(events []event) int {
 	returned := make(map[string]bool)
 	for more := true; more; {
@@ -389,23 +385,22 @@ func (p *rabbitPublisher) firstReturned(events []event) int {
 	return first
 }
 
-func (b *rabbitMQ) consume(ctx context.Context, connected func(), to messageHandler) error {
-	if err := to.commit(); err != nil { // messages that cannot be handled stay in the queue
+func (b *rabbitMQ) consume(ctx context.Context, onReady func(), handler messageHandler) error {
+	if _, err := handler.handle(ctx, nil); err != nil { // leave the messages in the queue
 		return err
 	}
 	conn, err := b.dial(ctx, "consumer")
 	if err != nil {
 		return err
 	}
-	defer conn.hangUp()
+	defer conn.disconnect()
 	deliveries, err := b.subscribe(conn.Connection)
 	if err != nil {
 		return fmt.Errorf("subscribing to %s: %w", b.queue(), err)
 	}
-	connected()
+	onReady()
 	b.consuming.Store(true)
 	defer b.consuming.Store(false)
-	foreign := make(map[string]bool)
 	tick := time.NewTicker(topologyInterval)
 	defer tick.Stop()
 	for {
@@ -413,12 +408,12 @@ func (b *rabbitMQ) consume(ctx context.Context, connected func(), to messageHand
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
-			err = b.declareTopology(conn.Connection, foreign)
+			err = b.declareTopology(conn.Connection, false)
 		case d, ok := <-deliveries:
 			if !ok {
 				return errors.New("the broker ended the subscription")
 			}
-			err = b.settle(ctx, conn, received(d, deliveries), to)
+			err = b.settle(ctx, conn, received(d, deliveries), handler)
 		}
 		if err != nil {
 			return err
@@ -437,52 +432,50 @@ func (b *rabbitMQ) subscribe(conn *amqp.Connection) (<-chan amqp.Delivery, error
 	return ch.Consume(b.queue(), "", false, false, false, false, nil)
 }
 
-// settle handles deliveries and then tells the broker, once for all that can be read. It keeps them
-// while that fails and tries again, with pauses that grow: a message that is given back has one
-// delivery less. It fails only when ctx or the connection ends.
+// settle handles deliveries and then acknowledges them. While they cannot be handled it keeps them and
+// tries again, with growing pauses: returning them to the queue would use up one of their 20
+// deliveries. It fails only when ctx or the connection ends.
 func (b *rabbitMQ) settle(ctx context.Context, conn interface{ IsClosed() bool },
-	deliveries []amqp.Delivery, to messageHandler) error {
+	deliveries []amqp.Delivery, handler messageHandler) error {
 	for pause := firstPause; ; pause = min(2*pause, maxPause) {
-		err := settleOnce(ctx, deliveries, to)
+		err := settleOnce(ctx, deliveries, handler)
 		if err == nil || ctx.Err() != nil || conn.IsClosed() {
 			return err
 		}
 		if pause == firstPause {
-			b.log.Warn("Events cannot be handled and wait", "error", err)
+			b.log.Warn("Events cannot be handled, retrying", "error", err)
 		}
 		sleep(ctx, pause)
 	}
 }
 
-// settleOnce has the queue put aside what nobody can read. What is neither acknowledged nor rejected
-// when the connection ends comes again.
-func settleOnce(ctx context.Context, deliveries []amqp.Delivery, to messageHandler) error {
-	var readable, unreadable []amqp.Delivery
-	for _, d := range deliveries {
-		switch err := to.handle(ctx, d.Body); {
-		case err == nil:
-			readable = append(readable, d)
-		case errors.Is(err, errUnreadable):
-			unreadable = append(unreadable, d)
-		default:
-			return err
-		}
+// settleOnce rejects unreadable messages, which puts them aside, and acknowledges the others together.
+// If the connection ends before that, they are delivered again.
+func settleOnce(ctx context.Context, deliveries []amqp.Delivery, handler messageHandler) error {
+	bodies := make([][]byte, len(deliveries))
+	for i, d := range deliveries {
+		bodies[i] = d.Body
 	}
-	if err := to.commit(); err != nil {
+	unreadable, err := handler.handle(ctx, bodies)
+	if err != nil {
 		return err
 	}
-	for _, d := range unreadable {
-		if err := d.Reject(false); err != nil {
+	for _, i := range unreadable {
+		if err := deliveries[i].Reject(false); err != nil {
 			return err
 		}
 	}
-	if len(readable) == 0 {
+	if len(unreadable) == len(deliveries) {
 		return nil
 	}
-	return readable[len(readable)-1].Ack(true)
+	last := len(deliveries) - 1
+	for slices.Contains(unreadable, last) {
+		last--
+	}
+	return deliveries[last].Ack(true)
 }
 
-// received returns d and what has arrived behind it, which the prefetch bounds.
+// received returns d and the deliveries that have arrived after it. The prefetch limits their number.
 func received(d amqp.Delivery, more <-chan amqp.Delivery) []amqp.Delivery {
 	deliveries := []amqp.Delivery{d}
 	for {

@@ -89,7 +89,7 @@ func TestBrokerSocketCollects(t *testing.T) {
 	defer far.Close()
 	arrived := make(chan int, 8)
 	go func() {
-		buffer := make([]byte, 2*socketCapacity)
+		buffer := make([]byte, 2*brokerBuffer)
 		for {
 			n, err := far.Read(buffer)
 			if err != nil {
@@ -115,11 +115,11 @@ func TestBrokerSocketCollects(t *testing.T) {
 		t.Errorf("uncorked, it does not write at once: %v", err)
 	}
 	s.cork()
-	if _, err := s.Write(make([]byte, socketCapacity)); err != nil || <-arrived != socketCapacity {
+	if _, err := s.Write(make([]byte, brokerBuffer)); err != nil || <-arrived != brokerBuffer {
 		t.Errorf("it collects too much: %v", err)
 	}
 	near.Close()
-	if _, err := s.Write(make([]byte, socketCapacity)); err == nil {
+	if _, err := s.Write(make([]byte, brokerBuffer)); err == nil {
 		t.Error("a write to a closed socket is no error")
 	}
 }
@@ -278,7 +278,7 @@ func TestForeignQueue(t *testing.T) {
 	svc.createUser("John", "Doe")
 	svc.waitForLine("Received event user.created with user_id=1")
 	time.Sleep(2 * topologyInterval) // as long as it takes to declare all of it twice
-	const warning = "RabbitMQ keeps this as it is, not as the service declares it"
+	const warning = "RabbitMQ declaration mismatch, keeping the existing one"
 	if n := len(svc.log.lines(warning)); n != 1 {
 		t.Errorf("%d warnings of one foreign queue", n)
 	}
@@ -292,7 +292,7 @@ func TestForeignQueue(t *testing.T) {
 func TestPublishCountsReturns(t *testing.T) {
 	t.Parallel()
 	b := newRabbitMQ(settings{rabbitURL: testRabbitURL, exchange: newExchange(t), appName: "test"},
-		newLogger(t.Output(), 0), metrics.NewSet())
+		newLogger(&logWriter{w: t.Output()}, 0), metrics.NewSet())
 	p, err := b.publisher(t.Context())
 	if err != nil {
 		t.Fatal(err)

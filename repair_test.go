@@ -17,7 +17,7 @@ func openLogged(t *testing.T, databaseURL string) (*logBuffer, error) {
 	log := &logBuffer{}
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
-	s, err := openPostgres(ctx, databaseURL, "test", newLogger(log, 0))
+	s, err := openPostgres(ctx, databaseURL, "test", newLogger(&logWriter{w: log}, 0))
 	if err == nil {
 		s.close()
 	}
@@ -446,7 +446,7 @@ func TestStartWaitsForADatabase(t *testing.T) {
 	log := &logBuffer{}
 	opened := make(chan error)
 	go func() {
-		s, err := openPostgres(context.Background(), databaseURL(name), "test", newLogger(log, 0))
+		s, err := openPostgres(context.Background(), databaseURL(name), "test", newLogger(&logWriter{w: log}, 0))
 		if err == nil {
 			s.close()
 		}

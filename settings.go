@@ -1,5 +1,7 @@
 package main
 
+// This file owns the settings: environment variables and the file .env.
+
 import (
 	"errors"
 	"fmt"
@@ -17,11 +19,11 @@ import (
 	"unicode/utf8"
 )
 
-// settings is what the environment decides; see the table in README.md.
+// settings are the values of the environment variables; README.md describes them.
 type settings struct {
-	databaseURL       string // empty: users live in memory
+	databaseURL       string // empty: users are stored in memory
 	rabbitURL         string // empty: events are delivered in process
-	exchange          string // no variable sets it; tests have their own
+	exchange          string // has no variable; only tests change it
 	appName           string
 	host              string
 	port              int // 0: the system picks a free one
@@ -30,13 +32,13 @@ type settings struct {
 	passwordBlocklist bool
 	shutdownDelay     time.Duration
 	apiKeys           []apiKey
-	rateLimit         float64 // requests per second and client; 0: without end
+	rateLimit         float64 // requests per second and client; 0: no limit
 	trustedProxies    []netip.Prefix
 	corsOrigins       []string
 }
 
-// settingError says which variable cannot be used and what it takes. It never holds the
-// value, which may be a secret.
+// settingError names a variable that cannot be used, and what it must be. It never contains the value,
+// which may be a secret.
 type settingError struct {
 	name  string
 	takes string
@@ -46,8 +48,8 @@ func (e *settingError) Error() string {
 	return e.name + " must be " + e.takes
 }
 
-// loadSettings reads every setting through getenv, where "" means not set. Its error is
-// a *settingError.
+// loadSettings reads every setting through getenv, for which "" means not set. It fails with a
+// *settingError for the first variable that cannot be used.
 func loadSettings(getenv func(string) string) (settings, error) {
 	env := &environment{getenv: getenv}
 	defaultLevel := slog.LevelInfo
@@ -88,7 +90,7 @@ func loadSettings(getenv func(string) string) (settings, error) {
 	return s, env.err
 }
 
-// environment keeps the first setting that could not be used.
+// environment remembers the first error.
 type environment struct {
 	getenv func(string) string
 	err    error
@@ -119,8 +121,8 @@ func intBetween(low, high int) func(string) (int, error) {
 	}
 }
 
-// checkURL refuses what the drivers let pass. An "@" behind the host is the end of a
-// password that is not percent-encoded: it would be taken, and shown, as another part.
+// checkURL refuses mistakes that the drivers accept. An "@" after the host belongs to a password that is
+// not percent-encoded: part of it would be taken for the path, and appear in error messages.
 func checkURL(text string, schemes ...string) error {
 	scheme, rest, ok := strings.Cut(text, "://")
 	if !ok || !slices.Contains(schemes, scheme) {
@@ -144,7 +146,7 @@ func checkURL(text string, schemes ...string) error {
 	return nil
 }
 
-// splitHosts returns a URL for each host of one such as amqp://user:password@a:5672,b:5672/vhost.
+// splitHosts returns one URL per host of a URL such as amqp://user:password@a:5672,b:5672/vhost.
 func splitHosts(text string) (urls []string) {
 	scheme, rest, _ := strings.Cut(text, "://")
 	end := strings.IndexAny(rest, "/?#")
@@ -199,13 +201,13 @@ func parseSwitch(text string) (bool, error) {
 
 func parseRate(text string) (float64, error) {
 	rate, err := strconv.ParseFloat(text, 64)
-	if err != nil || !(rate >= 0.01 && rate <= 1e6) { // NaN is neither
+	if err != nil || !(rate >= 0.01 && rate <= 1e6) { // also refuses NaN
 		return 0, errUnusable
 	}
 	return rate, nil
 }
 
-// listOf parses what is between commas; white space around it does not count.
+// listOf parses a list that is separated by commas and optional white space.
 func listOf[T any](parse func(string) (T, error)) func(string) ([]T, error) {
 	return func(text string) (list []T, err error) {
 		for part := range strings.SplitSeq(text, ",") {
@@ -227,10 +229,10 @@ func parseDelay(text string) (time.Duration, error) {
 	return d, nil
 }
 
-// getenvWithFile looks a name up in the environment and then in the file at path, which
-// may be missing. An empty value counts as not set in both.
+// getenvWithFile returns a function that looks up a name in the environment and then in the file at path,
+// which may be missing. An empty value counts as not set in both.
 func getenvWithFile(path string) (func(string) string, error) {
-	content, err := os.ReadFile(path) // #nosec G304 -- .env, says main
+	content, err := os.ReadFile(path) // #nosec G304 -- main passes .env
 	if errors.Is(err, fs.ErrNotExist) {
 		return os.Getenv, nil
 	}
@@ -249,8 +251,8 @@ func getenvWithFile(path string) (func(string) string, error) {
 	}, nil
 }
 
-// parseEnvFile reads what `docker run --env-file` reads, plus an optional "export " in
-// front of a name and optional quotes around a value. A name without "=" sets nothing.
+// parseEnvFile reads the format of `docker run --env-file`, and also accepts "export " before a name and
+// quotes around a value. A name without "=" is not set.
 func parseEnvFile(content string) (map[string]string, error) {
 	values := make(map[string]string)
 	number := 0
@@ -264,7 +266,7 @@ func parseEnvFile(content string) (map[string]string, error) {
 		name, value, _ := strings.Cut(strings.TrimPrefix(line, "export "), "=")
 		name = strings.TrimLeft(name, " \t")
 		if name == "" || strings.ContainsFunc(name, unicode.IsSpace) {
-			return nil, fmt.Errorf("NAME=value lines, which line %d is not", number)
+			return nil, fmt.Errorf("NAME=value lines; line %d is not one", number)
 		}
 		values[name] = unquote(value)
 	}

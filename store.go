@@ -17,52 +17,47 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// coalescing limits concurrent batches. One read batch at a time is fastest. Of writes there are two,
-// so that one forms while the other commits; with three they are smaller, and slower together. The
-// benchmark does without.
-var coalescing = struct{ readsAlone, reads, writesAlone, writes int }{4, 1, 2, 2}
-
-// postgres is the store in PostgreSQL, and its outbox. Its statements say what to change: version,
+// postgres is the store in PostgreSQL, and its outbox. Its statements say what to change; version,
 // updated_at, event and total follow from the triggers of schema.sql.
 type postgres struct {
 	pool     *pgxpool.Pool
-	explicit bool // each transaction asks for its isolation level
+	explicit bool // each transaction sets its isolation level
 	log      *slog.Logger
-	holder   string // names this replica in relay_lease
+	holder   string // identifies this replica in relay_lease
 	wake     chan struct{}
 
-	// The kinds of statements. Of the connections that requests share, one is left to reads, whatever
-	// becomes of lists and writes, and one to changes of free users, whatever becomes of creations and
-	// of changes of locked users: those have a third each.
 	read, list, write, create, lockedWrite, relay, probe kind
 
 	reads              *Group[int64, User] // by id
 	updates, deletions changer
-	changing           queues[int64] // of the changes of each user
+	changing           queues[int64] // by id of the changed user
 }
 
+// newPostgres divides the connections that requests share. One is reserved for reads, so that lists and
+// writes cannot delay them. Of the others, creations and changes of locked users get a third each, so
+// that they cannot delay changes of free users.
 func newPostgres(pool *pgxpool.Pool, explicit bool, log *slog.Logger) *postgres {
 	shared := int(pool.Config().MaxConns) - reservedConns
-	requests, most, lists := make(slots, shared), make(slots, shared-1), make(slots, shared-1)
+	requests, writes := slots(shared), slots(shared-1)
 	s := &postgres{
 		pool: pool, explicit: explicit, log: log, holder: newUUIDv4(), wake: make(chan struct{}, 1),
-		read:        kind{true, []slots{requests}},
-		list:        kind{true, []slots{lists, requests}},
-		write:       kind{false, []slots{most, requests}},
-		create:      kind{false, []slots{make(slots, shared/3), most, requests}},
-		lockedWrite: kind{false, []slots{make(slots, shared/3), most, requests}},
+		read:        kind{true, lane{requests}},
+		list:        kind{true, lane{slots(shared - 1), requests}},
+		write:       kind{false, lane{writes, requests}},
+		create:      kind{false, lane{slots(shared / 3), writes, requests}},
+		lockedWrite: kind{false, lane{slots(shared / 3), writes, requests}},
 		relay:       kind{true, nil},
-		probe:       kind{true, []slots{make(slots, 1)}},
+		probe:       kind{true, lane{slots(1)}},
 		changing:    queues[int64]{keys: make(map[int64]*queue)},
 	}
 	s.reads = &Group[int64, User]{run: s.selectUsers, budget: statementBudget,
-		alone: coalescing.readsAlone, limit: coalescing.reads}
+		batchLimits: batchLimits{readsAlone, readBatches}}
 	s.updates, s.deletions = s.newChanger(updateUsers), s.newChanger(deleteUsers)
 	return s
 }
 
-// userColumns are the columns of a User. A time that JSON cannot show, which only a row older than
-// the CHECK of schema.sql can have, becomes the nearest that it can.
+// userColumns are the columns of a User. A time outside the range of JSON, which only a row from before
+// the CHECK of schema.sql can have, becomes the nearest one inside.
 const userColumns = `id, name, surname, version,
 	least(greatest(created_at, '0001-01-01 00:00Z'), '9999-12-31 23:59:59.999999Z') AS created_at,
 	least(greatest(updated_at, '0001-01-01 00:00Z'), '9999-12-31 23:59:59.999999Z') AS updated_at`
@@ -71,8 +66,8 @@ func (u *User) scanInto() []any {
 	return []any{&u.ID, &u.Name, &u.Surname, &u.Version, &u.CreatedAt.Time, &u.UpdatedAt.Time}
 }
 
-// createUser tries again where the sequence of the ids was behind, because somebody has inserted users
-// with ids of their own, and where the key is one of more than keyLifetime ago.
+// createUser tries again in two cases of a duplicate: if the sequence of ids is behind, because somebody
+// inserted users with explicit ids, and if the idempotency key has expired.
 func (s *postgres) createUser(ctx context.Context, in userInput, key string) (User, error) {
 	for retries := 0; ; retries++ {
 		u, err := s.insertUser(ctx, in, key)
@@ -83,7 +78,7 @@ func (s *postgres) createUser(ctx context.Context, in userInput, key string) (Us
 		cleared, clearErr := false, error(nil)
 		if refusal.TableName == "idempotency_keys" {
 			err = errKeyUsed
-			cleared, clearErr = s.succeeds(ctx, "deleting an old key", `
+			cleared, clearErr = s.succeeds(ctx, "deleting an expired key", `
 				WITH old AS (
 					DELETE FROM idempotency_keys
 					WHERE key = $1 AND created_at <= now() - make_interval(secs => $2)
@@ -104,7 +99,7 @@ func (s *postgres) createUser(ctx context.Context, in userInput, key string) (Us
 	}
 }
 
-// succeeds runs a statement that says whether it changed something.
+// succeeds runs a statement whose result says whether it changed something.
 func (s *postgres) succeeds(ctx context.Context, what, sql string, args ...any) (changed bool, err error) {
 	err = s.do(ctx, what, s.create, func(ctx context.Context, db querier) error {
 		return db.QueryRow(ctx, sql, args...).Scan(&changed)
@@ -116,7 +111,7 @@ func (s *postgres) insertUser(ctx context.Context, in userInput, key string) (Us
 	defer wake(s.wake)
 	var u User
 	err := s.do(ctx, "inserting a user", s.create, func(ctx context.Context, db querier) error {
-		// A key waits here for a transaction that is just using it, and then is a duplicate.
+		// If another transaction is inserting the same key, this one waits for it.
 		return db.QueryRow(ctx, `
 			WITH created AS (
 				INSERT INTO users (name, surname, password)
@@ -136,8 +131,8 @@ func (s *postgres) insertUser(ctx context.Context, in userInput, key string) (Us
 	return u, err
 }
 
-// creationUnder locks the row that it finds, so that its commit waits for the synchronous standbys: the
-// creation may be visible before they have it.
+// creationUnder locks the row, so that its commit waits for the synchronous standbys: a creation may
+// be visible before they have it.
 func (s *postgres) creationUnder(ctx context.Context, key string) (User, string, error) {
 	var u User
 	var password string
@@ -153,8 +148,7 @@ func (s *postgres) creationUnder(ctx context.Context, key string) (User, string,
 	return u, password, err
 }
 
-// getUser shares its statement with the calls that come while another one runs: what a
-// read costs is the statement, hardly the row.
+// getUser shares a statement with concurrent calls.
 func (s *postgres) getUser(ctx context.Context, id int64) (User, error) {
 	u, ok, err := s.reads.Do(ctx, id)
 	if err == nil && !ok {
@@ -163,23 +157,25 @@ func (s *postgres) getUser(ctx context.Context, id int64) (User, error) {
 	return u, err
 }
 
-func (s *postgres) selectUsers(ctx context.Context, ids []int64) (map[int64]User, error) {
-	users := make(map[int64]User, len(ids))
-	err := s.do(ctx, "selecting users", s.read, func(ctx context.Context, db querier) error {
-		return collectUsers(ctx, db, users, `SELECT `+userColumns+` FROM users WHERE id = ANY ($1)`, ids)
+// selectUsers returns the users with ids, by id.
+func (s *postgres) selectUsers(ctx context.Context, ids []int64) (users map[int64]User, err error) {
+	err = s.do(ctx, "selecting users", s.read, func(ctx context.Context, db querier) error {
+		users, err = collectUsers(db.Query(ctx, `
+			SELECT `+userColumns+` FROM users WHERE id = ANY ($1)`, ids))
+		return err
 	})
 	return users, err
 }
 
-// collectUsers adds the rows of a query to users.
-func collectUsers(ctx context.Context, db querier, users map[int64]User, sql string, args ...any) error {
+// collectUsers returns the users of a result, by id. It takes what Query returns.
+func collectUsers(rows pgx.Rows, _ error) (map[int64]User, error) { // rows has the error too
+	users := make(map[int64]User)
 	var u User
-	rows, _ := db.Query(ctx, sql, args...) // an error of Query is one of its rows too
 	_, err := pgx.ForEachRow(rows, u.scanInto(), func() error {
 		users[u.ID] = u
 		return nil
 	})
-	return err
+	return users, err
 }
 
 func (s *postgres) passwordHash(ctx context.Context, id int64) (hash string, err error) {
@@ -201,26 +197,29 @@ func (s *postgres) rehashPassword(ctx context.Context, id int64, old, hash strin
 func (s *postgres) listUsers(ctx context.Context, after, offset, limit int64) (
 	users []User, total int64, err error) {
 	err = s.do(ctx, "selecting a page of users", s.list, func(ctx context.Context, db querier) error {
-		// One statement sees one state. Its first row is the total, as the version of a
-		// user of id 0.
+		// One statement sees one state of both tables. The total comes first: NULLs sort last.
 		rows, _ := db.Query(ctx, `
-			SELECT 0 AS id, '' AS name, '' AS surname, greatest(sum(n), 0)::bigint AS version,
-				now() AS created_at, now() AS updated_at
+			SELECT greatest(sum(n), 0)::bigint AS total, 0 AS id, '' AS name, '' AS surname,
+				0 AS version, now() AS created_at, now() AS updated_at
 			FROM user_counts
 			UNION ALL (
-				SELECT `+userColumns+` FROM users WHERE id > $1 ORDER BY id LIMIT $3 OFFSET $2
+				SELECT NULL, `+userColumns+` FROM users WHERE id > $1 ORDER BY id LIMIT $3 OFFSET $2
 			)
-			ORDER BY id`, after, offset, limit)
-		var err error
-		users, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (u User, err error) {
-			return u, row.Scan(u.scanInto()...)
+			ORDER BY total, id`, after, offset, limit)
+		users = make([]User, 0, limit)
+		var first *int64
+		var u User
+		_, err := pgx.ForEachRow(rows, append([]any{&first}, u.scanInto()...), func() error {
+			if first != nil {
+				total = *first
+			} else {
+				users = append(users, u)
+			}
+			return nil
 		})
 		return err
 	})
-	if err != nil {
-		return nil, 0, err
-	}
-	return users[1:], users[0].Version, nil
+	return users, total, err
 }
 
 func (s *postgres) updateUser(ctx context.Context, id int64, in userInput, match []int64) (User, error) {
@@ -234,8 +233,8 @@ func (s *postgres) deleteUser(ctx context.Context, id int64, match []int64) erro
 	return err
 }
 
-// userChange is an update or a deletion of a user. nil fields stay as they are; a nil match fits
-// any version.
+// userChange is an update or a deletion of a user. nil fields stay unchanged; a nil match accepts any
+// version.
 type userChange struct {
 	id                      int64
 	name, surname, password *string
@@ -243,7 +242,7 @@ type userChange struct {
 	traceID                 string
 }
 
-// The statements make changes of different users. What they return was changed; a user who is not
+// These statements make changes of different users, and return the changed users. A user that is not
 // returned is missing, has another version, or, with SKIP LOCKED, is locked by somebody else.
 const (
 	changeUsers = `
@@ -271,10 +270,11 @@ const (
 		RETURNING ` + userColumns
 )
 
-// changer makes changes of one kind. First a change is tried together with others by a statement
-// that waits for no lock. Where that did not make it, and the user is there in a version that fits,
-// it is tried alone by a statement that waits. So a locked user and a change that PostgreSQL
-// refuses are nobody's trouble but their callers'.
+// changer makes changes of one kind. Changes share statements, but must not suffer from each other: one
+// whose user is locked would delay the others, and one that PostgreSQL refuses would undo them. So a
+// change is first tried together with others, by a statement that skips locked users. If that does not
+// make it, it is tried alone, by a statement that waits for the lock. Both have at most one change per
+// user, because a statement changes a row only once.
 type changer struct {
 	group   *Group[*userChange, User]
 	waiting string // the statement that waits for locks
@@ -284,33 +284,45 @@ func (s *postgres) newChanger(sql string) changer {
 	return changer{
 		waiting: strings.Replace(sql, "SKIP LOCKED", "", 1),
 		group: &Group[*userChange, User]{
-			budget: batchBudget, alone: coalescing.writesAlone, limit: coalescing.writes,
+			budget:      batchBudget,
+			batchLimits: batchLimits{writesAlone, writeBatches},
 			run: func(ctx context.Context, changes []*userChange) (map[*userChange]User, error) {
-				return s.changeTogether(ctx, sql, changes)
+				done, err := s.changeBatch(ctx, sql, s.write, changes)
+				if isRefused(ctx, err) {
+					return nil, nil // each change is tried alone
+				}
+				return done, err
 			},
 		},
 	}
 }
 
-// change makes c after the changes of the same user that came before it to this replica: each
-// statement has one change of a user at most, and a locked user holds one connection.
+// isRefused reports whether PostgreSQL refused a shared statement, or a limit of the site on statements
+// or locks ended it. Then nothing was changed.
+func isRefused(ctx context.Context, err error) bool {
+	return isTimeout(err) && ctx.Err() == nil ||
+		err != nil && !errors.Is(err, errUnavailable) && !errors.Is(err, errOutcomeUnknown)
+}
+
+// change makes c after all earlier changes of the same user by this replica. So a locked user occupies
+// one connection, however many changes wait.
 func (s *postgres) change(ctx context.Context, by changer, c *userChange) (User, error) {
 	c.traceID = traceID(ctx)
 	deadline := time.Now().Add(statementBudget)
-	leave, err := s.changing.enter(ctx, c.id, deadline)
+	ctx, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
+	leave, err := s.changing.enter(ctx, c.id)
 	defer leave()
 	if err != nil {
-		return User{}, fmt.Errorf("waiting for another change of the user: %w", err)
+		return User{}, fmt.Errorf("waiting for another change of the user: %w", waitError(err))
 	}
 	defer wake(s.wake)
-	if time.Until(deadline) > batchBudget { // else its turn came late, and other changes with it
+	if time.Until(deadline) > batchBudget { // else a slow batch would leave no time for a statement alone
 		u, done, err := by.group.Do(ctx, c)
 		if done || err != nil {
 			return u, err
 		}
 	}
-	ctx, cancel := context.WithDeadline(ctx, deadline)
-	defer cancel()
 	for range maxRetries {
 		users, err := s.selectUsers(ctx, []int64{c.id})
 		if err != nil {
@@ -323,35 +335,17 @@ func (s *postgres) change(ctx context.Context, by changer, c *userChange) (User,
 		if c.match != nil && !slices.Contains(c.match, u.Version) {
 			return User{}, errVersionMismatch
 		}
-		users, err = s.changeUsers(ctx, by.waiting, s.lockedWrite, []*userChange{c})
-		if u, done := users[c.id]; done || err != nil {
+		done, err := s.changeBatch(ctx, by.waiting, s.lockedWrite, []*userChange{c})
+		if u, ok := done[c]; ok || err != nil {
 			return u, err
 		}
 	}
 	return User{}, fmt.Errorf("changing a user: a trigger prevents it: %w", errRefused)
 }
 
-// changeTogether makes those changes that can be made together. Where PostgreSQL refuses one, or one
-// takes too long for a limit of the site, it makes none.
-func (s *postgres) changeTogether(ctx context.Context, sql string, changes []*userChange) (
+// changeBatch runs one of the statements above, and returns the changed users.
+func (s *postgres) changeBatch(ctx context.Context, sql string, k kind, changes []*userChange) (
 	map[*userChange]User, error) {
-	users, err := s.changeUsers(ctx, sql, s.write, changes)
-	timedOut := isTimeout(err) && ctx.Err() == nil
-	if err != nil && (timedOut || !errors.Is(err, errUnavailable) && !errors.Is(err, errOutcomeUnknown)) {
-		return nil, nil
-	}
-	results := make(map[*userChange]User, len(changes))
-	for _, c := range changes {
-		if u, done := users[c.id]; done {
-			results[c] = u
-		}
-	}
-	return results, err
-}
-
-// changeUsers runs one of the statements above and returns the changed users by id.
-func (s *postgres) changeUsers(ctx context.Context, sql string, k kind, changes []*userChange) (
-	map[int64]User, error) {
 	var ids []int64
 	var traceIDs []string
 	var matches, names, surnames, passwords []*string
@@ -360,14 +354,22 @@ func (s *postgres) changeUsers(ctx context.Context, sql string, k kind, changes 
 		matches, names = append(matches, matchLiteral(c.match)), append(names, c.name)
 		surnames, passwords = append(surnames, c.surname), append(passwords, c.password)
 	}
-	users := make(map[int64]User, len(changes))
-	err := s.do(ctx, "changing users", k, func(ctx context.Context, db querier) error {
-		return collectUsers(ctx, db, users, sql, ids, traceIDs, matches, names, surnames, passwords)
+	var users map[int64]User
+	err := s.do(ctx, "changing users", k, func(ctx context.Context, db querier) (err error) {
+		users, err = collectUsers(db.Query(ctx, sql,
+			ids, traceIDs, matches, names, surnames, passwords))
+		return err
 	})
-	return users, err
+	done := make(map[*userChange]User, len(changes))
+	for _, c := range changes {
+		if u, ok := users[c.id]; ok {
+			done[c] = u
+		}
+	}
+	return done, err
 }
 
-// matchLiteral returns an array as PostgreSQL writes it. nil fits any version.
+// matchLiteral returns an array in PostgreSQL's syntax, or nil if any version matches.
 func matchLiteral(versions []int64) *string {
 	if versions == nil {
 		return nil

@@ -32,7 +32,7 @@ func eachStoreAlone(t *testing.T, test func(t *testing.T, s store)) {
 
 func openTestPostgres(t *testing.T, url string) *postgres {
 	t.Helper()
-	s, err := openPostgres(t.Context(), url, "test", newLogger(t.Output(), 0))
+	s, err := openPostgres(t.Context(), url, "test", newLogger(&logWriter{w: t.Output()}, 0))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -289,7 +289,7 @@ func TestPostgresChangesTogether(t *testing.T) {
 		4: change(1<<40, &jane),
 		5: change(users[5].ID, &jane),
 	}
-	results, err := s.changeTogether(t.Context(), updateUsers, changes)
+	results, err := s.changeBatch(t.Context(), updateUsers, s.write, changes)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -308,7 +308,7 @@ func TestPostgresChangesTogether(t *testing.T) {
 	}
 
 	changes = []*userChange{change(users[0].ID, nil), change(users[1].ID, nil, 1), change(users[5].ID, nil)}
-	results, err = s.changeTogether(t.Context(), deleteUsers, changes)
+	results, err = s.changeBatch(t.Context(), deleteUsers, s.write, changes)
 	if _, deleted := results[changes[0]]; err != nil || !deleted || len(results) != 1 {
 		t.Errorf("deletions: %+v, %v", results, err)
 	}
@@ -358,13 +358,13 @@ func TestPostgresChangesAlone(t *testing.T) {
 		t.Fatal(err)
 	}
 	var ids []int64
-	for range coalescing.writesAlone + 5 {
+	for range writesAlone + 5 {
 		ids = append(ids, mustCreate(t, s, "John").ID)
 	}
 	var callers sync.WaitGroup
 	for i, id := range ids {
 		name := "Jane"
-		if i < coalescing.writesAlone {
+		if i < writesAlone {
 			name = "slow" // so that the others share a batch
 		} else if i == len(ids)-1 {
 			name = "refused"
@@ -379,7 +379,7 @@ func TestPostgresChangesAlone(t *testing.T) {
 				t.Errorf("%s: %+v, %v", name, u, err)
 			}
 		})
-		if i == coalescing.writesAlone-1 {
+		if i == writesAlone-1 {
 			time.Sleep(50 * time.Millisecond)
 		}
 	}
@@ -868,7 +868,7 @@ func TestPostgresAppliesSchemaTogether(t *testing.T) {
 	var group sync.WaitGroup
 	for range 5 {
 		group.Go(func() {
-			s, err := openPostgres(context.Background(), url, "test", newLogger(t.Output(), 0))
+			s, err := openPostgres(context.Background(), url, "test", newLogger(&logWriter{w: t.Output()}, 0))
 			if err != nil {
 				t.Error(err)
 				return
@@ -1008,7 +1008,7 @@ func TestPostgresListsLeaveConnections(t *testing.T) {
 	_, unlock := lockUsers(&service{t: t, settings: settings{databaseURL: url}})
 	ctx, leave := context.WithCancel(t.Context())
 	left := make(chan error)
-	lists := cap(s.list.lanes[0])
+	lists := int(s.pool.Config().MaxConns) - reservedConns - 1
 	for range 2 * maxPoolSize {
 		go func() {
 			_, _, err := s.listUsers(ctx, 0, 0, 1)
@@ -1160,7 +1160,7 @@ func TestPostgresReady(t *testing.T) {
 	name := conn.Config().Database
 	steps := []struct {
 		sql  []string
-		want string
+		want state
 	}{
 		{nil, "up"},
 		{[]string{"ALTER DATABASE " + name + " SET default_transaction_read_only = on"}, "read-only"},
@@ -1174,7 +1174,7 @@ func TestPostgresReady(t *testing.T) {
 		if err := admin(t.Context(), append(step.sql, terminate)...); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "readiness "+step.want, func() bool { return s.ready(t.Context()) == step.want })
+		eventually(t, "readiness "+string(step.want), func() bool { return s.ready(t.Context()) == step.want })
 		if step.want == "read-only" {
 			if _, err := s.createUser(t.Context(), input("John", "Doe", "hash"), ""); !errors.Is(err, errUnavailable) {
 				t.Errorf("a write to a read-only database: %v", err)

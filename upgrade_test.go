@@ -418,7 +418,7 @@ func TestUpgradeHoldsUpNobody(t *testing.T) {
 	log := &logBuffer{}
 	opened := make(chan error)
 	go func() {
-		s, err := openPostgres(context.Background(), url, "upgrade", newLogger(log, 0))
+		s, err := openPostgres(context.Background(), url, "upgrade", newLogger(&logWriter{w: log}, 0))
 		if err == nil {
 			s.close()
 		}

@@ -1,17 +1,16 @@
 package main
 
+// This file owns users: the type, the rules for its fields, the store's interface, and a handler for
+// each route, in the order of the routes.
+
 import (
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"net/http"
-	"slices"
-	"strconv"
 	"strings"
 	"sync"
-	"time"
 	"unicode"
 	"unicode/utf8"
 )
@@ -28,86 +27,90 @@ type User struct {
 	Version   int64     `json:"-"`
 }
 
-// userInput is what a request says of a user; nil is what it does not say. The store
-// takes the password hashed.
+// userList is a page of users. NextAfter is nil if nothing follows.
+type userList struct {
+	Users     []User `json:"users"`
+	Total     int64  `json:"total"`
+	Page      int64  `json:"page,omitempty"`
+	PerPage   int64  `json:"per_page"`
+	NextAfter *int64 `json:"next_after"`
+}
+
+// userInput holds the fields that a request sets; nil fields are not set. Handlers replace the password
+// by its hash before they call the store.
 type userInput struct {
 	name     *string
 	surname  *string
 	password *string
 }
 
-// userStore holds the users. Each change commits together with its event, and match, if
-// not nil, lists the versions that the change may be made to. Every method also fails with
-// errUnavailable, and with the context's error where the caller left before the work began;
-// a change also with errOutcomeUnknown, with errReferenced or errRefused where the database has rules
-// of its own, and with errInvalidValue for what slipped through.
+// userStore stores users. Each change commits together with its event. If match is not nil, a change
+// requires that the user's version is one of match.
+//
+// Besides the errors below, every method fails with errUnavailable, and with the context's error if the
+// caller leaves before the work begins. A change also fails with errOutcomeUnknown, with errInvalidValue,
+// and with errReferenced or errRefused if the database has rules of its own.
 type userStore interface {
-	// createUser takes an input that says everything. With a key, which may be "", it
-	// fails with errKeyUsed where another user was created under it.
+	// createUser requires all fields of in. If key is not "" and a user was created under it, it
+	// fails with errKeyUsed.
 	createUser(ctx context.Context, in userInput, key string) (User, error)
-	// creationUnder returns the user created under a key within keyLifetime, as it was
-	// then, and its password's hash. It fails with errNotFound.
+	// creationUnder returns the user that was created under a key within keyLifetime, in its first
+	// version, and the hash of its password. It fails with errNotFound.
 	creationUnder(ctx context.Context, key string) (User, string, error)
 	// getUser fails with errNotFound.
 	getUser(ctx context.Context, id int64) (User, error)
 	// passwordHash fails with errNotFound.
 	passwordHash(ctx context.Context, id int64) (string, error)
-	// rehashPassword stores another hash of the same password, if old is still there. That
-	// is no change of the user, and makes no event.
+	// rehashPassword replaces a hash by another one of the same password, if old is still stored. It
+	// changes neither the version nor makes an event.
 	rehashPassword(ctx context.Context, id int64, old, hash string) error
-	// listUsers returns up to limit users with ids above after, in the order of ids and
-	// without the first offset of them, and the number of all users.
-	listUsers(ctx context.Context, after, offset, limit int64) ([]User, int64, error)
-	// updateUser fails with errNotFound, then errVersionMismatch. Where nothing differs
-	// it returns the user as it is and makes no event.
+	// listUsers returns up to limit users with ids above after, in the order of ids, without the
+	// first offset of them. total counts all users.
+	listUsers(ctx context.Context, after, offset, limit int64) (users []User, total int64, err error)
+	// updateUser fails with errNotFound, then errVersionMismatch. If nothing differs, it returns the
+	// unchanged user and makes no event.
 	updateUser(ctx context.Context, id int64, in userInput, match []int64) (User, error)
 	// deleteUser fails with errNotFound, then errVersionMismatch.
 	deleteUser(ctx context.Context, id int64, match []int64) error
 }
 
-// What a store's method can fail with, beside an error that nobody expects.
+// The errors of a userStore. Any other error is unexpected.
 var (
 	errNotFound        = errors.New("user not found")
 	errVersionMismatch = errors.New("version does not match")
-	errKeyUsed         = errors.New("idempotency key used")
+	errKeyUsed         = errors.New("idempotency key is used")
 	errInvalidValue    = errors.New("value cannot be stored")
-	errReferenced      = errors.New("user referenced by other data")
-	errRefused         = errors.New("change refused by a rule of the database")
-	errUnavailable     = errors.New("store unavailable, nothing changed")
-	errOutcomeUnknown  = errors.New("store lost, outcome unknown")
+	errReferenced      = errors.New("user is referenced by other data")
+	errRefused         = errors.New("change is refused by a rule of the database")
+	errUnavailable     = errors.New("store is unavailable, nothing was changed")
+	errOutcomeUnknown  = errors.New("store did not answer, the outcome is unknown")
 )
+
+// maxVerifications is how many passwords may be tried on a user per minute.
+const maxVerifications = 10
 
 // api has the handlers of /users.
 type api struct {
 	store         userStore
 	hasher        *hasher
 	log           *slog.Logger
-	fields        map[string]fieldRule
-	verifications *limiter[int64] // of a user's password
-	creating      sync.Map        // the idempotency keys of requests under way
+	rules         map[string]fieldRule // of the fields of a user
+	verifications *limiter[int64]      // by user
+	creating      sync.Map             // idempotency keys of requests in progress
 }
 
-// fieldRule returns a field's text as it is taken, or says what is wrong with it.
-type fieldRule func(text string) (string, error)
-
-// creationBudget is the time that the store has for the statements of a creation together.
-const creationBudget = 4500 * time.Millisecond
-
-// guesses is how many passwords may be tried on a user within a minute.
-const guesses = 10
-
-func newAPI(store userStore, s settings, t *traffic, log *slog.Logger) *api {
+func newAPI(d dependencies, t *traffic) *api {
 	return &api{
-		store:  store,
-		hasher: newHasher(t),
-		log:    log,
-		fields: map[string]fieldRule{"name": checkName, "surname": checkName,
-			"password": newPasswordRule(s.passwordMinLength, s.passwordBlocklist)},
-		verifications: newLimiter[int64]("password", guesses/60.0, guesses),
+		store:  d.store,
+		hasher: &hasher{newHashLanes(d.limits, t)},
+		log:    d.log,
+		rules: map[string]fieldRule{"name": checkName, "surname": checkName,
+			"password": newPasswordRule(d.settings.passwordMinLength, d.settings.passwordBlocklist)},
+		verifications: newLimiter[int64]("password", maxVerifications/60.0, maxVerifications),
 	}
 }
 
-func (a *api) listUsers(w http.ResponseWriter, r *http.Request) error {
+func (a *api) listUsers(w *response, r *http.Request, _ caller) error {
 	q, err := parseListQuery(r.URL.RawQuery)
 	if err != nil {
 		return err
@@ -123,13 +126,13 @@ func (a *api) listUsers(w http.ResponseWriter, r *http.Request) error {
 	return writeJSON(w, http.StatusOK, list)
 }
 
-func (a *api) createUser(w http.ResponseWriter, r *http.Request) error {
-	fields, err := readFields(w, r, a.fields, []string{"name", "surname", "password"},
+func (a *api) createUser(w *response, r *http.Request, by caller) error {
+	fields, err := readFields(w, r, a.rules, []string{"name", "surname", "password"},
 		"application/json")
 	if err != nil {
 		return err
 	}
-	key, err := idempotencyKey(r.Header, w.(*response).key)
+	key, err := idempotencyKey(r.Header, by)
 	if err != nil {
 		return err
 	}
@@ -141,57 +144,7 @@ func (a *api) createUser(w http.ResponseWriter, r *http.Request) error {
 	return writeUser(w, http.StatusCreated, u)
 }
 
-// createOnce creates a user, or returns the one that was created under the key before. h is the
-// header of the answer.
-func (a *api) createOnce(ctx context.Context, h http.Header, in userInput, key string) (User, error) {
-	budget, cancel := context.WithTimeout(ctx, creationBudget)
-	defer cancel()
-	if key != "" {
-		if _, running := a.creating.LoadOrStore(key, true); running {
-			return User{}, newProblem(http.StatusConflict,
-				"A request with this Idempotency-Key is still running")
-		}
-		defer a.creating.Delete(key)
-		u, err := a.replay(ctx, budget, h, in, key)
-		if !errors.Is(err, errNotFound) {
-			return u, err
-		}
-	}
-	hashed := in
-	if err := a.hashPassword(ctx, &hashed); err != nil {
-		return User{}, err
-	}
-	u, err := a.store.createUser(budget, hashed, key)
-	if errors.Is(err, errKeyUsed) { // another replica was faster
-		return a.replay(ctx, budget, h, in, key)
-	}
-	return u, err
-}
-
-// replay returns the user that was created under the key, if in is what created it. Because the
-// answer tells whether the password is the same, it costs one of the user's tries.
-func (a *api) replay(ctx, budget context.Context, h http.Header, in userInput, key string) (User, error) {
-	u, hash, err := a.store.creationUnder(budget, key)
-	if err != nil {
-		return User{}, err
-	}
-	if err := a.verifications.admit(h, u.ID); err != nil {
-		return User{}, err
-	}
-	same := u.Name == *in.name && u.Surname == *in.surname
-	if same {
-		if same, err = a.hasher.verify(ctx, *in.password, hash); err != nil {
-			return User{}, err
-		}
-	}
-	if !same {
-		return User{}, newProblem(http.StatusUnprocessableEntity,
-			"This Idempotency-Key was used with another body")
-	}
-	return u, nil
-}
-
-func (a *api) getUser(w http.ResponseWriter, r *http.Request) error {
+func (a *api) getUser(w *response, r *http.Request, _ caller) error {
 	id, err := userID(r)
 	if err != nil {
 		return err
@@ -208,8 +161,8 @@ func (a *api) getUser(w http.ResponseWriter, r *http.Request) error {
 	return writeUser(w, http.StatusOK, u)
 }
 
-// updateUser answers PUT and PATCH: what the body does not say stays as it is.
-func (a *api) updateUser(w http.ResponseWriter, r *http.Request) error {
+// updateUser handles PUT and PATCH. Fields that the body does not have stay unchanged.
+func (a *api) updateUser(w *response, r *http.Request, _ caller) error {
 	id, err := userID(r)
 	if err != nil {
 		return err
@@ -218,7 +171,7 @@ func (a *api) updateUser(w http.ResponseWriter, r *http.Request) error {
 	if r.Method == http.MethodPatch {
 		mediaTypes = append(mediaTypes, "application/merge-patch+json")
 	}
-	fields, err := readFields(w, r, a.fields, nil, mediaTypes...)
+	fields, err := readFields(w, r, a.rules, nil, mediaTypes...)
 	if err != nil {
 		return err
 	}
@@ -233,7 +186,7 @@ func (a *api) updateUser(w http.ResponseWriter, r *http.Request) error {
 	return writeUser(w, http.StatusOK, u)
 }
 
-func (a *api) deleteUser(w http.ResponseWriter, r *http.Request) error {
+func (a *api) deleteUser(w *response, r *http.Request, _ caller) error {
 	id, err := userID(r)
 	if err != nil {
 		return err
@@ -245,11 +198,12 @@ func (a *api) deleteUser(w http.ResponseWriter, r *http.Request) error {
 	return writeJSON(w, http.StatusOK, map[string]string{"message": message})
 }
 
-// anyPassword is the body of a verification: the rules of today are not those of all times.
+// anyPassword accepts every password that any settings would: the rules may have changed since a
+// password was stored.
 var anyPassword = map[string]fieldRule{"password": newPasswordRule(1, false)}
 
-// verifyPassword takes the same time for a user who does not exist.
-func (a *api) verifyPassword(w http.ResponseWriter, r *http.Request) error {
+// verifyPassword takes the same time for a user that does not exist.
+func (a *api) verifyPassword(w *response, r *http.Request, _ caller) error {
 	id, err := userID(r)
 	if err != nil {
 		return err
@@ -278,90 +232,29 @@ func (a *api) verify(ctx context.Context, id int64, password string) (bool, erro
 	}
 	valid, err := a.hasher.verify(ctx, password, hash)
 	if errors.Is(err, errHash) {
-		a.log.WarnContext(ctx, "Password cannot be verified", "user_id", id, "error", err)
+		a.log.WarnContext(ctx, "Password hash unusable", "user_id", id, "error", err)
 		return a.hasher.verify(ctx, password, decoyHash)
 	}
-	if valid && isOutdated(hash) {
+	if valid && needsRehash(hash) {
 		a.rehash(ctx, id, hash, password)
 	}
 	return valid, err
 }
 
-// rehash replaces a hash that was made with other parameters. It may fail: there is a next time.
+// rehash replaces a hash that has outdated parameters. If it fails, the next verification tries again.
 func (a *api) rehash(ctx context.Context, id int64, old, password string) {
 	hash, err := a.hasher.hash(ctx, password)
 	if err == nil {
 		err = a.store.rehashPassword(ctx, id, old, hash)
 	}
 	if err != nil {
-		a.log.WarnContext(ctx, "Password was not hashed again", "user_id", id, "error", err)
+		a.log.WarnContext(ctx, "Password rehash failed", "user_id", id, "error", err)
 	}
 }
 
 func writeUser(w http.ResponseWriter, status int, u User) error {
 	w.Header().Set("ETag", entityTag(u.Version))
 	return writeJSON(w, status, u)
-}
-
-// userID fails with errNoRoute for what is not a canonical int64 of 0 or more.
-func userID(r *http.Request) (int64, error) {
-	text := r.PathValue("id")
-	id, err := strconv.ParseInt(text, 10, 64)
-	if err != nil || id < 0 || strconv.FormatInt(id, 10) != text {
-		return 0, errNoRoute
-	}
-	return id, nil
-}
-
-// readFields reads the string members of a body by their rules. Its errors are those of
-// readBody and one 400 that names every wrong member.
-func readFields(w http.ResponseWriter, r *http.Request, rules map[string]fieldRule,
-	required []string, mediaTypes ...string) (map[string]string, error) {
-	body, err := readBody(w, r, mediaTypes...)
-	if err != nil {
-		return nil, err
-	}
-	members, err := parseObject(body)
-	if err != nil {
-		return nil, err
-	}
-	known := strings.Join(slices.Sorted(maps.Keys(rules)), ", ")
-	if len(members) == 0 && len(required) == 0 {
-		return nil, newProblem(http.StatusBadRequest, "The body must have at least one of "+known)
-	}
-	fields := make(map[string]string)
-	var wrong []fieldError
-	fail := func(name, detail string) {
-		wrong = append(wrong, fieldError{Pointer: pointer(name), Detail: detail})
-	}
-	for _, m := range members {
-		rule, ok := rules[m.name]
-		if !ok {
-			fail(m.name, "is not a known field: those are "+known)
-			continue
-		}
-		if _, again := fields[m.name]; again {
-			fail(m.name, "is given more than once")
-			continue
-		}
-		text, err := parseString(m.value)
-		if err == nil {
-			text, err = rule(text)
-		}
-		if err != nil {
-			fail(m.name, err.Error())
-		}
-		fields[m.name] = text
-	}
-	for _, name := range required {
-		if _, ok := fields[name]; !ok {
-			fail(name, "is required")
-		}
-	}
-	if len(wrong) > 0 {
-		return nil, invalid("field", wrong)
-	}
-	return fields, nil
 }
 
 func inputOf(fields map[string]string) userInput {
@@ -374,20 +267,20 @@ func inputOf(fields map[string]string) userInput {
 	return userInput{name: field("name"), surname: field("surname"), password: field("password")}
 }
 
-// checkName returns a name or surname as it is stored: without white space at its ends.
+// checkName is the fieldRule of names and surnames. It trims white space.
 func checkName(text string) (string, error) {
 	text = strings.TrimFunc(text, unicode.IsSpace)
 	if n := utf8.RuneCountInString(text); n < 1 || n > maxNameLength {
-		return "", fmt.Errorf("must have 1 to %d characters beside white space at its ends",
+		return "", fmt.Errorf("must have 1 to %d characters, not counting white space at the ends",
 			maxNameLength)
 	}
 	if strings.ContainsFunc(text, unicode.IsControl) {
-		return "", errors.New("must not hold control characters")
+		return "", errors.New("must not contain control characters")
 	}
 	return text, nil
 }
 
-// hashPassword replaces the password of in, if there is one, by its hash.
+// hashPassword replaces the password of in, if it has one, by its hash.
 func (a *api) hashPassword(ctx context.Context, in *userInput) error {
 	if in.password == nil {
 		return nil

@@ -19,7 +19,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/VictoriaMetrics/metrics"
 	"golang.org/x/crypto/argon2"
 )
 
@@ -1008,34 +1007,34 @@ func TestUserIDs(t *testing.T) {
 			"%37":                  "User with id 7 not found",
 			"1%30":                 "User with id 10 not found",
 			"9223372036854775807":  "User with id 9223372036854775807 not found",
-			"01":                   "There is nothing at this path",
-			"00":                   "There is nothing at this path",
-			"%301":                 "There is nothing at this path",
-			"+1":                   "There is nothing at this path",
-			"%2B1":                 "There is nothing at this path",
-			"-1":                   "There is nothing at this path",
-			"-0":                   "There is nothing at this path",
-			"1.0":                  "There is nothing at this path",
-			"1e0":                  "There is nothing at this path",
-			"0x1":                  "There is nothing at this path",
-			"1_0":                  "There is nothing at this path",
-			"one":                  "There is nothing at this path",
-			"9223372036854775808":  "There is nothing at this path",
-			"9999999999999999999":  "There is nothing at this path",
-			"18446744073709551617": "There is nothing at this path",
-			"00000000000000000001": "There is nothing at this path",
-			"%201":                 "There is nothing at this path",
-			"1%20":                 "There is nothing at this path",
-			"1%00":                 "There is nothing at this path",
-			"1%0A":                 "There is nothing at this path",
-			"%D9%A1":               "There is nothing at this path", // an Arabic 1
-			"%EF%BC%91":            "There is nothing at this path", // a wide 1
-			"1%2F":                 "There is nothing at this path",
-			"1%2F2":                "There is nothing at this path",
-			"%2F1":                 "There is nothing at this path",
-			"1/":                   "There is nothing at this path",
-			"1/2":                  "There is nothing at this path",
-			"%2531":                "There is nothing at this path",
+			"01":                   "No resource has this path",
+			"00":                   "No resource has this path",
+			"%301":                 "No resource has this path",
+			"+1":                   "No resource has this path",
+			"%2B1":                 "No resource has this path",
+			"-1":                   "No resource has this path",
+			"-0":                   "No resource has this path",
+			"1.0":                  "No resource has this path",
+			"1e0":                  "No resource has this path",
+			"0x1":                  "No resource has this path",
+			"1_0":                  "No resource has this path",
+			"one":                  "No resource has this path",
+			"9223372036854775808":  "No resource has this path",
+			"9999999999999999999":  "No resource has this path",
+			"18446744073709551617": "No resource has this path",
+			"00000000000000000001": "No resource has this path",
+			"%201":                 "No resource has this path",
+			"1%20":                 "No resource has this path",
+			"1%00":                 "No resource has this path",
+			"1%0A":                 "No resource has this path",
+			"%D9%A1":               "No resource has this path", // an Arabic 1
+			"%EF%BC%91":            "No resource has this path", // a wide 1
+			"1%2F":                 "No resource has this path",
+			"1%2F2":                "No resource has this path",
+			"%2F1":                 "No resource has this path",
+			"1/":                   "No resource has this path",
+			"1/2":                  "No resource has this path",
+			"%2531":                "No resource has this path",
 		} {
 			a := s.do("GET", "/users/"+id, "")
 			if want == "" {
@@ -1073,7 +1072,7 @@ func TestVerifyPassword(t *testing.T) {
 			{999, fmt.Sprintf(`{"password": %q}`, secret), `{"valid":false}`},
 			{id, `{}`, `"pointer":"#/password","detail":"is required"`},
 			{id, `{"password": ""}`, `"detail":"must have 1 to 128 characters"`},
-			{id, `{"password": "x", "name": "Ann"}`, `"detail":"is not a known field: those are password"`},
+			{id, `{"password": "x", "name": "Ann"}`, `"detail":"is unknown; the fields are password"`},
 			{id, `{"password": "` + strings.Repeat("x", 129) + `"}`, `"detail":"must have 1 to 128 characters"`},
 		} {
 			a := s.do("POST", fmt.Sprintf("/users/%v/password/verify", test.id), test.body)
@@ -1090,17 +1089,17 @@ func TestVerifyPassword(t *testing.T) {
 // TestVerifyPasswordHasItsLimit tries on two users who do not exist, as if time stood still.
 func TestVerifyPasswordHasItsLimit(t *testing.T) {
 	t.Parallel()
-	server := newServer(settings{}, slog.New(slog.DiscardHandler), metrics.NewSet())
-	a := newAPI(newMemory(), settings{passwordMinLength: 8}, &server.traffic, server.log)
+	d := testDependencies(memorySettings(), newMemory(), slog.New(slog.DiscardHandler))
+	a := newAPI(d, &traffic{})
 	if limit := a.verifications; limit.burst != 10 || math.Abs(float64(limit.rate)*60-10) > 1e-9 {
 		t.Errorf("the limit is %v a second, %d at once", limit.rate, limit.burst)
 	}
-	a.verifications = newLimiter[int64]("password", 1e-6, guesses)
-	server.addRoutes(nil, keyedRoutes(a, &health{}))
+	a.verifications = newLimiter[int64]("password", 1e-6, maxVerifications)
+	server := newServer(d, &traffic{}, newAccess(d.settings), protectedRoutes(a, &health{}))
 	for _, path := range []string{"/users/998/password/verify", "/users/999/password/verify"} {
-		for try := range guesses + 2 {
+		for try := range maxVerifications + 2 {
 			want := 200
-			if try >= guesses {
+			if try >= maxVerifications {
 				want = 429
 			}
 			got := ask(server, "POST", path, strings.NewReader(`{"password": "x"}`))
@@ -1115,11 +1114,11 @@ func TestVerifyPasswordHasItsLimit(t *testing.T) {
 // not make the answer come sooner.
 func TestVerifyPasswordHashesForNobody(t *testing.T) {
 	t.Parallel()
-	server := newServer(settings{}, slog.New(slog.DiscardHandler), metrics.NewSet())
-	a := newAPI(newMemory(), settings{passwordMinLength: 8}, &server.traffic, server.log)
-	server.addRoutes(nil, keyedRoutes(a, &health{}))
-	for range cap(a.hasher.admitted) {
-		a.hasher.admitted <- struct{}{}
+	d := testDependencies(memorySettings(), newMemory(), slog.New(slog.DiscardHandler))
+	a := newAPI(d, &traffic{})
+	server := newServer(d, &traffic{}, newAccess(d.settings), protectedRoutes(a, &health{}))
+	if !a.hasher.lanes.queue.TryAcquire(int64(d.limits.hashQueue)) {
+		t.Fatal("the queue is in use")
 	}
 	got := ask(server, "POST", "/users/999/password/verify", strings.NewReader(`{"password": "x"}`))
 	if got.status != 503 {
@@ -1155,7 +1154,7 @@ func TestVerifyPasswordOfOtherMaking(t *testing.T) {
 		if a.status != 200 || a.json(t, "valid") != test.valid {
 			t.Errorf("%s: %d %s", test.stored, a.status, a.body)
 		}
-		if warns := len(s.log.lines("Password cannot be verified")); warns != test.warns {
+		if warns := len(s.log.lines("Password hash unusable")); warns != test.warns {
 			t.Errorf("%s: %d warnings", test.stored, warns)
 		}
 		stored := queryValue[string](t, db, "SELECT password FROM users")

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"maps"
 	"mime"
 	"net/http"
@@ -538,11 +539,11 @@ func FuzzReadUser(f *testing.F) {
 		if creates {
 			required = []string{"name", "surname", "password"}
 		}
-		a := newAPI(nil, settings{passwordMinLength: 8}, nil, nil)
+		a := newAPI(testDependencies(memorySettings(), nil, slog.New(slog.DiscardHandler)), &traffic{})
 		read := func(body []byte) (userInput, error) {
 			r := httptest.NewRequest("POST", "/users", bytes.NewReader(body))
 			r.Header.Set("Content-Type", contentType)
-			fields, err := readFields(httptest.NewRecorder(), r, a.fields, required, "application/json")
+			fields, err := readFields(httptest.NewRecorder(), r, a.rules, required, "application/json")
 			return inputOf(fields), err
 		}
 		in, err := read(body)

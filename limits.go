@@ -1,0 +1,284 @@
+package main
+
+// This file owns every limit of the service: how long things may take, how many may happen at the
+// same time, and who goes first. Whatever depends on the machine derives from the number of cores and
+// the memory limit; times derive from the budget of one request. limits_test.go holds the inequalities
+// that the comments state.
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"math"
+	"os"
+	"path"
+	"runtime"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+)
+
+// requestBudget is how long a request may take once its body has arrived. The contract promises an
+// answer within 5 s, also when the database does not answer.
+const requestBudget = 5 * time.Second
+
+// Shares of the request budget. Each leaves time for what follows it.
+const (
+	creationBudget  = requestBudget * 9 / 10 // all statements of a POST
+	statementBudget = requestBudget * 4 / 5  // one statement: the wait for a connection and the answer
+	batchBudget     = requestBudget * 3 / 5  // a shared statement; callers may need one of their own after it
+	connectBudget   = requestBudget * 2 / 5  // connecting to one database host
+	allHostsBudget  = requestBudget * 3 / 5  // connecting to one of several hosts
+	readyBudget     = requestBudget * 2 / 5  // /readyz follows the database within 3 s
+	hashWait        = requestBudget / 5      // a password's wait for its turn
+	cancelBudget    = requestBudget / 10     // the answer to a cancel request
+)
+
+// The timeouts of net/http. Zero would mean no limit.
+const (
+	readHeaderTimeout = 3 * time.Second
+	readTimeout       = 2 * requestBudget           // a slow client may send for this long
+	writeTimeout      = readTimeout + requestBudget // so an answer is not cut off before its budget ends
+	idleTimeout       = 60 * time.Second
+	maxHeaderBytes    = 8 << 10
+	maxBodyBytes      = 64 << 10
+)
+
+// The phases of a stop, in order. Together they take less than stopBudget.
+const (
+	stopBudget    = 10 * time.Second
+	drainIdle     = requestBudget / 10               // idle connections: a client may be sending
+	drainRequests = requestBudget + requestBudget/10 // requests in progress
+	relayDrain    = 2 * time.Second                  // pending events
+	resignWait    = requestBudget / 10               // giving up the lease
+	drainConsumer = requestBudget / 10               // the messages in hand
+	closeWait     = requestBudget / 10               // the connections to the database
+)
+
+// Starting against a database that does not answer.
+const (
+	databaseWait  = 60 * time.Second
+	databaseRetry = time.Second
+	startUpkeep   = 10 * time.Second // the first run of what maintain repeats
+	maxDenials    = 3                // attempts with a wrong password or a missing database
+	maxRetries    = 2                // of a statement
+)
+
+// The relay. A publisher waits for confirms while it holds the lease (leadInterval + publishWait <=
+// leaseTime), and another replica takes over within 5 s (leaseTime + leadInterval).
+const (
+	leaseTime    = 3 * time.Second
+	leadInterval = leaseTime / 6     // between two renewals, or two attempts to take the lease
+	publishWait  = leaseTime * 2 / 3 // for the confirms of one window
+	relayPoll    = 100 * time.Millisecond
+	relayRead    = 5000 // events of one read, which skips the dead rows of earlier ones
+	relayWindow  = 500  // events in flight to the broker
+)
+
+// RabbitMQ. A heartbeat shows a frozen broker after one and a half intervals. RabbitMQ takes unacknowledged
+// messages back after 30 minutes, which maxPause stays far below.
+const (
+	brokerTimeout    = 5 * time.Second // TCP and AMQP handshakes
+	brokerWrite      = publishWait     // one write to the socket
+	brokerGoodbye    = time.Second     // an orderly close
+	brokerHeartbeat  = 10 * time.Second
+	brokerBuffer     = 32 << 10 // bytes
+	topologyInterval = 2 * time.Second
+	consumerPrefetch = 64
+	firstPause       = 500 * time.Millisecond // of a consumer whose log cannot be written
+	maxPause         = 10 * time.Second
+)
+
+// Database connections of a replica. Behind a pooler, three replicas share its usual 20.
+const (
+	defaultPoolSize = 8
+	minPoolSize     = 6 // the default behind a pooler
+	maxPoolSize     = 16
+	reservedConns   = 2 // for the relay and for probes
+)
+
+// Maintenance of the tables.
+const (
+	upkeepInterval = time.Second
+	keySweep       = time.Hour // between two passes over the idempotency keys
+	keyPages       = 500       // table pages of 8 KiB that one statement of a pass reads
+	foldFrom       = 50        // rows of user_counts, below which folding is not worth a statement
+	foldMost       = 200_000   // rows that one statement folds
+	foldBytes      = 1 << 20   // table size, above which one row moves too, so that vacuum can truncate
+	vacuumInterval = 10 * time.Second
+	vacuumBudget   = 5 * time.Minute
+)
+
+// Concurrent statements of each Group. One read batch at a time is fastest. Writes need two, so that
+// one forms while the other commits; three are smaller, and slower in total.
+const (
+	readsAlone, readBatches   = 4, 1
+	writesAlone, writeBatches = 2, 2
+)
+
+// hashMemory is what one password takes while it is hashed, in bytes.
+const hashMemory = argonMemory << 10
+
+// limits are the bounds that depend on the machine.
+type limits struct {
+	cores     int
+	memory    int64 // bytes for the Go runtime; math.MaxInt64 is no limit
+	requests  int   // in progress; more are answered 503
+	hashes    int   // at the same time
+	hashQueue int   // passwords that wait or are being hashed
+}
+
+// newLimits divides a machine. Requests may take half of the memory, each with a body and a stack.
+// Passwords may take a quarter of it. More may wait than can be hashed within hashWait on a slow core.
+func newLimits(cores int, memory int64) limits {
+	hashes := int(min(int64(cores), max(memory/4/hashMemory, 1)))
+	return limits{
+		cores:     cores,
+		memory:    memory,
+		requests:  int(min(4096, max(memory/2/maxBodyBytes, 64))),
+		hashes:    hashes,
+		hashQueue: hashes * 64,
+	}
+}
+
+// machineLimits returns the limits of this process: of the cores that Go would use by itself, and of
+// GOMEMLIMIT, else the memory limit of the cgroup, else none. The runtime gets 7/8 of a cgroup's
+// limit, because it does not count the binary, and may exceed its limit for a moment.
+func machineLimits() limits {
+	memory := debug.SetMemoryLimit(-1)
+	if os.Getenv("GOMEMLIMIT") == "" {
+		if cgroup := cgroupMemory(os.DirFS("/")); cgroup < math.MaxInt64 {
+			memory = cgroup / 8 * 7
+		}
+	}
+	return newLimits(runtime.GOMAXPROCS(0), memory)
+}
+
+// applyToRuntime sets what GOMEMLIMIT, GOGC and GOMAXPROCS do not. The heap is small, so garbage may
+// grow to four times its size before a collection. One thread more than cores lets the kernel choose
+// between hashing and requests: on a busy core, the Go scheduler lets a request wait for 10 ms.
+func (l limits) applyToRuntime() {
+	debug.SetMemoryLimit(l.memory)
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(400)
+	}
+	if os.Getenv("GOMAXPROCS") == "" {
+		runtime.GOMAXPROCS(l.cores + 1)
+	}
+}
+
+// cgroupMemory returns the lowest memory limit of this process's cgroup and its parents, in bytes, or
+// math.MaxInt64. It reads cgroup v2 and v1.
+func cgroupMemory(root fs.FS) int64 {
+	lowest := int64(math.MaxInt64)
+	cgroups, _ := fs.ReadFile(root, "proc/self/cgroup") // elsewhere than on Linux there is none
+	for line := range strings.Lines(string(cgroups)) {
+		fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if len(fields) != 3 {
+			continue
+		}
+		mount, file := "sys/fs/cgroup", "memory.max"
+		if fields[1] == "memory" {
+			mount, file = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+		}
+		for dir := path.Join(mount, fields[2]); strings.HasPrefix(dir, mount); dir = path.Dir(dir) {
+			text, _ := fs.ReadFile(root, path.Join(dir, file))
+			limit, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+			if err == nil { // else "max", or no such file
+				lowest = min(lowest, limit)
+			}
+		}
+	}
+	return lowest
+}
+
+// lane is what a call needs before it may work: a share of each of some limited resources. Calls get
+// shares in the order in which they ask. Who needs fewer resources, or smaller shares, goes first.
+type lane []share
+
+type share struct {
+	of   *semaphore.Weighted
+	size int64
+}
+
+// slots returns a resource of n equal shares.
+func slots(n int) share { return share{semaphore.NewWeighted(int64(max(n, 1))), 1} }
+
+// enter waits for all shares until ctx ends, and fails with the cause of that. After nil, the caller
+// calls leave when the work is done.
+func (l lane) enter(ctx context.Context) error {
+	for i, s := range l {
+		if err := s.of.Acquire(ctx, s.size); err != nil {
+			l[:i].leave()
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}
+
+func (l lane) leave() {
+	for _, s := range l {
+		s.of.Release(s.size)
+	}
+}
+
+// traffic counts the requests in progress, and notices mixed traffic.
+type traffic struct {
+	requests  atomic.Int64 // in progress
+	otherDone atomic.Int64 // when a request other than POST was last answered, in ns since 1970
+}
+
+// mixedFor is how long after a request other than POST one core stays reserved for such requests.
+const mixedFor = 250 * time.Millisecond
+
+// isMixed reports whether requests arrive that need no password hash. Requests in progress would not
+// tell: while every core hashes, others wait before they are read.
+func (t *traffic) isMixed() bool {
+	return time.Since(time.Unix(0, t.otherDone.Load())) < mixedFor
+}
+
+// errBusy reports that more passwords wait than can be hashed within hashWait.
+var errBusy = errors.New("too many passwords to hash")
+
+// hashLanes decides when a password is hashed.
+type hashLanes struct {
+	traffic      *traffic
+	queue        *semaphore.Weighted
+	alone, mixed lane
+}
+
+// newHashLanes lets all cores hash, but one less in mixed traffic: of cores * (cores-1) shares, a
+// password takes cores-1, and in mixed traffic cores.
+func newHashLanes(l limits, t *traffic) *hashLanes {
+	n := int64(l.hashes)
+	cores := semaphore.NewWeighted(max(n*(n-1), 1))
+	return &hashLanes{
+		traffic: t,
+		queue:   semaphore.NewWeighted(int64(l.hashQueue)),
+		alone:   lane{{cores, max(n-1, 1)}},
+		mixed:   lane{{cores, max(min(n, n*(n-1)), 1)}},
+	}
+}
+
+// enter waits for the turn of a password. It fails with errBusy, or with the error of ctx when the
+// caller leaves.
+func (h *hashLanes) enter(ctx context.Context) (leave func(), err error) {
+	if !h.queue.TryAcquire(1) {
+		return nil, errBusy
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, hashWait, errBusy)
+	defer cancel()
+	turn := h.alone
+	if h.traffic.isMixed() {
+		turn = h.mixed
+	}
+	if err := turn.enter(ctx); err != nil {
+		h.queue.Release(1)
+		return nil, err
+	}
+	return func() { turn.leave(); h.queue.Release(1) }, nil
+}

@@ -1,0 +1,103 @@
+package main
+
+// This file owns the answers to failed requests: the errors that handlers return become problem
+// documents (RFC 9457).
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+)
+
+// statusClientGone is the status in the log of a request whose client left before the answer.
+const statusClientGone = 499
+
+// retryAfter is the Retry-After of every 503, in seconds.
+const retryAfter = "1"
+
+// problem is an error that the client may see. newProblem sets the members that depend on the error
+// alone; writeProblem sets the others.
+type problem struct {
+	Type     string       `json:"type"`
+	Title    string       `json:"title"`
+	Status   int          `json:"status"`
+	Detail   string       `json:"detail"`
+	Instance string       `json:"instance"`
+	TraceID  string       `json:"trace_id"`
+	Errors   []fieldError `json:"errors,omitempty"`
+}
+
+// fieldError says what is wrong with one member of the body (Pointer, an RFC 6901 pointer as a URI
+// fragment) or with one query parameter.
+type fieldError struct {
+	Pointer   string `json:"pointer,omitempty"`
+	Parameter string `json:"parameter,omitempty"`
+	Detail    string `json:"detail"`
+}
+
+func (p *problem) Error() string { return p.Detail }
+
+func newProblem(status int, detail string) *problem {
+	return &problem{Status: status, Detail: detail}
+}
+
+// invalid returns a 400 that lists every wrong field, or parameter, as kind says.
+func invalid(kind string, errs []fieldError) *problem {
+	detail := "1 " + kind + " is not valid"
+	if len(errs) > 1 {
+		detail = fmt.Sprintf("%d %ss are not valid", len(errs), kind)
+	}
+	return &problem{Status: http.StatusBadRequest, Detail: detail, Errors: errs}
+}
+
+var (
+	errNoRoute    = newProblem(http.StatusNotFound, "No resource has this path")
+	errOverloaded = newProblem(http.StatusServiceUnavailable, "Too many requests are in progress")
+	errClientGone = errors.New("the client closed the connection")
+)
+
+// problemOf returns the problem that describes err to the client. An unknown error becomes a 500
+// without details.
+func problemOf(err error, r *http.Request) *problem {
+	if p, ok := errors.AsType[*problem](err); ok {
+		return p
+	}
+	user := "User with id " + r.PathValue("id")
+	switch {
+	case errors.Is(err, errNotFound):
+		return newProblem(http.StatusNotFound, user+" not found")
+	case errors.Is(err, errVersionMismatch):
+		return newProblem(http.StatusPreconditionFailed,
+			"If-Match does not list the current version of the user")
+	case errors.Is(err, errInvalidValue):
+		return newProblem(http.StatusBadRequest, "The database cannot store a value of the request")
+	case errors.Is(err, errReferenced):
+		return newProblem(http.StatusConflict, user+" is referenced by other data")
+	case errors.Is(err, errRefused):
+		return newProblem(http.StatusConflict, "A rule of the database does not allow this change")
+	case errors.Is(err, errUnavailable), errors.Is(err, errBusy):
+		return newProblem(http.StatusServiceUnavailable,
+			"The service cannot handle the request now; nothing was changed")
+	case errors.Is(err, errOutcomeUnknown):
+		return newProblem(http.StatusServiceUnavailable,
+			"The database did not answer; the change may or may not have been made")
+	}
+	return newProblem(http.StatusInternalServerError, "Internal error")
+}
+
+// writeProblem answers with p. It fails only if p cannot be encoded.
+func writeProblem(w *response, r *http.Request, p *problem) error {
+	answer := *p
+	answer.Type = "about:blank"
+	answer.Title = http.StatusText(p.Status)
+	answer.Instance = r.URL.EscapedPath()
+	answer.TraceID = traceID(r.Context())
+	switch p.Status {
+	case http.StatusServiceUnavailable:
+		w.Header().Set("Retry-After", retryAfter)
+	case http.StatusRequestTimeout, http.StatusRequestEntityTooLarge:
+		w.Header().Set("Connection", "close") // the rest of the body is not read
+	}
+	w.Header().Set("Content-Type", "application/problem+json")
+	return writeJSON(w, p.Status, answer)
+}
