@@ -65,9 +65,6 @@ var template struct {
 }
 
 func TestMain(m *testing.M) {
-	if kind := os.Getenv("BENCH_SERVER"); kind != "" {
-		os.Exit(benchServer(kind))
-	}
 	code := m.Run()
 	os.RemoveAll(executable.dir)
 	if template.name != "" {
