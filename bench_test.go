@@ -9,8 +9,8 @@ import (
 	"github.com/VictoriaMetrics/metrics"
 )
 
-// BenchmarkGetUser measures a GET request, from its trace id to its log lines, without the network and a
-// database.
+// BenchmarkGetUser measures a GET request from its trace id to its log lines, without the network
+// and a database.
 func BenchmarkGetUser(b *testing.B) {
 	server := newServer(settings{}, newLogger(discard{}, slog.LevelInfo), metrics.NewSet())
 	m := newMemory()
