@@ -11,7 +11,8 @@ SYSTEM_LOG   := test-log-system.json
 CONFINED_LOG := test-log-confined.json
 
 # Tests of everything that a machine lacks are skipped. $(call no-skips,LOG) fails if one was.
-no-skips = ! grep -E '"Action":"skip".*"Test":' $(1) || { echo "skipped tests count as failed"; exit 1; }
+no-skips = ! grep -E '"Action":"skip".*"Test":' $(1) || \
+	{ echo "skipped tests count as failed"; exit 1; }
 
 # In inputs, about five minutes of each target: before Go 1.27 a limit in time sometimes fails by
 # itself (golang/go#75804).
@@ -28,7 +29,7 @@ run: ## run the service; settings come from .env and the environment
 build: ## build ./user-service, a static binary
 	CGO_ENABLED=0 go build -trimpath -ldflags="-s -w" -o user-service .
 
-test: lint ## lint, all tests against real services, a selection of the drill, some of each fuzz target
+test: lint ## lint, all tests against real services, the drill's selection, some of each fuzz target
 	exports=$$(.ci/services); eval "$$exports"; \
 	REQUIRE_SERVICES=1 $(GOTESTSUM) --format pkgname-and-test-fails --hide-summary output \
 		--jsonfile $(TEST_LOG) -- -race -count=1 -parallel 8 -timeout 20m ./...; \
@@ -45,7 +46,7 @@ fuzz: ## run each fuzz target for FUZZTIME; an input that fails one goes to test
 		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 100x .; \
 	done
 
-confined: ## the service's tests and a selection of the drill as the image runs the service
+confined: ## the service's tests and the drill's selection as the image runs the service
 	exports=$$(.ci/services); eval "$$exports"; \
 	REQUIRE_SERVICES=1 $(GOTESTSUM) --format pkgname-and-test-fails --hide-summary output \
 		--jsonfile $(CONFINED_LOG) --raw-command -- .ci/confined -test.parallel=8
@@ -68,7 +69,8 @@ lint: ## go vet, staticcheck, gosec and gofmt; build for Windows and macOS
 	@# Tests ignore errors that show in what they check, start programs, and use random numbers.
 	$(GOSEC) -quiet -tests -nosec-require-rules -nosec-require-justification -exclude-dir=system \
 		-exclude-rules='_test\.go$$:G104,G204,G404' ./...
-	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "gofmt: $$unformatted"; exit 1; }
+	@unformatted=$$(gofmt -l .); \
+		test -z "$$unformatted" || { echo "gofmt: $$unformatted"; exit 1; }
 	for os in windows darwin; do CGO_ENABLED=0 GOOS=$$os go build -o /dev/null .; done
 
 services: ## provide PostgreSQL, RabbitMQ, PgBouncer and Chromium for the tests, and print their URLs

@@ -3,8 +3,8 @@
 //
 //	go run ./bench [-users N] [-large N] [-rounds N] [-time D] [-svg FILE]
 //
-// It needs wrk and pgbench, and starts a PostgreSQL and a RabbitMQ of its own in TMPDIR, which has to
-// be on a disk: on a file system in memory, fsync costs nothing.
+// It needs wrk and pgbench, and starts a PostgreSQL and a RabbitMQ of its own in TMPDIR, which has
+// to be on a disk: on a file system in memory, fsync costs nothing.
 package main
 
 import (

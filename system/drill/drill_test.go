@@ -23,17 +23,17 @@ import (
 	"user-service/system/env"
 )
 
-var allRows = flag.Bool("drill", false, "run all rows, longer, with the limits of a quiet machine, "+
-	"and write docs/drill.md")
+var allRows = flag.Bool("drill", false,
+	"run all rows, longer, with the limits of a quiet machine, and write docs/drill.md")
 
 // TestDrill runs the rows and prints a table of their results.
 //
 // The rules are the same for every row. The columns lost, phantom and reordered are 0, and so are
 // missing and without change, except for the failover to an asynchronous standby, which only
 // reports those two. The service's consumer has logged every event and rejected none, and the
-// outbox is empty at the end. No answer is 500. No change was made twice, and none was made although
-// its answer said that it was not. The log has a line for each restored connection, and no ERROR.
-// Exactly one replica relays.
+// outbox is empty at the end. No answer is 500. No change was made twice, and none was made
+// although its answer said that it was not. The log has a line for each restored connection, and no
+// ERROR. Exactly one replica relays.
 func TestDrill(t *testing.T) {
 	s := startServers(t)
 	var results []result
@@ -59,8 +59,8 @@ func TestDrill(t *testing.T) {
 }
 
 // introduction explains the columns in docs/drill.md, and defines them for this package.
-const introduction = `This page is written by ` + "`make drill`" + `. Each row runs the service under load, on servers of
-its own, while the fault happens. All rows passed.
+const introduction = "`make drill` writes this page. " + `Each row runs the service under load, on
+servers of its own, while the fault happens. All rows passed.
 
 An attempt is a change that a client requested. It is *ok* if it was answered with 2xx. It *failed*
 if it was certainly not made: 4xx, a 503 that says so, or no connection. Otherwise its outcome is

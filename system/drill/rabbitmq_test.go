@@ -46,8 +46,8 @@ func endAbsence(r *trial) {
 	r.toRabbit.Cut(false)
 }
 
-// cutRabbit cuts the connections three times while events are on their way, and then lets them exist
-// for 100 ms at a time.
+// cutRabbit cuts the connections three times while events are on their way, and then lets them
+// exist for 100 ms at a time.
 func cutRabbit(r *trial) {
 	for range 3 {
 		r.toRabbit.Hold(env.FromClient)
@@ -64,7 +64,8 @@ func cutRabbit(r *trial) {
 	}
 }
 
-// swallow drops the packets of one direction. It ends with a cut, as TCP itself would after a while.
+// swallow drops the packets of one direction. It ends with a cut, as TCP itself would after a
+// while.
 func swallow(p *env.Proxy, direction env.Direction, d time.Duration) {
 	p.Hold(direction)
 	time.Sleep(d)

@@ -22,8 +22,8 @@ func importSlowly(r *trial) {
 	stop()
 }
 
-// writeBeside writes to the table users with SQL, while clients use the API. Its role has privileges
-// on that table only, and an empty search_path.
+// writeBeside writes to the table users with SQL, while clients use the API. Its role has
+// privileges on that table only, and an empty search_path.
 func writeBeside(r *trial) {
 	r.exec("GRANT SELECT, INSERT, UPDATE, DELETE ON users TO writer")
 	url := r.postgres.URL("writer", r.dbName) + "?pool_max_conns=12"
@@ -163,8 +163,8 @@ func (w *writer) upsert(ctx context.Context, t *writing) error {
 	return nil
 }
 
-// rollBack rolls changes back to a savepoint, and sometimes the whole transaction. These changes must
-// not have events.
+// rollBack rolls changes back to a savepoint, and sometimes the whole transaction. These changes
+// must not have events.
 func (w *writer) rollBack(ctx context.Context, t *writing) error {
 	undone, err := t.Begin(ctx)
 	if err != nil {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -28,7 +29,8 @@ type Process struct {
 	ended   chan struct{}
 }
 
-// Start starts the server and returns when it answers.
+// Start starts the server and returns when it answers. It closes the files that the command writes
+// to; the server has them.
 func (p *Process) Start() error {
 	cmd, err := p.Command()
 	if err != nil {
@@ -59,7 +61,13 @@ func (p *Process) launch(cmd *exec.Cmd) (ended chan struct{}, err error) {
 	cmd.SysProcAttr.Setpgid = true
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if err := cmd.Start(); err != nil {
+	err = cmd.Start()
+	for _, output := range []io.Writer{cmd.Stdout, cmd.Stderr} {
+		if file, ok := output.(*os.File); ok {
+			file.Close()
+		}
+	}
+	if err != nil {
 		return nil, err
 	}
 	ended = make(chan struct{})

@@ -132,7 +132,7 @@ func (p *Proxy) Cut(down bool) {
 	p.changed.Broadcast()
 }
 
-// Hold stops delivering what one side sends, as if the network lost every packet. Release continues.
+// Hold stops the delivery of what one side sends, as if the network lost every packet.
 func (p *Proxy) Hold(direction Direction) { p.setHeld(direction, true) }
 
 // Release delivers what is held, and what follows.

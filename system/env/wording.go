@@ -3,8 +3,8 @@ package env
 // The strings of the service that the tests look for in its log, its answers and its metrics.
 const (
 	LogStarted       = "Service started"           // with "port"
-	LogReceivedEvent = "Received event"            // the beginning; with "event_type", "user_id", "version"
-	LogRequest       = "Request "                  // the beginning of every line about a request
+	LogReceivedEvent = "Received event"            // a prefix; "event_type", "user_id", "version"
+	LogRequest       = "Request "                  // a prefix of every line about a request
 	LogLost          = "Event connection lost"     // at WARN
 	LogRestored      = "Event connection restored" // at INFO
 	LogWaiting       = "Waiting for the database"  // at WARN
