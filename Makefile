@@ -7,7 +7,12 @@ GOSEC       := go run github.com/securego/gosec/v2/cmd/gosec@v2.30.0
 GOTESTSUM   := go run gotest.tools/gotestsum@v1.13.0
 
 TEST_LOG     := test-log.json
+SYSTEM_LOG   := test-log-system.json
 CONFINED_LOG := test-log-confined.json
+
+# Tests of everything that a machine lacks are skipped. $(call no-skips,LOG) fails if one was.
+no-skips = ! grep -E '"Action":"skip".*"Test":' $(1) || \
+	{ echo "skipped tests count as failed"; exit 1; }
 
 # In inputs, about five minutes of each target: before Go 1.27 a limit in time sometimes fails by
 # itself (golang/go#75804).
@@ -24,11 +29,14 @@ run: ## run the service; settings come from .env and the environment
 build: ## build ./user-service, a static binary
 	CGO_ENABLED=0 go build -trimpath -ldflags="-s -w" -o user-service .
 
-test: lint ## lint, all tests with the race detector against real services, some of each fuzz target
+test: lint ## lint, all tests against real services, the drill's selection, some of each fuzz target
 	exports=$$(.ci/services); eval "$$exports"; \
 	REQUIRE_SERVICES=1 $(GOTESTSUM) --format pkgname-and-test-fails --hide-summary output \
-		--jsonfile $(TEST_LOG) -- -race -count=1 -parallel 8 -timeout 20m ./...
-	@! grep -E '"Action":"skip".*"Test":' $(TEST_LOG) || { echo "skipped tests count as failed"; exit 1; }
+		--jsonfile $(TEST_LOG) -- -race -count=1 -parallel 8 -timeout 20m ./...; \
+	cd system; \
+	REQUIRE_SERVICES=1 $(GOTESTSUM) --format pkgname-and-test-fails --hide-summary output \
+		--jsonfile ../$(SYSTEM_LOG) -- -count=1 -timeout 20m ./...
+	@$(call no-skips,$(TEST_LOG) $(SYSTEM_LOG))
 	$(MAKE) --no-print-directory fuzz FUZZTIME=5000x
 
 fuzz: ## run each fuzz target for FUZZTIME; an input that fails one goes to testdata/fuzz
@@ -38,32 +46,35 @@ fuzz: ## run each fuzz target for FUZZTIME; an input that fails one goes to test
 		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 100x .; \
 	done
 
-confined: ## all tests as the image runs the service: no root, no capability, nothing to write to
+confined: ## the service's tests and the drill's selection as the image runs the service
 	exports=$$(.ci/services); eval "$$exports"; \
 	REQUIRE_SERVICES=1 $(GOTESTSUM) --format pkgname-and-test-fails --hide-summary output \
 		--jsonfile $(CONFINED_LOG) --raw-command -- .ci/confined -test.parallel=8
-	@! grep -E '"Action":"skip".*"Test":' $(CONFINED_LOG) || { echo "skipped tests count as failed"; exit 1; }
+	@$(call no-skips,$(CONFINED_LOG))
 
 compat: ## run the database tests and a short drill on PostgreSQL 14, 16, 17 and 18 from npm
 	exports=$$(.ci/services); eval "$$exports"; .ci/compat
 
-drill: ## run the service under every fault that the README lists, and print what became of it
-	go test -count=1 -timeout 60m -run '^TestDrill$$' -v . -drill
+drill: ## run the service under every fault, about 10 minutes, and write docs/drill.md
+	cd system; go test -count=1 -timeout 60m -run '^TestDrill$$' -v ./drill -drill
 
-bench: ## measure the service beside others and draw docs/bench.svg; then the hot functions
-	go test -count=1 -timeout 60m -run '^Test(Compare|Growth)$$' -v . -compare
+bench: ## compare the service with others and draw docs/bench.svg; then benchmark single functions
+	cd system; go run ./bench
 	go test -count=1 -run '^$$' -bench . -benchmem .
 
-lint: ## go vet, staticcheck, gosec, gofmt
-	go vet ./...
-	$(STATICCHECK) ./...
-	@# Noise in tests: they drop errors that show in what they check, start programs, roll dice.
-	$(GOSEC) -quiet -tests -nosec-require-rules -nosec-require-justification \
+lint: ## go vet, staticcheck, gosec and gofmt; build for Windows and macOS
+	for module in . system; do \
+		(cd $$module; go vet ./...; $(STATICCHECK) ./...); \
+	done
+	@# Tests ignore errors that show in what they check, start programs, and use random numbers.
+	$(GOSEC) -quiet -tests -nosec-require-rules -nosec-require-justification -exclude-dir=system \
 		-exclude-rules='_test\.go$$:G104,G204,G404' ./...
-	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "gofmt: $$unformatted"; exit 1; }
+	@unformatted=$$(gofmt -l .); \
+		test -z "$$unformatted" || { echo "gofmt: $$unformatted"; exit 1; }
+	for os in windows darwin; do CGO_ENABLED=0 GOOS=$$os go build -o /dev/null .; done
 
 services: ## provide PostgreSQL, RabbitMQ, PgBouncer and Chromium for the tests, and print their URLs
 	@.ci/services
 
 clean: ## remove what the other targets made
-	rm -f user-service $(TEST_LOG) $(CONFINED_LOG)
+	rm -f user-service $(TEST_LOG) $(SYSTEM_LOG) $(CONFINED_LOG)

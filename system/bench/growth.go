@@ -1,0 +1,55 @@
+package main
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"time"
+)
+
+// growth measures the requests of a single client on a small and a large database, in turn.
+func growth(s *servers, large int) error {
+	sizes := []int{1000, large}
+	var urls []string
+	for i, size := range sizes {
+		r, err := s.newRig(fmt.Sprint("growth_", i), size, service)
+		if err != nil {
+			return err
+		}
+		urls = append(urls, r.subjects[service].url)
+	}
+	fmt.Printf("\n| request | p50 ms, %d users | p50 ms, %d users | ratio |\n|:--|--:|--:|--:|\n",
+		sizes[0], sizes[1])
+	for _, request := range []struct {
+		method, path, body string // %d is an id or a random number
+		times              int
+	}{
+		{"GET", "/users/%d", "", 3000},
+		{"GET", "/users", "", 2000},
+		{"GET", "/users?after=%d", "", 2000},
+		{"PUT", "/users/%d", `{"name": "N%d"}`, 2000},
+		{"POST", "/users", `{"name": "John", "surname": "Doe", "password": "correct horse"}`, 100},
+	} {
+		var elapsed [2][]float64 // ms
+		for n := range 2 * request.times {
+			i := (n + n/2) % 2 // each is first as often as the other
+			path := withNumber(request.path, 1+rand.IntN(sizes[i]))
+			body := withNumber(request.body, rand.Int())
+			start := time.Now()
+			if err := send(request.method, urls[i]+path, body); err != nil {
+				return err
+			}
+			elapsed[i] = append(elapsed[i], time.Since(start).Seconds()*1000)
+		}
+		first, _, _ := spread(elapsed[0])
+		second, _, _ := spread(elapsed[1])
+		name := strings.Replace(request.method+" "+request.path, "/%d", "/{id}", 1)
+		fmt.Printf("| %s | %.3f | %.3f | %.2f |\n", strings.TrimSuffix(name, "%d"), first, second,
+			second/first)
+	}
+	return nil
+}
+
+func withNumber(text string, n int) string {
+	return strings.Replace(text, "%d", fmt.Sprint(n), 1)
+}
