@@ -104,8 +104,8 @@ func newAPIKey(name string, readOnly bool) (key, setting string, err error) {
 	return key, setting, err
 }
 
-// identify returns the caller whose API key the header has, or the zero caller. It takes the same time
-// for every key, known or not.
+// identify returns the caller whose API key the header has, or the zero caller. It takes the same
+// time for every key, known or not.
 func (a *access) identify(h http.Header) (by caller) {
 	if len(a.keys) == 0 {
 		return caller{}
@@ -126,8 +126,8 @@ func (a *access) identify(h http.Header) (by caller) {
 	return by
 }
 
-// protect returns the routes with handlers that require an API key, if there are keys. A read-only key
-// allows GET and HEAD.
+// protect returns the routes with handlers that require an API key, if there are keys. A read-only
+// key allows GET and HEAD.
 func (a *access) protect(routes []route) []route {
 	if len(a.keys) == 0 {
 		return routes
@@ -148,8 +148,8 @@ func (a *access) protect(routes []route) []route {
 	return routes
 }
 
-// clientNetwork returns the client's IPv4 address, or the /64 network of its IPv6 address, because one
-// client usually has all of it. It follows X-Forwarded-For as long as trusted proxies wrote it.
+// clientNetwork returns the client's IPv4 address, or the /64 network of its IPv6 address, because
+// one client usually has all of it. It follows X-Forwarded-For as long as trusted proxies wrote it.
 func (a *access) clientNetwork(r *http.Request) string {
 	peer, err := netip.ParseAddrPort(r.RemoteAddr)
 	if err != nil {
@@ -203,7 +203,8 @@ func (a *access) allowOrigin(h http.Header, origin string) {
 	}
 }
 
-// isPreflight reports whether a browser asks if a page may send a request (Fetch Standard, section 3.3).
+// isPreflight reports whether a browser asks if a page may send a request (Fetch Standard, section
+// 3.3).
 func isPreflight(r *http.Request) bool {
 	return r.Method == http.MethodOptions && r.Header.Get("Access-Control-Request-Method") != ""
 }
@@ -224,8 +225,8 @@ func parseOrigin(text string) (string, error) {
 	return text, http.NewCrossOriginProtection().AddTrustedOrigin(text)
 }
 
-// limiter gives each client tokens at a rate, up to a burst. It remembers the most recent clients; a
-// forgotten client starts with all tokens.
+// limiter gives each client tokens at a rate, up to a burst. It remembers the most recent clients;
+// a forgotten client starts with all tokens.
 type limiter[K comparable] struct {
 	name  string     // of the policy, in the answer
 	rate  rate.Limit // per second

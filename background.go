@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// start runs f in a goroutine. The caller calls stop, which ends f's context and waits for f, but no
-// longer than atMost.
+// start runs f in a goroutine. The caller calls stop, which ends f's context and waits for f, but
+// no longer than atMost.
 func start(f func(context.Context)) (stop func(atMost time.Duration)) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
@@ -43,9 +43,9 @@ func wake(c chan struct{}) {
 	}
 }
 
-// keepUp runs session again whenever it ends, until ctx does. It logs the first failure in a row, and
-// the recovery when session calls onReady. Between attempts it waits with full jitter, up to a bound
-// that doubles from 0.5 s to 5 s, so that replicas do not reconnect at the same moment.
+// keepUp runs session again whenever it ends, until ctx does. It logs the first failure in a row,
+// and the recovery when session calls onReady. Between attempts it waits with full jitter, up to a
+// bound that doubles from 0.5 s to 5 s, so that replicas do not reconnect at the same moment.
 func keepUp(ctx context.Context, log *slog.Logger, name string, session func(onReady func()) error) {
 	failures := 0
 	onReady := func() {

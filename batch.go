@@ -9,13 +9,13 @@ import (
 	"time"
 )
 
-// Group merges concurrent calls into batches. The cost of a SQL statement is the round trip, hardly the
-// row, so calls that arrive together should share one.
+// Group merges concurrent calls into batches. The cost of a SQL statement is the round trip, hardly
+// the row, so calls that arrive together should share one.
 //
-// A call runs at once, alone, while few others run. Otherwise it joins the next batch, which starts when
-// a running one ends; there is no timer. A call never joins a batch that has started, so the answer is
-// never older than the call. The batch runs under a context of its own: a caller who leaves does not
-// cancel the others.
+// A call runs at once, alone, while few others run. Otherwise it joins the next batch, which starts
+// when a running one ends; there is no timer. A call never joins a batch that has started, so the
+// answer is never older than the call. The batch runs under a context of its own: a caller who
+// leaves does not cancel the others.
 type Group[K comparable, V any] struct {
 	// run answers a batch of keys, some of which may be equal. Keys without a value are left out of
 	// the map.
@@ -49,12 +49,12 @@ type panicError struct {
 
 func (e *panicError) Error() string { return fmt.Sprintf("panic: %v", e.value) }
 
-// joinTurns is how often a batch yields the processor before it starts, so that calls whose requests
-// are just being read can join. Yields are free when nothing else can run.
+// joinTurns is how often a batch yields the processor before it starts, so that calls whose
+// requests are just being read can join. Yields are free when nothing else can run.
 const joinTurns = 8
 
-// Do returns the value of key and whether there is one. It fails with the error of the batch, which may
-// be a *panicError, or with that of ctx if it ends first.
+// Do returns the value of key and whether there is one. It fails with the error of the batch, which
+// may be a *panicError, or with that of ctx if it ends first.
 func (g *Group[K, V]) Do(ctx context.Context, key K) (V, bool, error) {
 	g.mu.Lock()
 	b := g.next

@@ -35,8 +35,8 @@ func parseDatabaseURL(text string) (string, error) {
 	return text, err
 }
 
-// poolConfig returns the configuration of a URL, with defaults for what it leaves out. It sets only the
-// start-up parameters that every pooler accepts.
+// poolConfig returns the configuration of a URL, with defaults for what it leaves out. It sets only
+// the start-up parameters that every pooler accepts.
 func poolConfig(databaseURL, appName string) (*pgxpool.Config, error) {
 	config, err := pgxpool.ParseConfig(databaseURL)
 	if err != nil {
@@ -106,8 +106,8 @@ func noteUnsynced(conn *pgconn.PgConn, notice *pgconn.Notice) {
 	}
 }
 
-// remedies say what to do if the server denies access, by SQLSTATE. Step 0 of schema.sql has its own
-// hints.
+// remedies say what to do if the server denies access, by SQLSTATE. Step 0 of schema.sql has its
+// own hints.
 var remedies = map[string]string{
 	"28000": "check the user in DATABASE_URL, and pg_hba.conf",
 	"28P01": "check the user and the password in DATABASE_URL",
@@ -128,8 +128,8 @@ func isTemporary(code string) bool {
 	return false
 }
 
-// openPostgres returns the store when the database answers and has the schema. It waits for databaseWait
-// at most, and does not wait for what can never work. The caller closes the store.
+// openPostgres returns the store when the database answers and has the schema. It waits for
+// databaseWait at most, and does not wait for what can never work. The caller closes the store.
 func openPostgres(ctx context.Context, databaseURL, appName string,
 	log *slog.Logger) (*postgres, error) {
 	config, err := poolConfig(databaseURL, appName)
@@ -164,9 +164,9 @@ func openPostgres(ctx context.Context, databaseURL, appName string,
 }
 
 // prepareDatabase brings the schema up to date on a connection of its own, and adapts config to the
-// server. A pooler may give the session to another client after each transaction. So behind a pooler,
-// config gets a mode without prepared statements, no session is changed, and explicit reports whether
-// each transaction must set its isolation level.
+// server. A pooler may give the session to another client after each transaction. So behind a
+// pooler, config gets a mode without prepared statements, no session is changed, and explicit
+// reports whether each transaction must set its isolation level.
 func prepareDatabase(ctx context.Context, config *pgxpool.Config, deadline time.Time,
 	log *slog.Logger) (explicit bool, err error) {
 	ctx, cancel := context.WithDeadline(ctx, deadline)
@@ -216,10 +216,10 @@ func prepareDatabase(ctx context.Context, config *pgxpool.Config, deadline time.
 	return explicit, err
 }
 
-// openSession prepares a new connection. By default PostgreSQL plans WHERE id = ANY ($1) at every call.
-// Here it keeps the plans, and a plan that was made for an empty outbox must suit a full one, hence no
-// sequential scans: every statement but the total's has an index. JIT would compile that one for longer
-// than it runs.
+// openSession prepares a new connection. By default PostgreSQL plans WHERE id = ANY ($1) at every
+// call. Here it keeps the plans, and a plan that was made for an empty outbox must suit a full one,
+// hence no sequential scans: every statement but the total's has an index. JIT would compile that
+// one for longer than it runs.
 func openSession(ctx context.Context, conn *pgx.Conn) error {
 	ctx, cancel := context.WithTimeout(ctx, connectBudget)
 	defer cancel()
@@ -229,9 +229,9 @@ func openSession(ctx context.Context, conn *pgx.Conn) error {
 	return err
 }
 
-// applySchema applies the steps of schema.sql, each in a transaction, and one replica at a time in this
-// schema. The commits wait for a synchronous standby only if the schema is new, so that a replica can
-// start while the standby is down.
+// applySchema applies the steps of schema.sql, each in a transaction, and one replica at a time in
+// this schema. The commits wait for a synchronous standby only if the schema is new, so that a
+// replica can start while the standby is down.
 func applySchema(ctx context.Context, conn *pgx.Conn) error {
 	for _, step := range strings.Split(schema, "\n-- Step ")[1:] {
 		options := pgx.TxOptions{IsoLevel: pgx.ReadCommitted}
@@ -307,9 +307,9 @@ type kind struct {
 // that cannot change anything twice. The server's refusal means that nothing was changed; a lost
 // connection means that only an idempotent statement may be sent again.
 //
-// The deadline is that of ctx, as of a batch, or statementBudget from now. A caller who leaves ends the
-// wait for a connection, but never a statement in progress: cancelling it would close the connection.
-// The error wraps one of the sentinels of userStore if one applies.
+// The deadline is that of ctx, as of a batch, or statementBudget from now. A caller who leaves ends
+// the wait for a connection, but never a statement in progress: cancelling it would close the
+// connection. The error wraps one of the sentinels of userStore if one applies.
 func (s *postgres) do(ctx context.Context, what string, k kind, f statement) error {
 	deadline, ok := ctx.Deadline()
 	if !ok {
@@ -339,7 +339,8 @@ func (s *postgres) do(ctx context.Context, what string, k kind, f statement) err
 	}
 }
 
-// waitError returns errUnavailable for a wait that ended with its deadline, and err if the caller left.
+// waitError returns errUnavailable for a wait that ended with its deadline, and err if the caller
+// left.
 func waitError(err error) error {
 	if errors.Is(err, context.Canceled) {
 		return err
@@ -385,8 +386,8 @@ func changedNothing(err error, lost bool) bool {
 	return code != "" && !lost || code == alteredType || pgconn.SafeToRetry(err)
 }
 
-// isPassing reports whether the next attempt may succeed: after a conflict, or a cancel request that was
-// meant for an earlier statement.
+// isPassing reports whether the next attempt may succeed: after a conflict, or a cancel request
+// that was meant for an earlier statement.
 func isPassing(err error) bool {
 	return isConflict(err) || isStale(err) || sqlState(err) == "57014"
 }
@@ -421,8 +422,9 @@ func sqlState(err error) string {
 	return ""
 }
 
-// sentinel wraps err in the sentinel of userStore that applies, by its SQLSTATE. lost means that the
-// connection is closed; harmless, that nothing was changed, or that the statement is idempotent.
+// sentinel wraps err in the sentinel of userStore that applies, by its SQLSTATE. lost means that
+// the connection is closed; harmless, that nothing was changed, or that the statement is
+// idempotent.
 func sentinel(err error, lost, harmless bool) error {
 	code := sqlState(err)
 	class := code[:min(2, len(code))]

@@ -18,7 +18,8 @@ import (
 //go:embed openapi.json assets/docs.html assets/docs.js
 var assets embed.FS
 
-// docsTypes has the media types of the files. Those that package mime knows differ between machines.
+// docsTypes has the media types of the files. Those that package mime knows differ between
+// machines.
 var docsTypes = map[string]string{
 	".css":  "text/css; charset=utf-8",
 	".html": "text/html; charset=utf-8",
@@ -51,8 +52,8 @@ func redirectToDocs(w *response, r *http.Request, _ caller) error {
 	return nil
 }
 
-// serveSwaggerUI serves a file of Swagger UI. The large ones are embedded with gzip, and are unpacked for
-// clients that do not accept it.
+// serveSwaggerUI serves a file of Swagger UI. The large ones are embedded with gzip, and are
+// unpacked for clients that do not accept it.
 func serveSwaggerUI(w *response, r *http.Request, _ caller) error {
 	name := path.Base(r.URL.Path)
 	extension := path.Ext(name)

@@ -1,7 +1,7 @@
 package main
 
-// This file owns events: the relay, which moves them from the outbox to a broker, the consumer, and the
-// broker of a service without RabbitMQ.
+// This file owns events: the relay, which moves them from the outbox to a broker, the consumer, and
+// the broker of a service without RabbitMQ.
 
 import (
 	"context"
@@ -29,8 +29,8 @@ const (
 	maxVersions     = 100_000 // users whose newest version the consumer remembers
 )
 
-// event reports that a user has changed, and to which version. The versions of a user's events have no
-// gaps; a deletion has the version after the last one.
+// event reports that a user has changed, and to which version. The versions of a user's events have
+// no gaps; a deletion has the version after the last one.
 type event struct {
 	outboxID   int64
 	ID         string    `json:"event_id"`
@@ -48,7 +48,8 @@ type eventData struct {
 // eventPattern matches the types that queues are bound to.
 var eventPattern = regexp.MustCompile(`^user\.[a-z_]{1,64}$`)
 
-// check fails with errUnreadable for an event that no broker could deliver, whatever its consumers know.
+// check fails with errUnreadable for an event that no broker could deliver, whatever its consumers
+// know.
 func (e event) check() error {
 	if !eventPattern.MatchString(e.Type) || len(e.TraceID) > maxTraceIDBytes {
 		return fmt.Errorf("%w: its type or trace id cannot be sent", errUnreadable)
@@ -56,8 +57,8 @@ func (e event) check() error {
 	return nil
 }
 
-// logSetAside logs an event that is removed without having been published. The line is the only trace
-// that remains of it.
+// logSetAside logs an event that is removed without having been published. The line is the only
+// trace that remains of it.
 func logSetAside(ctx context.Context, log *slog.Logger, e event, err error) {
 	id := e.TraceID[:min(len(e.TraceID), maxTraceIDBytes)]
 	log.LogAttrs(withTraceID(ctx, id), slog.LevelError, "Undeliverable event removed",
@@ -67,9 +68,9 @@ func logSetAside(ctx context.Context, log *slog.Logger, e event, err error) {
 
 // outbox holds the events of committed changes until they are removed. An event in it is pending.
 type outbox interface {
-	// lead takes or renews the lease of this process, and reports whether it holds the lease. Events
-	// that pending returned before must not be published until lead succeeds: after that, no failover
-	// of the database can lose them.
+	// lead takes or renews the lease of this process, and reports whether it holds the lease.
+	// Events that pending returned before must not be published until lead succeeds: after that, no
+	// failover of the database can lose them.
 	lead(ctx context.Context) (bool, error)
 	// resign gives up the lease, so that another process can take it at once.
 	resign(ctx context.Context) error
@@ -96,8 +97,8 @@ type broker interface {
 
 // publisher is a connection that publishes. It is not safe for concurrent use.
 type publisher interface {
-	// publish returns how many events, from the first one on, the broker has confirmed. After an error
-	// the publisher can only be closed.
+	// publish returns how many events, from the first one on, the broker has confirmed. After an
+	// error the publisher can only be closed.
 	publish(ctx context.Context, events []event) (int, error)
 	// closed reports whether the connection has ended.
 	closed() bool
@@ -108,21 +109,22 @@ var errBrokerGone = errors.New("the broker closed the connection")
 
 // messageHandler receives each message at least once.
 type messageHandler interface {
-	// handle handles messages, and returns the indexes of those that are unreadable and should be put
-	// aside. If it fails, none counts as handled, and all are delivered again.
+	// handle handles messages, and returns the indexes of those that are unreadable and should be
+	// put aside. If it fails, none counts as handled, and all are delivered again.
 	handle(ctx context.Context, bodies [][]byte) (unreadable []int, err error)
 }
 
 // errUnreadable reports a message that no consumer of this version can handle.
 var errUnreadable = errors.New("unreadable message")
 
-// relay moves events from the outbox to the broker. Every replica runs one; the lease decides which one
-// works.
+// relay moves events from the outbox to the broker. Every replica runs one; the lease decides which
+// one works.
 //
-// Two may work at the same time, such as one that was frozen and its successor. That costs duplicates but
-// never the order: each publishes what is pending from the first event on, on one channel, and removes
-// only what the broker has confirmed. So a relay that sends a version of a user has sent the version
-// before itself, or did not find it any more, because the broker already had it.
+// Two may work at the same time, such as one that was frozen and its successor. That costs
+// duplicates but never the order: each publishes what is pending from the first event on, on one
+// channel, and removes only what the broker has confirmed. So a relay that sends a version of a
+// user has sent the version before itself, or did not find it any more, because the broker already
+// had it.
 type relay struct {
 	outbox    outbox
 	broker    broker
@@ -152,8 +154,8 @@ func (r *relay) run(ctx context.Context) {
 	})
 }
 
-// session relays over one connection to the broker. It returns nil only when ctx has ended and either
-// nothing is pending or another replica leads.
+// session relays over one connection to the broker. It returns nil only when ctx has ended and
+// either nothing is pending or another replica leads.
 func (r *relay) session(ctx, work context.Context, onReady func()) error {
 	p, err := r.broker.publisher(ctx)
 	if err != nil {
@@ -191,9 +193,9 @@ func (r *relay) session(ctx, work context.Context, onReady func()) error {
 	}
 }
 
-// relayOnce publishes the oldest events and returns how many. It reads them first and then renews the
-// lease: that commit waits for the synchronous standbys, so that after it no failover can lose what
-// was read.
+// relayOnce publishes the oldest events and returns how many. It reads them first and then renews
+// the lease: that commit waits for the synchronous standbys, so that after it no failover can lose
+// what was read.
 func (r *relay) relayOnce(ctx context.Context, p publisher, led bool) (leads bool, n int, err error) {
 	if !led {
 		leads, err = r.acquireLeadership(ctx)
@@ -250,8 +252,8 @@ func (r *relay) resign(ctx context.Context) {
 	_ = r.outbox.resign(ctx)
 }
 
-// publishWindow publishes events and removes those that the broker has confirmed: the longest run from
-// the first event on, so that none is skipped.
+// publishWindow publishes events and removes those that the broker has confirmed: the longest run
+// from the first event on, so that none is skipped.
 func (r *relay) publishWindow(ctx context.Context, p publisher, events []event) error {
 	n, publishErr := p.publish(ctx, events)
 	r.published.Add(n)
@@ -298,8 +300,8 @@ type consumer struct {
 	fresh    int                 // events since the last flush
 }
 
-// seen is the newest version of a user that the consumer has received, and a hash of the event's id. It
-// has no pointers, which the garbage collector would have to follow.
+// seen is the newest version of a user that the consumer has received, and a hash of the event's
+// id. It has no pointers, which the garbage collector would have to follow.
 type seen struct {
 	version int64
 	event   uint64
@@ -323,8 +325,8 @@ func (c *consumer) run(ctx context.Context, b broker) {
 	})
 }
 
-// handle logs the events and flushes the log. If that fails because lines were dropped, it forgets what
-// it has seen, so that the events are logged when they are delivered again.
+// handle logs the events and flushes the log. If that fails because lines were dropped, it forgets
+// what it has seen, so that the events are logged when they are delivered again.
 func (c *consumer) handle(ctx context.Context, bodies [][]byte) (unreadable []int, err error) {
 	for i, body := range bodies {
 		e, err := parseEvent(body)
@@ -392,8 +394,8 @@ func parseEvent(body []byte) (event, error) {
 	return e, nil
 }
 
-// inProcess is the broker of a service without RabbitMQ. It passes events directly to the handler. Those
-// that the handler cannot read are logged and count as published.
+// inProcess is the broker of a service without RabbitMQ. It passes events directly to the handler.
+// Those that the handler cannot read are logged and count as published.
 type inProcess struct {
 	handler messageHandler
 	log     *slog.Logger

@@ -63,8 +63,8 @@ func (h *health) prometheus(w *response, r *http.Request, _ caller) error {
 	return nil
 }
 
-// checkHealth asks for /healthz of the service that runs with the same settings. It is the command of the
-// image's HEALTHCHECK.
+// checkHealth asks for /healthz of the service that runs with the same settings. It is the command
+// of the image's HEALTHCHECK.
 func checkHealth(s settings) error {
 	host := s.host
 	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {

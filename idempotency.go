@@ -1,7 +1,7 @@
 package main
 
-// This file owns Idempotency-Key: the header, what a repeated POST answers, and how long a key lives.
-// Both stores keep a key together with the user that was created under it.
+// This file owns Idempotency-Key: the header, what a repeated POST answers, and how long a key
+// lives. Both stores keep a key together with the user that was created under it.
 
 import (
 	"context"
@@ -24,8 +24,8 @@ var (
 	unescape  = strings.NewReplacer(`\"`, `"`, `\\`, `\`)
 )
 
-// idempotencyKey returns the key as it is stored, or "" if the header is missing. A key belongs to its
-// caller: the caller's name and a tab, which no key contains, precede it. It fails with a 400.
+// idempotencyKey returns the key as it is stored, or "" if the header is missing. A key belongs to
+// its caller: the caller's name and a tab, which no key contains, precede it. It fails with a 400.
 func idempotencyKey(h http.Header, by caller) (string, error) {
 	lines, given := h["Idempotency-Key"]
 	if !given {
@@ -47,9 +47,9 @@ func idempotencyKey(h http.Header, by caller) (string, error) {
 	return key, nil
 }
 
-// createOnce creates a user, or returns the user that was created under the same key before. While this
-// replica is working on a request with the key, another one is refused with a 409. Two replicas may both
-// begin; then the database lets one create, and the other returns its user.
+// createOnce creates a user, or returns the user that was created under the same key before. While
+// this replica is working on a request with the key, another one is refused with a 409. Two
+// replicas may both begin; then the database lets one create, and the other returns its user.
 func (a *api) createOnce(ctx context.Context, h http.Header, in userInput, key string) (User, error) {
 	budget, cancel := context.WithTimeout(ctx, creationBudget)
 	defer cancel()
@@ -75,9 +75,10 @@ func (a *api) createOnce(ctx context.Context, h http.Header, in userInput, key s
 	return u, err
 }
 
-// replay returns the user that was created under key, if in is the same input. It fails with errNotFound,
-// or with a 422 for another input. Because the answer shows whether the password is the same, it
-// counts as a verification. ctx is the caller's, budget limits the statements, h is of the answer.
+// replay returns the user that was created under key, if in is the same input. It fails with
+// errNotFound, or with a 422 for another input. Because the answer shows whether the password is
+// the same, it counts as a verification. ctx is the caller's, budget limits the statements, h is of
+// the answer.
 func (a *api) replay(ctx, budget context.Context, h http.Header, in userInput, key string) (User, error) {
 	u, hash, err := a.store.creationUnder(budget, key)
 	if err != nil {

@@ -1,7 +1,7 @@
 package main
 
-// This file owns how values become JSON: timestamps, answers, and the types that are encoded so often
-// that reflection would cost a noticeable share of a request.
+// This file owns how values become JSON: timestamps, answers, and the types that are encoded so
+// often that reflection would cost a noticeable share of a request.
 
 import (
 	"encoding/json"
@@ -94,7 +94,8 @@ func (t timestamp) appendJSON(b []byte) []byte {
 	return append(b, `Z"`...)
 }
 
-// appendJSONString appends text as a JSON string. It leaves text that needs escapes to encoding/json.
+// appendJSONString appends text as a JSON string. It leaves text that needs escapes to
+// encoding/json.
 func appendJSONString(b []byte, text string) []byte {
 	for i := range len(text) {
 		switch c := text[i]; {

@@ -1,9 +1,9 @@
 package main
 
 // This file owns every limit of the service: how long things may take, how many may happen at the
-// same time, and who goes first. Whatever depends on the machine derives from the number of cores and
-// the memory limit; times derive from the budget of one request. limits_test.go holds the inequalities
-// that the comments state.
+// same time, and who goes first. Whatever depends on the machine derives from the number of cores
+// and the memory limit; times derive from the budget of one request. limits_test.go holds the
+// inequalities that the comments state.
 
 import (
 	"context"
@@ -79,8 +79,8 @@ const (
 	relayWindow  = 500  // events in flight to the broker
 )
 
-// RabbitMQ. A heartbeat shows a frozen broker after one and a half intervals. RabbitMQ takes unacknowledged
-// messages back after 30 minutes, which maxPause stays far below.
+// RabbitMQ. A heartbeat shows a frozen broker after one and a half intervals. RabbitMQ takes
+// unacknowledged messages back after 30 minutes, which maxPause stays far below.
 const (
 	brokerTimeout    = 5 * time.Second // TCP and AMQP handshakes
 	brokerWrite      = publishWait     // one write to the socket
@@ -113,8 +113,8 @@ const (
 	vacuumBudget   = 5 * time.Minute
 )
 
-// Concurrent statements of each Group. One read batch at a time is fastest. Writes need two, so that
-// one forms while the other commits; three are smaller, and slower in total.
+// Concurrent statements of each Group. One read batch at a time is fastest. Writes need two, so
+// that one forms while the other commits; three are smaller, and slower in total.
 const (
 	readsAlone, readBatches   = 4, 1
 	writesAlone, writeBatches = 2, 2
@@ -133,7 +133,8 @@ type limits struct {
 }
 
 // newLimits divides a machine. Requests may take half of the memory, each with a body and a stack.
-// Passwords may take a quarter of it. More may wait than can be hashed within hashWait on a slow core.
+// Passwords may take a quarter of it. More may wait than can be hashed within hashWait on a slow
+// core.
 func newLimits(cores int, memory int64) limits {
 	hashes := int(min(int64(cores), max(memory/4/hashMemory, 1)))
 	return limits{
@@ -145,8 +146,8 @@ func newLimits(cores int, memory int64) limits {
 	}
 }
 
-// machineLimits returns the limits of this process: of the cores that Go would use by itself, and of
-// GOMEMLIMIT, else the memory limit of the cgroup, else none. The runtime gets 7/8 of a cgroup's
+// machineLimits returns the limits of this process: of the cores that Go would use by itself, and
+// of GOMEMLIMIT, else the memory limit of the cgroup, else none. The runtime gets 7/8 of a cgroup's
 // limit, because it does not count the binary, and may exceed its limit for a moment.
 func machineLimits() limits {
 	memory := debug.SetMemoryLimit(-1)
@@ -158,9 +159,10 @@ func machineLimits() limits {
 	return newLimits(runtime.GOMAXPROCS(0), memory)
 }
 
-// applyToRuntime sets what GOMEMLIMIT, GOGC and GOMAXPROCS do not. The heap is small, so garbage may
-// grow to four times its size before a collection. One thread more than cores lets the kernel choose
-// between hashing and requests: on a busy core, the Go scheduler lets a request wait for 10 ms.
+// applyToRuntime sets what GOMEMLIMIT, GOGC and GOMAXPROCS do not. The heap is small, so garbage
+// may grow to four times its size before a collection. One thread more than cores lets the kernel
+// choose between hashing and requests: on a busy core, the Go scheduler lets a request wait for 10
+// ms.
 func (l limits) applyToRuntime() {
 	debug.SetMemoryLimit(l.memory)
 	if os.Getenv("GOGC") == "" {
@@ -171,8 +173,8 @@ func (l limits) applyToRuntime() {
 	}
 }
 
-// cgroupMemory returns the lowest memory limit of this process's cgroup and its parents, in bytes, or
-// math.MaxInt64. It reads cgroup v2 and v1.
+// cgroupMemory returns the lowest memory limit of this process's cgroup and its parents, in bytes,
+// or math.MaxInt64. It reads cgroup v2 and v1.
 func cgroupMemory(root fs.FS) int64 {
 	lowest := int64(math.MaxInt64)
 	cgroups, _ := fs.ReadFile(root, "proc/self/cgroup") // elsewhere than on Linux there is none
@@ -196,8 +198,9 @@ func cgroupMemory(root fs.FS) int64 {
 	return lowest
 }
 
-// lane is what a call needs before it may work: a share of each of some limited resources. Calls get
-// shares in the order in which they ask. Who needs fewer resources, or smaller shares, goes first.
+// lane is what a call needs before it may work: a share of each of some limited resources. Calls
+// get shares in the order in which they ask. Who needs fewer resources, or smaller shares, goes
+// first.
 type lane []share
 
 type share struct {
@@ -208,8 +211,8 @@ type share struct {
 // slots returns a resource of n equal shares.
 func slots(n int) share { return share{semaphore.NewWeighted(int64(max(n, 1))), 1} }
 
-// enter waits for all shares until ctx ends, and fails with the cause of that. After nil, the caller
-// calls leave when the work is done.
+// enter waits for all shares until ctx ends, and fails with the cause of that. After nil, the
+// caller calls leave when the work is done.
 func (l lane) enter(ctx context.Context) error {
 	for i, s := range l {
 		if err := s.of.Acquire(ctx, s.size); err != nil {
@@ -235,8 +238,8 @@ type traffic struct {
 // mixedFor is how long after a request other than POST one core stays reserved for such requests.
 const mixedFor = 250 * time.Millisecond
 
-// isMixed reports whether requests arrive that need no password hash. Requests in progress would not
-// tell: while every core hashes, others wait before they are read.
+// isMixed reports whether requests arrive that need no password hash. Requests in progress would
+// not tell: while every core hashes, others wait before they are read.
 func (t *traffic) isMixed() bool {
 	return time.Since(time.Unix(0, t.otherDone.Load())) < mixedFor
 }

@@ -15,14 +15,15 @@ import (
 	"time"
 )
 
-// newLogger returns a logger that writes one JSON object per line to out. The first keys are timestamp,
-// level and event, then trace_id if the context has one. Lines at WARN and above are flushed at once.
+// newLogger returns a logger that writes one JSON object per line to out. The first keys are
+// timestamp, level and event, then trace_id if the context has one. Lines at WARN and above are
+// flushed at once.
 func newLogger(out *logWriter, level slog.Level) *slog.Logger {
 	return slog.New(&logHandler{level: level, out: out})
 }
 
-// logHandler is a slog.Handler. It takes a fifth of the time of slog.JSONHandler with ReplaceAttr, which
-// would have to rename the keys, twice per request.
+// logHandler is a slog.Handler. It takes a fifth of the time of slog.JSONHandler with ReplaceAttr,
+// which would have to rename the keys, twice per request.
 type logHandler struct {
 	level slog.Level
 	attrs []slog.Attr // appended to every record
@@ -51,8 +52,8 @@ func (h *logHandler) Handle(ctx context.Context, r slog.Record) error {
 	return h.out.writeLine(append(line, "}\n"...), r.Level >= slog.LevelWarn)
 }
 
-// logInfo logs an event at the given time. The methods of slog.Logger would look up the source line,
-// which is never shown.
+// logInfo logs an event at the given time. The methods of slog.Logger would look up the source
+// line, which is never shown.
 func logInfo(ctx context.Context, log *slog.Logger, at time.Time, event string, attrs ...slog.Attr) {
 	if log.Enabled(ctx, slog.LevelInfo) {
 		r := slog.NewRecord(at, slog.LevelInfo, event, 0)
@@ -92,8 +93,8 @@ const (
 	logCapacity = 64 << 10              // bytes
 )
 
-// logWriter buffers lines: under load, one write per line is most of what a log costs. Its methods may
-// be called at the same time.
+// logWriter buffers lines: under load, one write per line is most of what a log costs. Its methods
+// may be called at the same time.
 type logWriter struct {
 	w io.Writer
 
@@ -103,8 +104,8 @@ type logWriter struct {
 	lost       error // the reason why lines were dropped since the last flush
 }
 
-// writeLine buffers a line, and flushes if atOnce is set. If the buffer is full and cannot be written,
-// the line is dropped as a whole.
+// writeLine buffers a line, and flushes if atOnce is set. If the buffer is full and cannot be
+// written, the line is dropped as a whole.
 func (l *logWriter) writeLine(line []byte, atOnce bool) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -124,7 +125,8 @@ func (l *logWriter) writeLine(line []byte, atOnce bool) error {
 	return nil
 }
 
-// flush writes the buffered lines. It fails with errLinesLost if lines were dropped since the last call.
+// flush writes the buffered lines. It fails with errLinesLost if lines were dropped since the last
+// call.
 func (l *logWriter) flush() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -1,5 +1,5 @@
-// Command user-service is a REST API for users over PostgreSQL that publishes each change of a user as an
-// event on RabbitMQ.
+// Command user-service is a REST API for users over PostgreSQL that publishes each change of a user
+// as an event on RabbitMQ.
 //
 // This file owns the commands, the routes, and the start and stop of the service.
 package main
@@ -95,7 +95,8 @@ func makeKey(args []string, stdout io.Writer, log *slog.Logger) int {
 
 var releaseTag = regexp.MustCompile(`^v(\d+\.\d+\.\d+)$`)
 
-// version returns the version of the tag that the binary was built from, else release and the commit.
+// version returns the version of the tag that the binary was built from, else release and the
+// commit.
 func version() string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
@@ -261,9 +262,9 @@ func newHTTPServer(h http.Handler, log *slog.Logger) *httpServer {
 	return s
 }
 
-// shutDown closes the listener, lets requests in progress finish, and closes what takes too long. It does
-// not close an idle connection at once, because its client may be sending a request: that request's
-// answer tells the client to close the connection.
+// shutDown closes the listener, lets requests in progress finish, and closes what takes too long.
+// It does not close an idle connection at once, because its client may be sending a request: that
+// request's answer tells the client to close the connection.
 func (s *httpServer) shutDown(listener net.Listener) error {
 	_ = listener.Close()
 	for end := time.Now().Add(drainIdle); s.open.Load() > 0 && time.Now().Before(end); {

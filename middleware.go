@@ -1,6 +1,7 @@
 package main
 
-// This file owns what is the same for all requests: an ordered list of middleware around the router.
+// This file owns what is the same for all requests: an ordered list of middleware around the
+// router.
 
 import (
 	"context"
@@ -180,8 +181,8 @@ func (s *server) shareAnswers(next handler) handler {
 	}
 }
 
-// limitRequests refuses requests of callers who send too many, and all when too many are in progress.
-// It admits every probe: an overloaded process is alive.
+// limitRequests refuses requests of callers who send too many, and all when too many are in
+// progress. It admits every probe: an overloaded process is alive.
 func (s *server) limitRequests(next handler) handler {
 	return func(w *response, r *http.Request, by caller) error {
 		if r.URL.Path == "/healthz" || r.URL.Path == "/readyz" {
@@ -226,8 +227,8 @@ type route struct {
 // newRouter returns the handler that calls the route of a request. A path without a route is 404; a
 // path without the method is 405 and lists the methods that it has.
 //
-// The ServeMux only matches: its handlers do nothing. So a route's handler can return an error and have
-// a caller, which http.Handler does not provide for.
+// The ServeMux only matches: its handlers do nothing. So a route's handler can return an error and
+// have a caller, which http.Handler does not provide for.
 func newRouter(routes []route) handler {
 	handlers := make(map[string]handler) // by pattern
 	allow := make(map[string]string)     // the methods of a path

@@ -1,6 +1,7 @@
 package main
 
-// This file owns the statements for events, for the relay's lease, and for the maintenance of tables.
+// This file owns the statements for events, for the relay's lease, and for the maintenance of
+// tables.
 
 import (
 	"context"
@@ -22,12 +23,13 @@ func (s *postgres) size(ctx context.Context) (pending int64, oldest time.Duratio
 	return pending, time.Duration(seconds * float64(time.Second)), err
 }
 
-// lead takes or renews the lease unless another replica holds it. After a restore, relay_lease may have
-// several rows. The leader holds all of them: one valid row of another holder is enough to stop it. A row
-// that ends too far in the future is not valid: the clock of the database was set back.
+// lead takes or renews the lease unless another replica holds it. After a restore, relay_lease may
+// have several rows. The leader holds all of them: one valid row of another holder is enough to
+// stop it. A row that ends too far in the future is not valid: the clock of the database was set
+// back.
 //
-// The commit waits for the synchronous standbys, whatever the session's settings are. So every event that
-// was read before is on each standby that may become the primary.
+// The commit waits for the synchronous standbys, whatever the session's settings are. So every
+// event that was read before is on each standby that may become the primary.
 func (s *postgres) lead(ctx context.Context) (leads bool, err error) {
 	once := s.relay
 	once.idempotent = false // a commit that did not wait for the standbys is a failure
@@ -95,8 +97,8 @@ func (s *postgres) remove(ctx context.Context, events []event) error {
 	})
 }
 
-// maintain keeps the tables small until ctx ends. Every replica does so, with or without a broker; a task
-// that one replica has done costs the next one little. It logs when a task starts to fail.
+// maintain keeps the tables small until ctx ends. Every replica does so, with or without a broker;
+// a task that one replica has done costs the next one little. It logs when a task starts to fail.
 func (s *postgres) maintain(ctx context.Context) {
 	failing := make(map[string]bool)
 	attempt := func(task string, f func(context.Context) error) {
@@ -121,8 +123,8 @@ func (s *postgres) maintain(ctx context.Context) {
 	}
 }
 
-// fold replaces many rows of user_counts by their sum. It skips rows that another replica is folding. A
-// snapshot contains either the many rows or the one.
+// fold replaces many rows of user_counts by their sum. It skips rows that another replica is
+// folding. A snapshot contains either the many rows or the one.
 func (s *postgres) fold(ctx context.Context) error {
 	for folded := foldMost; folded == foldMost; {
 		err := s.do(ctx, "folding", s.create, func(ctx context.Context, db querier) error {
@@ -166,8 +168,8 @@ func (s *postgres) sweepKeys(ctx context.Context) error {
 	return nil
 }
 
-// vacuum removes dead rows, which slow down reading the outbox and the total; autovacuum looks once a
-// minute only. It runs outside a transaction, and skips a locked table.
+// vacuum removes dead rows, which slow down reading the outbox and the total; autovacuum looks once
+// a minute only. It runs outside a transaction, and skips a locked table.
 func (s *postgres) vacuum(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, vacuumBudget)
 	defer cancel()

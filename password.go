@@ -19,8 +19,8 @@ import (
 	"golang.org/x/text/unicode/norm"
 )
 
-// The parameters of argon2id. OWASP's password storage cheat sheet lists several pairs of memory and
-// time as equally strong; this one is the cheapest.
+// The parameters of argon2id. OWASP's password storage cheat sheet lists several pairs of memory
+// and time as equally strong; this one is the cheapest.
 const (
 	argonMemory  = 7168 // KiB
 	argonTime    = 5
@@ -60,8 +60,8 @@ func newPasswordRule(minLength int, blocklist bool) fieldRule {
 // hasher hashes and verifies passwords when hashLanes allow it: each takes a core and 7 MiB.
 type hasher struct{ lanes *hashLanes }
 
-// hash returns the PHC string of the NFC form of password. It fails with errBusy, or with the error of
-// ctx if the caller leaves before its turn.
+// hash returns the PHC string of the NFC form of password. It fails with errBusy, or with the error
+// of ctx if the caller leaves before its turn.
 func (h *hasher) hash(ctx context.Context, password string) (phc string, err error) {
 	leave, err := h.lanes.enter(ctx)
 	if err != nil {
@@ -100,8 +100,8 @@ var phcPattern = regexp.MustCompile(
 	`^\$argon2id\$v=19\$m=([1-9]\d{0,4}),t=([1-9]\d?),p=([1-9]\d?)` +
 		`\$([A-Za-z0-9+/]{11,86})\$([A-Za-z0-9+/]{6,86})$`)
 
-// parsePHC fails with errHash unless phc is the canonical form of an argon2id hash that takes at most
-// 64 MiB and ten passes.
+// parsePHC fails with errHash unless phc is the canonical form of an argon2id hash that takes at
+// most 64 MiB and ten passes.
 func parsePHC(phc string) (argonHash, error) {
 	fields := phcPattern.FindStringSubmatch(phc)
 	if fields == nil {
@@ -119,8 +119,8 @@ func parsePHC(phc string) (argonHash, error) {
 	return argonHash{uint32(memory), uint32(passes), uint8(threads), salt, key}, nil
 }
 
-// verify reports whether phc is a hash of password. It fails with errHash before it computes anything,
-// and with the errors of hash.
+// verify reports whether phc is a hash of password. It fails with errHash before it computes
+// anything, and with the errors of hash.
 func (h *hasher) verify(ctx context.Context, password, phc string) (bool, error) {
 	want, err := parsePHC(phc)
 	if err != nil {

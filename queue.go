@@ -5,8 +5,8 @@ import (
 	"sync"
 )
 
-// queues lets one call per key work at a time. Further calls with the key wait in the order in which
-// they came.
+// queues lets one call per key work at a time. Further calls with the key wait in the order in
+// which they came.
 type queues[K comparable] struct {
 	mu   sync.Mutex
 	keys map[K]*queue

@@ -20,7 +20,8 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// rabbitMQ is the broker of a service with a RABBITMQ_URL. Its names derive from that of the exchange.
+// rabbitMQ is the broker of a service with a RABBITMQ_URL. Its names derive from that of the
+// exchange.
 type rabbitMQ struct {
 	urls       []string     // of the hosts of a cluster, which are tried in turn
 	host       atomic.Int64 // index of the host that answered last
@@ -76,8 +77,8 @@ type rabbitConn struct {
 	socket *brokerSocket
 }
 
-// dial connects to the host that answered last, else to the next one that answers. The caller closes the
-// connection with disconnect.
+// dial connects to the host that answered last, else to the next one that answers. The caller
+// closes the connection with disconnect.
 func (b *rabbitMQ) dial(ctx context.Context, purpose string) (c *rabbitConn, err error) {
 	var errs []error
 	for range b.urls {
@@ -123,17 +124,17 @@ func (b *rabbitMQ) dialHost(ctx context.Context, url, purpose string) (*rabbitCo
 	return c, nil
 }
 
-// disconnect closes the connection, in an orderly way if the broker answers within brokerGoodbye. Close
-// alone would wait for ever for a broker that has stopped reading, and CloseDeadline for as long as it
-// sends heartbeats.
+// disconnect closes the connection, in an orderly way if the broker answers within brokerGoodbye.
+// Close alone would wait for ever for a broker that has stopped reading, and CloseDeadline for as
+// long as it sends heartbeats.
 func (c *rabbitConn) disconnect() {
 	defer time.AfterFunc(brokerGoodbye, func() { _ = c.socket.Close() }).Stop()
 	_ = c.CloseDeadline(time.Now().Add(brokerGoodbye))
 }
 
-// brokerSocket sets a deadline for each write, in which amqp091 would hang while a broker in a memory
-// alarm does not read. While it is corked, it collects messages: with a write for each of them,
-// publishing takes four times as long.
+// brokerSocket sets a deadline for each write, in which amqp091 would hang while a broker in a
+// memory alarm does not read. While it is corked, it collects messages: with a write for each of
+// them, publishing takes four times as long.
 type brokerSocket struct {
 	net.Conn
 
@@ -183,8 +184,8 @@ type declaration struct {
 	declare func(*amqp.Channel) error
 }
 
-// topology returns the exchange of the events, the consumer's queue, and the exchange and queue of dead
-// letters. RabbitMQ accepts these arguments from 3.10 on.
+// topology returns the exchange of the events, the consumer's queue, and the exchange and queue of
+// dead letters. RabbitMQ accepts these arguments from 3.10 on.
 func (b *rabbitMQ) topology() []declaration {
 	exchange := func(name, kind string) declaration {
 		return declaration{"exchange " + name, func(ch *amqp.Channel) error {
@@ -219,12 +220,12 @@ func (b *rabbitMQ) topology() []declaration {
 	}
 }
 
-// mismatchCodes are the refusals of a declaration whose name exists with other properties, or that the
-// user may not make.
+// mismatchCodes are the refusals of a declaration whose name exists with other properties, or that
+// the user may not make.
 var mismatchCodes = []int{amqp.PreconditionFailed, amqp.AccessRefused, amqp.ResourceLocked}
 
-// declareTopology declares what is missing. It logs what RabbitMQ refuses to change, and keeps it. Unless
-// all is set, it skips what was refused before: each refusal closes a channel.
+// declareTopology declares what is missing. It logs what RabbitMQ refuses to change, and keeps it.
+// Unless all is set, it skips what was refused before: each refusal closes a channel.
 func (b *rabbitMQ) declareTopology(conn *amqp.Connection, all bool) error {
 	ch, err := conn.Channel()
 	if err != nil {
@@ -254,8 +255,8 @@ func (b *rabbitMQ) declareTopology(conn *amqp.Connection, all bool) error {
 	return ch.Close()
 }
 
-// rabbitPublisher publishes on one channel. Its connection is not the consumer's, because an alarm of
-// the broker blocks connections that publish.
+// rabbitPublisher publishes on one channel. Its connection is not the consumer's, because an alarm
+// of the broker blocks connections that publish.
 type rabbitPublisher struct {
 	broker  *rabbitMQ
 	conn    *rabbitConn
@@ -284,9 +285,9 @@ func (p *rabbitPublisher) closed() bool { return p.channel.IsClosed() }
 
 func (p *rabbitPublisher) close() { p.conn.disconnect() }
 
-// publish sends all events and then waits for their confirms, at most relayWindow at a time. If no queue
-// takes an event, and one is bound before the next event of the same user is sent, the two arrive in
-// reverse order. That requires somebody who deletes queues, and their messages with them.
+// publish sends all events and then waits for their confirms, at most relayWindow at a time. If no
+// queue takes an event, and one is bound before the next event of the same user is sent, the two
+// arrive in reverse order. That requires somebody who deletes queues, and their messages with them.
 func (p *rabbitPublisher) publish(ctx context.Context, events []event) (n int, err error) {
 	for window := range slices.Chunk(events, relayWindow) { // the capacity of returns
 		confirmed, err := p.publishWindow(ctx, window)
@@ -362,8 +363,8 @@ func countConfirmed(ctx context.Context, confirms []*amqp.DeferredConfirmation) 
 	return len(confirms), nil
 }
 
-// firstReturned returns the index of the first event that was returned, or their number. All returns
-// arrive before the confirms.
+// firstReturned returns the index of the first event that was returned, or their number. All
+// returns arrive before the confirms.
 func (p *rabbitPublisher) firstReturned(events []event) int {
 	returned := make(map[string]bool)
 	for more := true; more; {
@@ -432,8 +433,8 @@ func (b *rabbitMQ) subscribe(conn *amqp.Connection) (<-chan amqp.Delivery, error
 	return ch.Consume(b.queue(), "", false, false, false, false, nil)
 }
 
-// settle handles deliveries and then acknowledges them. While they cannot be handled it keeps them and
-// tries again, with growing pauses: returning them to the queue would use up one of their 20
+// settle handles deliveries and then acknowledges them. While they cannot be handled it keeps them
+// and tries again, with growing pauses: returning them to the queue would use up one of their 20
 // deliveries. It fails only when ctx or the connection ends.
 func (b *rabbitMQ) settle(ctx context.Context, conn interface{ IsClosed() bool },
 	deliveries []amqp.Delivery, handler messageHandler) error {
@@ -449,8 +450,8 @@ func (b *rabbitMQ) settle(ctx context.Context, conn interface{ IsClosed() bool }
 	}
 }
 
-// settleOnce rejects unreadable messages, which puts them aside, and acknowledges the others together.
-// If the connection ends before that, they are delivered again.
+// settleOnce rejects unreadable messages, which puts them aside, and acknowledges the others
+// together. If the connection ends before that, they are delivered again.
 func settleOnce(ctx context.Context, deliveries []amqp.Delivery, handler messageHandler) error {
 	bodies := make([][]byte, len(deliveries))
 	for i, d := range deliveries {
@@ -475,7 +476,8 @@ func settleOnce(ctx context.Context, deliveries []amqp.Delivery, handler message
 	return deliveries[last].Ack(true)
 }
 
-// received returns d and the deliveries that have arrived after it. The prefetch limits their number.
+// received returns d and the deliveries that have arrived after it. The prefetch limits their
+// number.
 func received(d amqp.Delivery, more <-chan amqp.Delivery) []amqp.Delivery {
 	deliveries := []amqp.Delivery{d}
 	for {

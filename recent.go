@@ -1,7 +1,7 @@
 package main
 
-// recent is a map that keeps the entries put last: at least max/2 of them, and at most max. It is not
-// safe for concurrent use.
+// recent is a map that keeps the entries put last: at least max/2 of them, and at most max. It is
+// not safe for concurrent use.
 type recent[K comparable, V any] struct {
 	max          int
 	newer, older map[K]V

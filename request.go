@@ -22,8 +22,8 @@ import (
 	"unicode/utf8"
 )
 
-// userID returns the id in the path. It fails with errNoRoute unless that is the canonical form of an
-// int64 of 0 or more.
+// userID returns the id in the path. It fails with errNoRoute unless that is the canonical form of
+// an int64 of 0 or more.
 func userID(r *http.Request) (int64, error) {
 	text := r.PathValue("id")
 	id, err := strconv.ParseInt(text, 10, 64)
@@ -87,8 +87,8 @@ func readFields(w http.ResponseWriter, r *http.Request, rules map[string]fieldRu
 	return fields, nil
 }
 
-// readBody returns the body of r if it has one of the media types. It fails with the problems 415, 413,
-// 408 and 400, in this order, and with errClientGone.
+// readBody returns the body of r if it has one of the media types. It fails with the problems 415,
+// 413, 408 and 400, in this order, and with errClientGone.
 func readBody(w http.ResponseWriter, r *http.Request, mediaTypes ...string) ([]byte, error) {
 	if !hasMediaType(r.Header["Content-Type"], mediaTypes) {
 		return nil, newProblem(http.StatusUnsupportedMediaType,
@@ -181,8 +181,8 @@ func jsonType(token json.Token) string {
 	return "a number"
 }
 
-// parseString returns a member's value, which must be a string of Unicode text without NUL. It refuses
-// what encoding/json would replace silently.
+// parseString returns a member's value, which must be a string of Unicode text without NUL. It
+// refuses what encoding/json would replace silently.
 func parseString(value json.RawMessage) (string, error) {
 	var text string
 	switch {
@@ -207,7 +207,8 @@ var (
 	halfSurrogate = regexp.MustCompile(`(?i)\\ud[89a-f]`)
 )
 
-// hasLoneSurrogate reports whether the escapes of a valid JSON string contain half of a surrogate pair.
+// hasLoneSurrogate reports whether the escapes of a valid JSON string contain half of a surrogate
+// pair.
 func hasLoneSurrogate(literal []byte) bool {
 	return halfSurrogate.Match(wholeEscape.ReplaceAll(literal, nil))
 }
@@ -244,8 +245,8 @@ func matchVersions(h http.Header) []int64 {
 	return versions
 }
 
-// noneMatchFails reports whether If-None-Match lists the version, by weak comparison (RFC 9110, section
-// 13.1.2).
+// noneMatchFails reports whether If-None-Match lists the version, by weak comparison (RFC 9110,
+// section 13.1.2).
 func noneMatchFails(h http.Header, version int64) bool {
 	return slices.ContainsFunc(parseEntityTags(h["If-None-Match"]), func(tag string) bool {
 		return tag == "*" || strings.TrimPrefix(tag, "W/") == entityTag(version)
@@ -260,8 +261,8 @@ var (
 		`^` + entityTagPattern + `(?:[ \t]*,[ \t,]*` + entityTagPattern + `)*$`)
 )
 
-// parseEntityTags returns the tags of a list (RFC 9110, section 8.8.3), or a single "*". It returns nil
-// if the lines are neither.
+// parseEntityTags returns the tags of a list (RFC 9110, section 8.8.3), or a single "*". It returns
+// nil if the lines are neither.
 func parseEntityTags(lines []string) []string {
 	list := strings.Trim(strings.Join(lines, ","), " \t,")
 	if list == "*" {
@@ -363,8 +364,8 @@ func (q listQuery) list(users []User, total int64) userList {
 	return list
 }
 
-// links returns the Link header of a list (RFC 8288). It leaves out a last page that is too far away
-// for the parameter page.
+// links returns the Link header of a list (RFC 8288). It leaves out a last page that is too far
+// away for the parameter page.
 func (q listQuery) links(list userList) string {
 	var links []string
 	link := func(relation, position string, n int64) {

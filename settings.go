@@ -37,8 +37,8 @@ type settings struct {
 	corsOrigins       []string
 }
 
-// settingError names a variable that cannot be used, and what it must be. It never contains the value,
-// which may be a secret.
+// settingError names a variable that cannot be used, and what it must be. It never contains the
+// value, which may be a secret.
 type settingError struct {
 	name  string
 	takes string
@@ -121,8 +121,9 @@ func intBetween(low, high int) func(string) (int, error) {
 	}
 }
 
-// checkURL refuses mistakes that the drivers accept. An "@" after the host belongs to a password that is
-// not percent-encoded: part of it would be taken for the path, and appear in error messages.
+// checkURL refuses mistakes that the drivers accept. An "@" after the host belongs to a password
+// that is not percent-encoded: part of it would be taken for the path, and appear in error
+// messages.
 func checkURL(text string, schemes ...string) error {
 	scheme, rest, ok := strings.Cut(text, "://")
 	if !ok || !slices.Contains(schemes, scheme) {
@@ -229,8 +230,8 @@ func parseDelay(text string) (time.Duration, error) {
 	return d, nil
 }
 
-// getenvWithFile returns a function that looks up a name in the environment and then in the file at path,
-// which may be missing. An empty value counts as not set in both.
+// getenvWithFile returns a function that looks up a name in the environment and then in the file at
+// path, which may be missing. An empty value counts as not set in both.
 func getenvWithFile(path string) (func(string) string, error) {
 	content, err := os.ReadFile(path) // #nosec G304 -- main passes .env
 	if errors.Is(err, fs.ErrNotExist) {
@@ -251,8 +252,8 @@ func getenvWithFile(path string) (func(string) string, error) {
 	}, nil
 }
 
-// parseEnvFile reads the format of `docker run --env-file`, and also accepts "export " before a name and
-// quotes around a value. A name without "=" is not set.
+// parseEnvFile reads the format of `docker run --env-file`, and also accepts "export " before a
+// name and quotes around a value. A name without "=" is not set.
 func parseEnvFile(content string) (map[string]string, error) {
 	values := make(map[string]string)
 	number := 0

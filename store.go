@@ -33,9 +33,9 @@ type postgres struct {
 	changing           queues[int64] // by id of the changed user
 }
 
-// newPostgres divides the connections that requests share. One is reserved for reads, so that lists and
-// writes cannot delay them. Of the others, creations and changes of locked users get a third each, so
-// that they cannot delay changes of free users.
+// newPostgres divides the connections that requests share. One is reserved for reads, so that lists
+// and writes cannot delay them. Of the others, creations and changes of locked users get a third
+// each, so that they cannot delay changes of free users.
 func newPostgres(pool *pgxpool.Pool, explicit bool, log *slog.Logger) *postgres {
 	shared := int(pool.Config().MaxConns) - reservedConns
 	requests, writes := slots(shared), slots(shared-1)
@@ -56,8 +56,8 @@ func newPostgres(pool *pgxpool.Pool, explicit bool, log *slog.Logger) *postgres 
 	return s
 }
 
-// userColumns are the columns of a User. A time outside the range of JSON, which only a row from before
-// the CHECK of schema.sql can have, becomes the nearest one inside.
+// userColumns are the columns of a User. A time outside the range of JSON, which only a row from
+// before the CHECK of schema.sql can have, becomes the nearest one inside.
 const userColumns = `id, name, surname, version,
 	least(greatest(created_at, '0001-01-01 00:00Z'), '9999-12-31 23:59:59.999999Z') AS created_at,
 	least(greatest(updated_at, '0001-01-01 00:00Z'), '9999-12-31 23:59:59.999999Z') AS updated_at`
@@ -66,8 +66,8 @@ func (u *User) scanInto() []any {
 	return []any{&u.ID, &u.Name, &u.Surname, &u.Version, &u.CreatedAt.Time, &u.UpdatedAt.Time}
 }
 
-// createUser tries again in two cases of a duplicate: if the sequence of ids is behind, because somebody
-// inserted users with explicit ids, and if the idempotency key has expired.
+// createUser tries again in two cases of a duplicate: if the sequence of ids is behind, because
+// somebody inserted users with explicit ids, and if the idempotency key has expired.
 func (s *postgres) createUser(ctx context.Context, in userInput, key string) (User, error) {
 	for retries := 0; ; retries++ {
 		u, err := s.insertUser(ctx, in, key)
@@ -131,8 +131,8 @@ func (s *postgres) insertUser(ctx context.Context, in userInput, key string) (Us
 	return u, err
 }
 
-// creationUnder locks the row, so that its commit waits for the synchronous standbys: a creation may
-// be visible before they have it.
+// creationUnder locks the row, so that its commit waits for the synchronous standbys: a creation
+// may be visible before they have it.
 func (s *postgres) creationUnder(ctx context.Context, key string) (User, string, error) {
 	var u User
 	var password string
@@ -233,8 +233,8 @@ func (s *postgres) deleteUser(ctx context.Context, id int64, match []int64) erro
 	return err
 }
 
-// userChange is an update or a deletion of a user. nil fields stay unchanged; a nil match accepts any
-// version.
+// userChange is an update or a deletion of a user. nil fields stay unchanged; a nil match accepts
+// any version.
 type userChange struct {
 	id                      int64
 	name, surname, password *string
@@ -242,8 +242,8 @@ type userChange struct {
 	traceID                 string
 }
 
-// These statements make changes of different users, and return the changed users. A user that is not
-// returned is missing, has another version, or, with SKIP LOCKED, is locked by somebody else.
+// These statements make changes of different users, and return the changed users. A user that is
+// not returned is missing, has another version, or, with SKIP LOCKED, is locked by somebody else.
 const (
 	changeUsers = `
 		WITH change AS (
@@ -270,11 +270,11 @@ const (
 		RETURNING ` + userColumns
 )
 
-// changer makes changes of one kind. Changes share statements, but must not suffer from each other: one
-// whose user is locked would delay the others, and one that PostgreSQL refuses would undo them. So a
-// change is first tried together with others, by a statement that skips locked users. If that does not
-// make it, it is tried alone, by a statement that waits for the lock. Both have at most one change per
-// user, because a statement changes a row only once.
+// changer makes changes of one kind. Changes share statements, but must not suffer from each other:
+// one whose user is locked would delay the others, and one that PostgreSQL refuses would undo them.
+// So a change is first tried together with others, by a statement that skips locked users. If that
+// does not make it, it is tried alone, by a statement that waits for the lock. Both have at most
+// one change per user, because a statement changes a row only once.
 type changer struct {
 	group   *Group[*userChange, User]
 	waiting string // the statement that waits for locks
@@ -297,15 +297,15 @@ func (s *postgres) newChanger(sql string) changer {
 	}
 }
 
-// isRefused reports whether PostgreSQL refused a shared statement, or a limit of the site on statements
-// or locks ended it. Then nothing was changed.
+// isRefused reports whether PostgreSQL refused a shared statement, or a limit of the site on
+// statements or locks ended it. Then nothing was changed.
 func isRefused(ctx context.Context, err error) bool {
 	return isTimeout(err) && ctx.Err() == nil ||
 		err != nil && !errors.Is(err, errUnavailable) && !errors.Is(err, errOutcomeUnknown)
 }
 
-// change makes c after all earlier changes of the same user by this replica. So a locked user occupies
-// one connection, however many changes wait.
+// change makes c after all earlier changes of the same user by this replica. So a locked user
+// occupies one connection, however many changes wait.
 func (s *postgres) change(ctx context.Context, by changer, c *userChange) (User, error) {
 	c.traceID = traceID(ctx)
 	deadline := time.Now().Add(statementBudget)

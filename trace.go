@@ -1,6 +1,7 @@
 package main
 
-// This file owns the trace id, which connects a request with its events, and the UUIDs that name both.
+// This file owns the trace id, which connects a request with its events, and the UUIDs that name
+// both.
 
 import (
 	"context"
@@ -31,8 +32,8 @@ var (
 		`^([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(-.*)?$`)
 )
 
-// requestTraceID returns the X-Request-Id of a request, else the trace id of its traceparent, else a
-// new UUID. It ignores headers that are repeated or malformed.
+// requestTraceID returns the X-Request-Id of a request, else the trace id of its traceparent, else
+// a new UUID. It ignores headers that are repeated or malformed.
 func requestTraceID(h http.Header) string {
 	if ids := h["X-Request-Id"]; len(ids) == 1 && requestIDPattern.MatchString(ids[0]) {
 		return ids[0]
@@ -45,8 +46,8 @@ func requestTraceID(h http.Header) string {
 	return newUUIDv4()
 }
 
-// parentTraceID returns the trace-id field of a traceparent header (W3C Trace Context, section 3.2), or
-// "" if the header is invalid. Only versions above 00 may have a fifth field.
+// parentTraceID returns the trace-id field of a traceparent header (W3C Trace Context, section
+// 3.2), or "" if the header is invalid. Only versions above 00 may have a fifth field.
 func parentTraceID(traceparent string) string {
 	fields := traceparentPattern.FindStringSubmatch(traceparent)
 	if fields == nil {
@@ -67,7 +68,8 @@ func newUUIDv4() string {
 	return formatUUID(b, 4)
 }
 
-// newUUIDv7 returns a UUID that begins with the current time in milliseconds (RFC 9562, section 5.7).
+// newUUIDv7 returns a UUID that begins with the current time in milliseconds (RFC 9562, section
+// 5.7).
 func newUUIDv7() string {
 	var b [16]byte
 	rand.Read(b[:])

@@ -1,7 +1,7 @@
 package main
 
-// This file owns users: the type, the rules for its fields, the store's interface, and a handler for
-// each route, in the order of the routes.
+// This file owns users: the type, the rules for its fields, the store's interface, and a handler
+// for each route, in the order of the routes.
 
 import (
 	"context"
@@ -36,20 +36,20 @@ type userList struct {
 	NextAfter *int64 `json:"next_after"`
 }
 
-// userInput holds the fields that a request sets; nil fields are not set. Handlers replace the password
-// by its hash before they call the store.
+// userInput holds the fields that a request sets; nil fields are not set. Handlers replace the
+// password by its hash before they call the store.
 type userInput struct {
 	name     *string
 	surname  *string
 	password *string
 }
 
-// userStore stores users. Each change commits together with its event. If match is not nil, a change
-// requires that the user's version is one of match.
+// userStore stores users. Each change commits together with its event. If match is not nil, a
+// change requires that the user's version is one of match.
 //
-// Besides the errors below, every method fails with errUnavailable, and with the context's error if the
-// caller leaves before the work begins. A change also fails with errOutcomeUnknown, with errInvalidValue,
-// and with errReferenced or errRefused if the database has rules of its own.
+// Besides the errors below, every method fails with errUnavailable, and with the context's error if
+// the caller leaves before the work begins. A change also fails with errOutcomeUnknown, with
+// errInvalidValue, and with errReferenced or errRefused if the database has rules of its own.
 type userStore interface {
 	// createUser requires all fields of in. If key is not "" and a user was created under it, it
 	// fails with errKeyUsed.
@@ -61,14 +61,14 @@ type userStore interface {
 	getUser(ctx context.Context, id int64) (User, error)
 	// passwordHash fails with errNotFound.
 	passwordHash(ctx context.Context, id int64) (string, error)
-	// rehashPassword replaces a hash by another one of the same password, if old is still stored. It
-	// changes neither the version nor makes an event.
+	// rehashPassword replaces a hash by another one of the same password, if old is still stored.
+	// It changes neither the version nor makes an event.
 	rehashPassword(ctx context.Context, id int64, old, hash string) error
 	// listUsers returns up to limit users with ids above after, in the order of ids, without the
 	// first offset of them. total counts all users.
 	listUsers(ctx context.Context, after, offset, limit int64) (users []User, total int64, err error)
-	// updateUser fails with errNotFound, then errVersionMismatch. If nothing differs, it returns the
-	// unchanged user and makes no event.
+	// updateUser fails with errNotFound, then errVersionMismatch. If nothing differs, it returns
+	// the unchanged user and makes no event.
 	updateUser(ctx context.Context, id int64, in userInput, match []int64) (User, error)
 	// deleteUser fails with errNotFound, then errVersionMismatch.
 	deleteUser(ctx context.Context, id int64, match []int64) error
@@ -241,7 +241,8 @@ func (a *api) verify(ctx context.Context, id int64, password string) (bool, erro
 	return valid, err
 }
 
-// rehash replaces a hash that has outdated parameters. If it fails, the next verification tries again.
+// rehash replaces a hash that has outdated parameters. If it fails, the next verification tries
+// again.
 func (a *api) rehash(ctx context.Context, id int64, old, password string) {
 	hash, err := a.hasher.hash(ctx, password)
 	if err == nil {
