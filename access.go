@@ -158,7 +158,8 @@ func (a *access) clientNetwork(r *http.Request) string {
 	client := peer.Addr().Unmap()
 	hops := strings.Split(strings.Join(r.Header["X-Forwarded-For"], ","), ",")
 	for _, hop := range slices.Backward(hops) {
-		if !slices.ContainsFunc(a.proxies, func(p netip.Prefix) bool { return p.Contains(client) }) {
+		trusted := func(proxy netip.Prefix) bool { return proxy.Contains(client) }
+		if !slices.ContainsFunc(a.proxies, trusted) {
 			break
 		}
 		address, err := netip.ParseAddr(strings.TrimSpace(hop))
@@ -256,9 +257,9 @@ func (l *limiter[K]) admit(h http.Header, client K) error {
 	l.mu.Unlock()
 
 	seconds := func(tokens float64) int { return int(math.Ceil(tokens / float64(l.rate))) }
-	h.Add("RateLimit-Policy", fmt.Sprintf(`%q;q=%d;w=%d`, l.name, l.burst, seconds(float64(l.burst))))
-	h.Add("RateLimit", fmt.Sprintf(`%q;r=%d;t=%d`, l.name, int(max(left, 0)),
-		seconds(float64(l.burst)-left)))
+	burst := float64(l.burst)
+	h.Add("RateLimit-Policy", fmt.Sprintf(`%q;q=%d;w=%d`, l.name, l.burst, seconds(burst)))
+	h.Add("RateLimit", fmt.Sprintf(`%q;r=%d;t=%d`, l.name, int(max(left, 0)), seconds(burst-left)))
 	if !allowed {
 		h.Set("Retry-After", strconv.Itoa(max(seconds(1-left), 1)))
 		return newProblem(http.StatusTooManyRequests,

@@ -46,7 +46,8 @@ func wake(c chan struct{}) {
 // keepUp runs session again whenever it ends, until ctx does. It logs the first failure in a row,
 // and the recovery when session calls onReady. Between attempts it waits with full jitter, up to a
 // bound that doubles from 0.5 s to 5 s, so that replicas do not reconnect at the same moment.
-func keepUp(ctx context.Context, log *slog.Logger, name string, session func(onReady func()) error) {
+func keepUp(ctx context.Context, log *slog.Logger, name string,
+	session func(onReady func()) error) {
 	failures := 0
 	onReady := func() {
 		if failures > 0 {

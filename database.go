@@ -237,9 +237,11 @@ func applySchema(ctx context.Context, conn *pgx.Conn) error {
 		options := pgx.TxOptions{IsoLevel: pgx.ReadCommitted}
 		err := pgx.BeginTxFunc(ctx, conn, options, func(tx pgx.Tx) error {
 			_, err := tx.Exec(ctx, `
-				SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true),
+				SELECT
+					set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true),
 					set_config('client_min_messages', 'notice', true),
-					set_config('statement_timeout', '0', true), set_config('lock_timeout', '0', true);
+					set_config('statement_timeout', '0', true),
+					set_config('lock_timeout', '0', true);
 				SELECT pg_advisory_xact_lock(hashtext('user-service'), hashtext(current_schema()));
 				SELECT set_config('lock_timeout', '200ms', true);
 				SELECT set_config('synchronous_commit', 'local', true)
@@ -443,7 +445,8 @@ func sentinel(err error, lost, harmless bool) error {
 		return fmt.Errorf("%w: %w", errInvalidValue, err)
 	case code == "23503":
 		return fmt.Errorf("%w: %w", errReferenced, err)
-	case class == "23", code == "P0001", code == "22001", code == "44000": // a constraint, RAISE, a length
+	case class == "23", // a constraint
+		code == "P0001", code == "22001", code == "44000": // RAISE, a length, a view's check
 		return fmt.Errorf("%w: %w", errRefused, err)
 	}
 	return err

@@ -196,7 +196,8 @@ func (r *relay) session(ctx, work context.Context, onReady func()) error {
 // relayOnce publishes the oldest events and returns how many. It reads them first and then renews
 // the lease: that commit waits for the synchronous standbys, so that after it no failover can lose
 // what was read.
-func (r *relay) relayOnce(ctx context.Context, p publisher, led bool) (leads bool, n int, err error) {
+func (r *relay) relayOnce(ctx context.Context, p publisher, led bool) (
+	leads bool, n int, err error) {
 	if !led {
 		leads, err = r.acquireLeadership(ctx)
 		return leads, 0, err

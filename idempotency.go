@@ -38,8 +38,8 @@ func idempotencyKey(h http.Header, by caller) (string, error) {
 		key = lines[0]
 	}
 	if len(lines) > 1 || key == "" || len(key) > maxKeyLength {
-		return "", newProblem(http.StatusBadRequest, fmt.Sprintf(
-			"Idempotency-Key must be one string of 1 to %d printable ASCII characters", maxKeyLength))
+		return "", newProblem(http.StatusBadRequest, fmt.Sprintf("Idempotency-Key must be one "+
+			"string of 1 to %d printable ASCII characters", maxKeyLength))
 	}
 	if by.name != "" {
 		key = by.name + "\t" + key
@@ -50,7 +50,8 @@ func idempotencyKey(h http.Header, by caller) (string, error) {
 // createOnce creates a user, or returns the user that was created under the same key before. While
 // this replica is working on a request with the key, another one is refused with a 409. Two
 // replicas may both begin; then the database lets one create, and the other returns its user.
-func (a *api) createOnce(ctx context.Context, h http.Header, in userInput, key string) (User, error) {
+func (a *api) createOnce(ctx context.Context, h http.Header, in userInput, key string) (
+	User, error) {
 	budget, cancel := context.WithTimeout(ctx, creationBudget)
 	defer cancel()
 	if key != "" {
@@ -79,7 +80,8 @@ func (a *api) createOnce(ctx context.Context, h http.Header, in userInput, key s
 // errNotFound, or with a 422 for another input. Because the answer shows whether the password is
 // the same, it counts as a verification. ctx is the caller's, budget limits the statements, h is of
 // the answer.
-func (a *api) replay(ctx, budget context.Context, h http.Header, in userInput, key string) (User, error) {
+func (a *api) replay(ctx, budget context.Context, h http.Header, in userInput, key string) (
+	User, error) {
 	u, hash, err := a.store.creationUnder(budget, key)
 	if err != nil {
 		return User{}, err

@@ -29,8 +29,8 @@ const requestBudget = 5 * time.Second
 // Shares of the request budget. Each leaves time for what follows it.
 const (
 	creationBudget  = requestBudget * 9 / 10 // all statements of a POST
-	statementBudget = requestBudget * 4 / 5  // one statement: the wait for a connection and the answer
-	batchBudget     = requestBudget * 3 / 5  // a shared statement; callers may need one of their own after it
+	statementBudget = requestBudget * 4 / 5  // one statement, with the wait for a connection
+	batchBudget     = requestBudget * 3 / 5  // a shared statement; another one may follow
 	connectBudget   = requestBudget * 2 / 5  // connecting to one database host
 	allHostsBudget  = requestBudget * 3 / 5  // connecting to one of several hosts
 	readyBudget     = requestBudget * 2 / 5  // /readyz follows the database within 3 s
@@ -42,7 +42,7 @@ const (
 const (
 	readHeaderTimeout = 3 * time.Second
 	readTimeout       = 2 * requestBudget           // a slow client may send for this long
-	writeTimeout      = readTimeout + requestBudget // so an answer is not cut off before its budget ends
+	writeTimeout      = readTimeout + requestBudget // and then its budget
 	idleTimeout       = 60 * time.Second
 	maxHeaderBytes    = 8 << 10
 	maxBodyBytes      = 64 << 10
@@ -108,7 +108,7 @@ const (
 	keyPages       = 500       // table pages of 8 KiB that one statement of a pass reads
 	foldFrom       = 50        // rows of user_counts, below which folding is not worth a statement
 	foldMost       = 200_000   // rows that one statement folds
-	foldBytes      = 1 << 20   // table size, above which one row moves too, so that vacuum can truncate
+	foldBytes      = 1 << 20   // table size above which one row moves too, for vacuum to truncate
 	vacuumInterval = 10 * time.Second
 	vacuumBudget   = 5 * time.Minute
 )

@@ -54,7 +54,8 @@ func (h *logHandler) Handle(ctx context.Context, r slog.Record) error {
 
 // logInfo logs an event at the given time. The methods of slog.Logger would look up the source
 // line, which is never shown.
-func logInfo(ctx context.Context, log *slog.Logger, at time.Time, event string, attrs ...slog.Attr) {
+func logInfo(ctx context.Context, log *slog.Logger, at time.Time, event string,
+	attrs ...slog.Attr) {
 	if log.Enabled(ctx, slog.LevelInfo) {
 		r := slog.NewRecord(at, slog.LevelInfo, event, 0)
 		r.AddAttrs(attrs...)

@@ -66,7 +66,7 @@ func command(ctx context.Context, args []string, stdout io.Writer) int {
 	case "healthcheck":
 		err = checkHealth(s)
 	default:
-		log.Error("Unknown command", "error", "the commands are: none, which serves; key; healthcheck")
+		log.Error("Unknown command", "error", "commands: none to serve, key, healthcheck")
 		return 2
 	}
 	if err != nil {
@@ -80,12 +80,12 @@ func command(ctx context.Context, args []string, stdout io.Writer) int {
 func makeKey(args []string, stdout io.Writer, log *slog.Logger) int {
 	readOnly := len(args) == 2 && args[1] == "read"
 	if len(args) != 1 && !readOnly {
-		log.Error("Invalid arguments", "error", "usage: key NAME, or key NAME read for a read-only key")
+		log.Error("Invalid arguments", "error", "usage: key NAME [read]")
 		return 2
 	}
 	key, setting, err := newAPIKey(args[0], readOnly)
 	if err != nil {
-		log.Error("Invalid arguments", "error", "NAME must have 1 to 64 of the characters A-Z a-z 0-9 . _ -")
+		log.Error("Invalid arguments", "error", "NAME must be 1 to 64 of A-Z a-z 0-9 . _ -")
 		return 2
 	}
 	fmt.Fprintf(stdout, "API key, shown only once:\n%s\n"+
@@ -142,7 +142,8 @@ func run(ctx context.Context, s settings, machine limits, out *logWriter) error 
 		log.Warn("No API_KEYS: every client that reaches the service has full access")
 	}
 	draining := &atomic.Bool{}
-	server := newHTTPServer(newHandler(dependencies{s, machine, store, broker, log, set, draining}), log)
+	handler := newHandler(dependencies{s, machine, store, broker, log, set, draining})
+	server := newHTTPServer(handler, log)
 
 	listener, err := net.Listen("tcp", net.JoinHostPort(s.host, strconv.Itoa(s.port)))
 	if err != nil {

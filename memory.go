@@ -116,7 +116,8 @@ func (m *memory) listUsers(_ context.Context, after, offset, limit int64) ([]Use
 	return users, int64(len(m.users)), nil
 }
 
-func (m *memory) updateUser(ctx context.Context, id int64, in userInput, match []int64) (User, error) {
+func (m *memory) updateUser(ctx context.Context, id int64, in userInput, match []int64) (
+	User, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	i, err := m.find(id, match)

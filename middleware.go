@@ -52,7 +52,8 @@ type dependencies struct {
 func newHandler(d dependencies) http.Handler {
 	t, access := &traffic{}, newAccess(d.settings)
 	a, h := newAPI(d, t), &health{d.store, d.broker, d.metrics, d.draining}
-	return newServer(d, t, access, slices.Concat(publicRoutes(h), access.protect(protectedRoutes(a, h))))
+	routes := append(publicRoutes(h), access.protect(protectedRoutes(a, h))...)
+	return newServer(d, t, access, routes)
 }
 
 // newServer returns routes within the middleware. The first of the list is the outermost: it sees a
@@ -85,7 +86,8 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if s.draining.Load() {
 		h.Set("Connection", "close")
 	}
-	res := &response{ResponseWriter: w, gone: r.Context().Done(), isHead: r.Method == http.MethodHead}
+	isHead := r.Method == http.MethodHead
+	res := &response{ResponseWriter: w, gone: r.Context().Done(), isHead: isHead}
 	if err := s.handle(res, r, s.access.identify(r.Header)); err != nil {
 		// net/http would send an empty 200, or end half an answer as if it were whole.
 		panic(http.ErrAbortHandler)
@@ -202,7 +204,7 @@ func (s *server) limitRequests(next handler) handler {
 func (s *server) refuseOrigins(next handler) handler {
 	return func(w *response, r *http.Request, by caller) error {
 		if err := s.access.crossOrigin.Check(r); err != nil {
-			return newProblem(http.StatusForbidden, "Pages of this origin may not send this request")
+			return newProblem(http.StatusForbidden, "Pages of this origin must not send this")
 		}
 		return next(w, r, by)
 	}

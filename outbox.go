@@ -17,7 +17,8 @@ func (s *postgres) size(ctx context.Context) (pending int64, oldest time.Duratio
 	var seconds float64
 	err = s.do(ctx, "counting events", s.probe, func(ctx context.Context, db querier) error {
 		return db.QueryRow(ctx, `
-			SELECT count(*), coalesce(extract(epoch FROM clock_timestamp() - min(occurred_at)), 0)::float8
+			SELECT count(*),
+				coalesce(extract(epoch FROM clock_timestamp() - min(occurred_at)), 0)::float8
 			FROM outbox`).Scan(&pending, &seconds)
 	})
 	return pending, time.Duration(seconds * float64(time.Second)), err
@@ -46,7 +47,8 @@ func (s *postgres) lead(ctx context.Context) (leads bool, err error) {
 				UPDATE relay_lease SET holder = lease.holder, until = lease.until FROM lease
 				WHERE ctid = ANY (ARRAY(
 						SELECT ctid FROM relay_lease
-						WHERE holder = $1 OR until NOT BETWEEN clock_timestamp() AND lease.until + lease.length
+						WHERE holder = $1
+							OR until NOT BETWEEN clock_timestamp() AND lease.until + lease.length
 						FOR UPDATE SKIP LOCKED))
 					AND NOT EXISTS (
 						SELECT FROM relay_lease
@@ -56,14 +58,16 @@ func (s *postgres) lead(ctx context.Context) (leads bool, err error) {
 			)
 			SELECT EXISTS (SELECT FROM first) OR EXISTS (SELECT FROM next)
 			FROM set_config('synchronous_commit', 'on', true) AS waits,
-				set_config('client_min_messages', 'warning', true) AS warns`, s.holder, leaseTime.Seconds()).Scan(&leads)
+				set_config('client_min_messages', 'warning', true) AS warns`,
+			s.holder, leaseTime.Seconds()).Scan(&leads)
 	})
 	return leads && err == nil, err
 }
 
 func (s *postgres) resign(ctx context.Context) error {
 	return s.do(ctx, "giving up the lease", s.relay, func(ctx context.Context, db querier) error {
-		_, err := db.Exec(ctx, "UPDATE relay_lease SET until = '-infinity' WHERE holder = $1", s.holder)
+		_, err := db.Exec(ctx,
+			"UPDATE relay_lease SET until = '-infinity' WHERE holder = $1", s.holder)
 		return err
 	})
 }
@@ -132,7 +136,7 @@ func (s *postgres) fold(ctx context.Context) error {
 				WITH many AS (
 					DELETE FROM user_counts WHERE ctid = ANY (ARRAY(
 						SELECT ctid FROM user_counts
-						WHERE $1 <= (SELECT count(*) FROM (SELECT FROM user_counts LIMIT $1) AS first)
+						WHERE $1 <= (SELECT count(*) FROM (SELECT FROM user_counts LIMIT $1) AS n)
 							OR pg_relation_size('user_counts') > $3
 						LIMIT $2 FOR UPDATE SKIP LOCKED))
 					RETURNING n
@@ -155,7 +159,8 @@ func (s *postgres) sweepKeys(ctx context.Context) error {
 			return db.QueryRow(ctx, `
 				WITH old AS (
 					DELETE FROM idempotency_keys
-					WHERE ctid >= format('(%s,0)', $1::int)::tid AND ctid < format('(%s,0)', $2::int)::tid
+					WHERE ctid >= format('(%s,0)', $1::int)::tid
+						AND ctid < format('(%s,0)', $2::int)::tid
 						AND created_at <= now() - make_interval(secs => $3)
 				)
 				SELECT pg_relation_size('idempotency_keys') / current_setting('block_size')::int`,

@@ -50,7 +50,7 @@ func readFields(w http.ResponseWriter, r *http.Request, rules map[string]fieldRu
 	}
 	known := strings.Join(slices.Sorted(maps.Keys(rules)), ", ")
 	if len(members) == 0 && len(required) == 0 {
-		return nil, newProblem(http.StatusBadRequest, "The body must have at least one field of "+known)
+		return nil, newProblem(http.StatusBadRequest, "The body must have one or more of "+known)
 	}
 	fields := make(map[string]string)
 	var wrong []fieldError
@@ -308,7 +308,7 @@ func parseListQuery(rawQuery string) (listQuery, error) {
 	case values.Has("after"):
 		q.page = 0
 	case len(p.wrong) == 0 && q.page-1 > maxOffset/q.perPage:
-		p.fail("page", fmt.Sprintf("must not skip more than %d users; use after instead", maxOffset))
+		p.fail("page", fmt.Sprintf("must not skip over %d users; use after instead", maxOffset))
 	}
 	if len(p.wrong) > 0 {
 		return listQuery{}, invalid("parameter", p.wrong)

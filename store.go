@@ -100,7 +100,8 @@ func (s *postgres) createUser(ctx context.Context, in userInput, key string) (Us
 }
 
 // succeeds runs a statement whose result says whether it changed something.
-func (s *postgres) succeeds(ctx context.Context, what, sql string, args ...any) (changed bool, err error) {
+func (s *postgres) succeeds(ctx context.Context, what, sql string, args ...any) (
+	changed bool, err error) {
 	err = s.do(ctx, what, s.create, func(ctx context.Context, db querier) error {
 		return db.QueryRow(ctx, sql, args...).Scan(&changed)
 	})
@@ -186,7 +187,7 @@ func (s *postgres) passwordHash(ctx context.Context, id int64) (hash string, err
 }
 
 func (s *postgres) rehashPassword(ctx context.Context, id int64, old, hash string) error {
-	return s.do(ctx, "rehashing a password", s.lockedWrite, func(ctx context.Context, db querier) error {
+	return s.do(ctx, "rehashing", s.lockedWrite, func(ctx context.Context, db querier) error {
 		_, err := db.Exec(ctx, `
 			UPDATE users SET password = $3 FROM set_config('user_service.rehash', 'on', true)
 			WHERE id = $1 AND password = $2`, id, old, hash)
@@ -196,7 +197,7 @@ func (s *postgres) rehashPassword(ctx context.Context, id int64, old, hash strin
 
 func (s *postgres) listUsers(ctx context.Context, after, offset, limit int64) (
 	users []User, total int64, err error) {
-	err = s.do(ctx, "selecting a page of users", s.list, func(ctx context.Context, db querier) error {
+	err = s.do(ctx, "selecting a page", s.list, func(ctx context.Context, db querier) error {
 		// One statement sees one state of both tables. The total comes first: NULLs sort last.
 		rows, _ := db.Query(ctx, `
 			SELECT greatest(sum(n), 0)::bigint AS total, 0 AS id, '' AS name, '' AS surname,
@@ -222,7 +223,8 @@ func (s *postgres) listUsers(ctx context.Context, after, offset, limit int64) (
 	return users, total, err
 }
 
-func (s *postgres) updateUser(ctx context.Context, id int64, in userInput, match []int64) (User, error) {
+func (s *postgres) updateUser(ctx context.Context, id int64, in userInput, match []int64) (
+	User, error) {
 	return s.change(ctx, s.updates, &userChange{
 		id: id, name: in.name, surname: in.surname, password: in.password, match: match,
 	})
@@ -254,7 +256,8 @@ const (
 			) AS change (user_id, trace_id, match, new_name, new_surname, new_password)
 		), free AS (
 			SELECT change.*
-			FROM change, LATERAL (SELECT FROM users WHERE id = user_id FOR UPDATE SKIP LOCKED) AS users
+			FROM change,
+				LATERAL (SELECT FROM users WHERE id = user_id FOR UPDATE SKIP LOCKED) AS users
 		)`
 	updateUsers = changeUsers + `
 		UPDATE users SET
@@ -317,7 +320,7 @@ func (s *postgres) change(ctx context.Context, by changer, c *userChange) (User,
 		return User{}, fmt.Errorf("waiting for another change of the user: %w", waitError(err))
 	}
 	defer wake(s.wake)
-	if time.Until(deadline) > batchBudget { // else a slow batch would leave no time for a statement alone
+	if time.Until(deadline) > batchBudget { // else no time would remain after a slow batch
 		u, done, err := by.group.Do(ctx, c)
 		if done || err != nil {
 			return u, err

@@ -66,7 +66,8 @@ type userStore interface {
 	rehashPassword(ctx context.Context, id int64, old, hash string) error
 	// listUsers returns up to limit users with ids above after, in the order of ids, without the
 	// first offset of them. total counts all users.
-	listUsers(ctx context.Context, after, offset, limit int64) (users []User, total int64, err error)
+	listUsers(ctx context.Context, after, offset, limit int64) (users []User, total int64,
+		err error)
 	// updateUser fails with errNotFound, then errVersionMismatch. If nothing differs, it returns
 	// the unchanged user and makes no event.
 	updateUser(ctx context.Context, id int64, in userInput, match []int64) (User, error)
@@ -100,12 +101,16 @@ type api struct {
 }
 
 func newAPI(d dependencies, t *traffic) *api {
+	s := d.settings
 	return &api{
 		store:  d.store,
 		hasher: &hasher{newHashLanes(d.limits, t)},
 		log:    d.log,
-		rules: map[string]fieldRule{"name": checkName, "surname": checkName,
-			"password": newPasswordRule(d.settings.passwordMinLength, d.settings.passwordBlocklist)},
+		rules: map[string]fieldRule{
+			"name":     checkName,
+			"surname":  checkName,
+			"password": newPasswordRule(s.passwordMinLength, s.passwordBlocklist),
+		},
 		verifications: newLimiter[int64]("password", maxVerifications/60.0, maxVerifications),
 	}
 }
