@@ -433,28 +433,29 @@ func checkMessage(t *testing.T, d *document, want string, message amqp.Delivery)
 }
 
 // sendSlowly sends a request whose body does not arrive completely, and returns the response.
-func (s *service) sendSlowly(t *testing.T, method, path string) exchange {
-	t.Helper()
+func (s *service) sendSlowly(method, path string) (exchange, error) {
 	address := strings.TrimPrefix(s.url, "http://")
 	conn, err := net.Dial("tcp", address)
 	if err != nil {
-		t.Fatal(err)
+		return exchange{}, err
 	}
 	defer conn.Close()
-	request := newRequest(t, method, s.url+path, "")
-	fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\n"+
-		"Content-Length: 100\r\n\r\n{", method, path, address)
-	if err := conn.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
-		t.Fatal(err)
+	request, err := http.NewRequest(method, s.url+path, nil)
+	if err != nil {
+		return exchange{}, err
+	}
+	if err := conn.SetDeadline(time.Now().Add(30 * time.Second)); err != nil {
+		return exchange{}, err
+	}
+	if _, err := fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\n"+
+		"Content-Length: 100\r\n\r\n{", method, path, address); err != nil {
+		return exchange{}, err
 	}
 	response, err := http.ReadResponse(bufio.NewReader(conn), request)
 	if err != nil {
-		t.Fatal(err)
+		return exchange{}, err
 	}
 	defer response.Body.Close()
 	content, err := io.ReadAll(response.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return exchange{request, response, string(content)}
+	return exchange{request, response, string(content)}, err
 }

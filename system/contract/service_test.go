@@ -220,6 +220,9 @@ type exchange struct {
 }
 
 func (e exchange) String() string {
+	if e.response == nil {
+		return "no response"
+	}
 	return fmt.Sprintf("%s %s: status %d, %v\n%s", e.request.Method, e.request.URL.RequestURI(),
 		e.response.StatusCode, e.response.Header, e.body)
 }
@@ -296,4 +299,11 @@ func runCommand(command ...string) error {
 		return fmt.Errorf("%s: %w\n%s", strings.Join(command, " "), err, output)
 	}
 	return nil
+}
+
+func writeFile(t *testing.T, path, content string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
 }
