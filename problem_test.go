@@ -68,7 +68,7 @@ func checkProblem(t *testing.T, a answer, want int) {
 	}
 	if a.status != want || a.header.Get("Content-Type") != "application/problem+json" ||
 		p.Title != http.StatusText(want) || p.Status != want || p.TraceID != a.header.Get("X-Trace-Id") ||
-		(want == 503) != (a.header.Get("Retry-After") != "") || strings.Contains(a.body, "inside\"") {
+		(want == 503) != (a.header.Get("Retry-After") != "") || strings.Contains(a.body, "the cause") {
 		t.Errorf("status %d, not %d: %v %s", a.status, want, a.header, a.body)
 	}
 }
