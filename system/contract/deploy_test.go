@@ -2,6 +2,7 @@ package contract
 
 import (
 	"bytes"
+	"errors"
 	"go/ast"
 	"go/parser"
 	"go/token"
@@ -20,6 +21,7 @@ import (
 	policyv1 "k8s.io/api/policy/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
+	"sigs.k8s.io/json"
 	"sigs.k8s.io/yaml"
 )
 
@@ -59,7 +61,13 @@ func readManifest(t *testing.T) manifest {
 			t.Fatalf("unexpected, or twice: %s %s", kind.APIVersion, kind.Kind)
 		}
 		delete(objects, kind.APIVersion+" "+kind.Kind)
-		if err := yaml.UnmarshalStrict(document, object); err != nil {
+		text, err := yaml.YAMLToJSONStrict(document)
+		if err != nil {
+			t.Fatalf("%s: %v", kind.Kind, err)
+		}
+		// As Kubernetes decodes it: unlike encoding/json, with the case of names.
+		strict, err := json.UnmarshalStrict(text, object)
+		if err := errors.Join(append(strict, err)...); err != nil {
 			t.Fatalf("%s: %v", kind.Kind, err)
 		}
 	}

@@ -1,5 +1,8 @@
 // Package contract tests what a user of the repository relies on: the binary, seen from
 // outside, and the files beside it. Nothing here imports the service.
+//
+// Run the tests with -count=1: the cache of `go test` does not notice changes of files outside
+// this module.
 package contract
 
 import (
