@@ -12,7 +12,8 @@ func TestDeploymentLimits(t *testing.T) {
 	if databaseWait > 60*time.Second {
 		t.Errorf("a start may wait %v for the database", databaseWait)
 	}
-	if sum := drainIdle + drainRequests + drainEvents + drainConsumer + closeWait; sum > 10*time.Second {
+	sum := drainIdle + drainRequests + drainEvents + drainConsumer + closeWait
+	if sum > 10*time.Second {
 		t.Errorf("a stop may take %v", sum)
 	}
 	if memoryLimit > 64<<20 || argonMemory > 12<<10 {

@@ -51,7 +51,8 @@ func readManifest(t *testing.T) manifest {
 		"v1 Service":                    &m.service,
 		"policy/v1 PodDisruptionBudget": &m.budget,
 	}
-	for _, document := range bytes.Split([]byte(readFile(t, "deploy/kubernetes.yaml")), []byte("\n---\n")) {
+	text := readFile(t, "deploy/kubernetes.yaml")
+	for _, document := range bytes.Split([]byte(text), []byte("\n---\n")) {
 		var kind metav1.TypeMeta
 		if err := yaml.Unmarshal(document, &kind); err != nil {
 			t.Fatal(err)
@@ -233,8 +234,9 @@ func TestManifestAgrees(t *testing.T) {
 	if !reflect.DeepEqual(m.container.Ports, ports) {
 		t.Errorf("the container's ports are %v", m.container.Ports)
 	}
-	if port := m.service.Spec.Ports; len(port) != 1 || port[0].TargetPort != intstr.FromString("http") {
-		t.Errorf("the service's ports are %v", port)
+	target := intstr.FromString("http")
+	if ports := m.service.Spec.Ports; len(ports) != 1 || ports[0].TargetPort != target {
+		t.Errorf("the service's ports are %v", ports)
 	}
 	want := policyv1.PodDisruptionBudgetSpec{MinAvailable: new(intstr.FromInt32(1)),
 		Selector: m.deployment.Spec.Selector}
@@ -268,7 +270,8 @@ func TestProbes(t *testing.T) {
 		}
 	}
 	startup := m.container.StartupProbe
-	if patience := seconds(startup.PeriodSeconds * startup.FailureThreshold); patience <= databaseWait {
+	patience := seconds(startup.PeriodSeconds * startup.FailureThreshold)
+	if patience <= databaseWait {
 		t.Errorf("the start may take %v, the wait for the database %v", patience, databaseWait)
 	}
 	stages := readDockerfile(t)

@@ -240,7 +240,8 @@ func (o *operation) check(t *testing.T, e exchange) {
 	o.doc.seen[fmt.Sprint(o.OperationId, " ", response.StatusCode)] = true
 	o.doc.mu.Unlock()
 
-	if orderedmap.Len(documented.Content) == 0 && (e.body != "" || response.Header.Get("Content-Type") != "") {
+	if orderedmap.Len(documented.Content) == 0 &&
+		(e.body != "" || response.Header.Get("Content-Type") != "") {
 		fail("it has a body")
 	}
 	undocumented := response.Header.Clone()

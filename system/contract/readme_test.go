@@ -34,7 +34,8 @@ func TestReadme(t *testing.T) {
 			continue
 		}
 		if command.output != "" && !matches(command.output, output) {
-			t.Errorf("$ %s\nthe README shows\n%s\nbut the output is\n%s", command.text, command.output, output)
+			t.Errorf("$ %s\nthe README shows\n%s\nbut the output is\n%s", command.text,
+				command.output, output)
 		}
 	}
 	if run < 5 {
@@ -113,13 +114,14 @@ func runReadme(t *testing.T, s *service, command string) (string, error) {
 	command = strings.ReplaceAll(command, "8000", u.Port())
 	command = regexp.MustCompile(`(^|\s)(\./user-service|go run \.) `).
 		ReplaceAllString(command, "${1}user-service ")
-	command = strings.ReplaceAll(command, "-o user-service ", "-o "+filepath.Join(t.TempDir(), "built")+" ")
+	command = strings.ReplaceAll(command, "-o user-service ",
+		"-o "+filepath.Join(t.TempDir(), "built")+" ")
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "bash", "-euo", "pipefail", "-c", command)
 	cmd.Dir = root
-	cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(binary)+":"+os.Getenv("PATH"), "CURL_HOME=/nonexistent",
-		"PORT="+u.Port(), "HOST=127.0.0.1", "DATABASE_URL=", "RABBITMQ_URL=")
+	cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(binary)+":"+os.Getenv("PATH"),
+		"CURL_HOME=/nonexistent", "PORT="+u.Port(), "HOST=127.0.0.1", "DATABASE_URL=", "RABBITMQ_URL=")
 	var stderr strings.Builder
 	cmd.Stderr = &stderr // curl draws a progress meter there
 	output, err := cmd.Output()

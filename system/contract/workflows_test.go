@@ -105,7 +105,8 @@ func TestDependabot(t *testing.T) {
 			Groups      map[string]struct{ Patterns []string }
 		}
 	}
-	if err := yaml.UnmarshalStrict([]byte(readFile(t, ".github/dependabot.yml")), &config); err != nil {
+	text := []byte(readFile(t, ".github/dependabot.yml"))
+	if err := yaml.UnmarshalStrict(text, &config); err != nil {
 		t.Fatal(err)
 	}
 	updated := make(map[string]bool)
