@@ -1,10 +1,13 @@
-FROM golang:1.26-alpine AS build
+# The build runs on the builder's platform and compiles for that of the image.
+FROM --platform=$BUILDPLATFORM golang:1.26-alpine AS build
 WORKDIR /src
 # Modules change less often than code, so download them in a layer of their own.
 COPY go.mod go.sum ./
 RUN go mod download
 COPY . .
-RUN CGO_ENABLED=0 go build -trimpath -ldflags="-s -w" -o /user-service .
+ARG TARGETOS TARGETARCH
+RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH \
+    go build -trimpath -ldflags="-s -w" -o /user-service .
 
 FROM scratch
 # Root certificates for amqps:// and for TLS to PostgreSQL.

@@ -1,0 +1,227 @@
+package contract
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/chromedp/cdproto/cdp"
+	"github.com/chromedp/cdproto/log"
+	"github.com/chromedp/cdproto/network"
+	"github.com/chromedp/cdproto/runtime"
+	"github.com/chromedp/chromedp"
+)
+
+// remoteHost is this machine under a name that the browser does not treat as localhost, whose
+// pages have more rights.
+const remoteHost = "users.test"
+
+// TestDocsInBrowser does what a newcomer does: it opens /docs, authorizes with an API key,
+// presses Execute on each operation with the values that the page offers, and reads the answer.
+// With SCREENSHOT=file it leaves a picture of the page.
+func TestDocsInBrowser(t *testing.T) {
+	t.Parallel()
+	s := startService(t, keysSetting())
+	for _, name := range []string{"John", "Zoë"} { // John is user 1 of the examples
+		s.createUser(name, "Doe", "Authorization: Bearer "+fullKey)
+	}
+	p := openPage(t, strings.Replace(s.url, "127.0.0.1", remoteHost, 1), "/docs")
+	p.run(
+		chromedp.Click(chromedp.CSS(".btn.authorize")),
+		chromedp.SendKeys(chromedp.CSS(".modal-ux input"), fullKey),
+		chromedp.Click(chromedp.CSS(".modal-ux .btn.authorize")),
+		chromedp.Click(chromedp.CSS(".modal-ux .btn-done")),
+	)
+	d := readDocument(t)
+	for id, o := range d.operations {
+		if id != "deleteUser" && id != "listUsers" {
+			p.execute(o)
+		}
+	}
+	p.execute(d.operation(t, "deleteUser"))
+	var list struct{ Users []struct{ Name string } }
+	body := p.execute(d.operation(t, "listUsers"))
+	if err := json.Unmarshal([]byte(body), &list); err != nil || len(list.Users) != 2 ||
+		list.Users[0].Name != "Zoë" {
+		t.Errorf("the page shows the users %s", body)
+	}
+	if complaints := p.recorded(); len(complaints) > 0 {
+		t.Errorf("the page causes %v", complaints)
+	}
+	if file := os.Getenv("SCREENSHOT"); file != "" {
+		p.screenshot(file)
+	}
+}
+
+// page is a page in a browser that this test started.
+type page struct {
+	t      *testing.T
+	ctx    context.Context
+	origin string
+
+	mu         sync.Mutex
+	complaints []string // what the page should not have done
+}
+
+// openPage starts a browser that can reach nothing but this machine, and opens a page in it.
+func openPage(t *testing.T, origin, path string) *page {
+	t.Helper()
+	executable, err := findBrowser()
+	if err != nil {
+		missing(t, "Chromium", err)
+	}
+	home := t.TempDir()
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	t.Cleanup(cancel)
+	ctx, cancel = chromedp.NewExecAllocator(ctx, chromedp.ExecPath(executable),
+		chromedp.UserDataDir(filepath.Join(home, "profile")), chromedp.Env("HOME="+home, "TMPDIR="+home),
+		chromedp.Flag("headless", "new"), chromedp.NoSandbox, chromedp.DisableGPU,
+		chromedp.NoFirstRun, chromedp.WindowSize(1280, 1024),
+		chromedp.Flag("disable-dev-shm-usage", true),
+		chromedp.Flag("disable-background-networking", true),
+		chromedp.Flag("disable-component-update", true), chromedp.Flag("disable-sync", true),
+		chromedp.Flag("host-resolver-rules", "MAP "+remoteHost+" 127.0.0.1, "+
+			"MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"))
+	t.Cleanup(cancel)
+	ctx, cancel = chromedp.NewContext(ctx)
+	t.Cleanup(func() {
+		if err := chromedp.Cancel(ctx); err != nil { // closes the browser and waits for it
+			t.Logf("closing the browser: %v", err)
+		}
+		cancel()
+	})
+	p := &page{t: t, ctx: ctx, origin: origin}
+	t.Cleanup(p.explainFailure)
+	if err := chromedp.Listen(ctx, p.record); err != nil { // starts the browser
+		t.Fatal(err)
+	}
+	p.run(chromedp.Func(func(ctx context.Context, target *chromedp.Target) error {
+		_, err := cdp.Call(ctx, target, runtime.Enable, cdp.Empty{})
+		return err
+	}), chromedp.Navigate(origin+path))
+	return p
+}
+
+func findBrowser() (path string, err error) {
+	for _, name := range []string{"chromium", "chromium-browser", "google-chrome"} {
+		if path, err = exec.LookPath(name); err == nil {
+			return path, nil
+		}
+	}
+	return "", errors.New("no chromium, chromium-browser or google-chrome in PATH")
+}
+
+// run performs actions, each of which waits for its element.
+func (p *page) run(actions ...chromedp.Action[chromedp.Void]) {
+	p.t.Helper()
+	evaluate(p, chromedp.Steps(actions...))
+}
+
+// evaluate performs an action for at most 30 s and returns its result.
+func evaluate[T any](p *page, action chromedp.Action[T]) T {
+	p.t.Helper()
+	result, err := chromedp.Run(p.ctx, func(ctx context.Context, t *chromedp.Target) (T, error) {
+		ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+		defer cancel()
+		return action(ctx, t)
+	})
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return result
+}
+
+// execute unfolds an operation, presses Execute, checks that the page shows a 2xx, folds it
+// again and returns the body that the page shows, if any.
+func (p *page) execute(o *operation) string {
+	p.t.Helper()
+	block := "#operations-" + o.Tags[0] + "-" + o.OperationId + " "
+	toggle := block + ".opblock-summary-control"
+	live := block + ".live-responses-table .response "
+	p.run(
+		chromedp.Click(chromedp.CSS(toggle)),
+		// The parameters appear when every $ref is resolved.
+		chromedp.WaitVisible(chromedp.CSS(block+"[data-param-name=X-Request-Id] input")),
+		chromedp.Click(chromedp.CSS(block+".btn.execute")),
+	)
+	status := evaluate(p, chromedp.Text(chromedp.CSS(live+".response-col_status")))
+	if !strings.HasPrefix(status, "20") {
+		p.t.Errorf("%s: the page shows the status %q", o.OperationId, status)
+	}
+	body := evaluate(p, chromedp.Evaluate[string](fmt.Sprintf(
+		"document.querySelector(%q)?.innerText ?? ''", live+".highlight-code code")))
+	p.run(chromedp.Click(chromedp.CSS(toggle)))
+	return body
+}
+
+// record keeps the events that a page without faults does not cause: resources that fail to
+// load or belong to another server, and messages on the console, which include violations of
+// its Content-Security-Policy.
+func (p *page) record(event any) {
+	switch event := event.(type) {
+	case *network.EventRequestWillBeSent:
+		url := event.Request.URL
+		if !strings.HasPrefix(url, p.origin+"/") && !strings.HasPrefix(url, "data:") {
+			p.complain("a request to " + url)
+		}
+	case *network.EventResponseReceived:
+		if event.Response.Status >= 400 {
+			p.complain(fmt.Sprint("status ", event.Response.Status, " of ", event.Response.URL))
+		}
+	case *network.EventLoadingFailed:
+		p.complain(event.ErrorText)
+	case *log.EventEntryAdded:
+		if event.Entry.Level == log.EntryLevelWarning || event.Entry.Level == log.EntryLevelError {
+			p.complain(event.Entry.Text + " " + event.Entry.URL)
+		}
+	case *runtime.EventConsoleAPICalled:
+		for _, argument := range event.Args {
+			p.complain("the console message " + string(argument.Value) + argument.Description)
+		}
+	case *runtime.EventExceptionThrown:
+		p.complain(fmt.Sprintf("the exception %+v", event.ExceptionDetails))
+	}
+}
+
+func (p *page) complain(text string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.complaints = append(p.complaints, text)
+}
+
+func (p *page) recorded() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.complaints
+}
+
+// screenshot writes a picture of the whole page as PNG.
+func (p *page) screenshot(file string) {
+	picture, err := chromedp.Run(p.ctx, chromedp.FullScreenshot(100))
+	if err != nil {
+		p.t.Error(err)
+		return
+	}
+	if err := os.WriteFile(file, picture, 0o600); err != nil {
+		p.t.Error(err)
+	}
+}
+
+// explainFailure leaves a picture of the page if the test failed.
+func (p *page) explainFailure() {
+	if !p.t.Failed() {
+		return
+	}
+	p.t.Logf("the page caused %v", p.recorded())
+	file := filepath.Join(os.TempDir(), uniqueName()+".png")
+	p.screenshot(file)
+	p.t.Logf("the page is in %s", file)
+}
