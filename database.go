@@ -23,18 +23,6 @@ import (
 //go:embed schema.sql
 var schema string
 
-// parseDatabaseURL returns a valid URL without its driver suffix, such as in postgresql+asyncpg.
-func parseDatabaseURL(text string) (string, error) {
-	scheme, rest, _ := strings.Cut(text, ":")
-	scheme, _, _ = strings.Cut(scheme, "+")
-	text = scheme + ":" + rest
-	if err := checkURL(text, "postgres", "postgresql"); err != nil {
-		return "", err
-	}
-	_, err := poolConfig(text, "")
-	return text, err
-}
-
 // poolConfig returns the configuration of a URL, with defaults for what it leaves out. It sets only
 // the start-up parameters that every pooler accepts.
 func poolConfig(databaseURL, appName string) (*pgxpool.Config, error) {

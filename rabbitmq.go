@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/url"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -34,30 +33,8 @@ type rabbitMQ struct {
 }
 
 func newRabbitMQ(s settings, log *slog.Logger, set *metrics.Set) *rabbitMQ {
-	return &rabbitMQ{
-		urls:     splitHosts(s.rabbitURL),
-		appName:  s.appName,
-		exchange: s.exchange,
-		log:      log,
-		returned: set.GetOrCreateCounter("events_returned_total"),
-	}
-}
-
-// parseRabbitURL returns text if it is a valid URL of one or several hosts.
-func parseRabbitURL(text string) (string, error) {
-	if err := checkURL(text, "amqp", "amqps"); err != nil {
-		return "", err
-	}
-	hosts := splitHosts(text)
-	for _, single := range hosts {
-		if u, err := url.Parse(single); err != nil || u.Host == "" && len(hosts) > 1 {
-			return "", errUnusable
-		}
-		if _, err := amqp.ParseURI(single); err != nil {
-			return "", err
-		}
-	}
-	return text, nil
+	return &rabbitMQ{urls: splitHosts(s.rabbitURL), appName: s.appName, exchange: s.exchange, log: log,
+		returned: set.GetOrCreateCounter("events_returned_total")}
 }
 
 func (b *rabbitMQ) queue() string              { return b.exchange + ".consumer" }
@@ -83,14 +60,12 @@ func (b *rabbitMQ) dial(ctx context.Context, purpose string) (c *rabbitConn, err
 	var errs []error
 	for range b.urls {
 		host := b.host.Load()
-		if c, err = b.dialHost(ctx, b.urls[host], purpose); err == nil {
-			return c, nil
+		c, err = b.dialHost(ctx, b.urls[host], purpose)
+		if err == nil || ctx.Err() != nil {
+			return c, err
 		}
 		errs = append(errs, err)
 		b.host.CompareAndSwap(host, (host+1)%int64(len(b.urls)))
-		if ctx.Err() != nil {
-			break
-		}
 	}
 	return nil, errors.Join(errs...)
 }
@@ -117,7 +92,7 @@ func (b *rabbitMQ) dialHost(ctx context.Context, url, purpose string) (*rabbitCo
 		return nil, err
 	}
 	c := &rabbitConn{conn, socket}
-	if err := b.declareTopology(conn, true); err != nil {
+	if err = b.declareTopology(conn, true); err != nil {
 		c.disconnect()
 		return nil, fmt.Errorf("declaring the topology: %w", err)
 	}
@@ -153,6 +128,7 @@ func (s *brokerSocket) Write(p []byte) (int, error) {
 	return len(p), s.flushLocked()
 }
 
+// cork collects messages until uncork writes them.
 func (s *brokerSocket) cork() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -167,9 +143,6 @@ func (s *brokerSocket) uncork() error {
 }
 
 func (s *brokerSocket) flushLocked() error {
-	if len(s.held) == 0 {
-		return nil
-	}
 	err := s.SetWriteDeadline(time.Now().Add(brokerWrite))
 	if err == nil {
 		_, err = s.Conn.Write(s.held)
@@ -194,6 +167,7 @@ func (b *rabbitMQ) topology() []declaration {
 	}
 	queue := func(name string, arguments amqp.Table) declaration {
 		return declaration{"queue " + name, func(ch *amqp.Channel) error {
+			arguments["x-queue-type"] = "quorum"
 			_, err := ch.QueueDeclare(name, true, false, false, false, arguments)
 			return err
 		}}
@@ -205,11 +179,10 @@ func (b *rabbitMQ) topology() []declaration {
 	}
 	return []declaration{
 		exchange(b.deadLetterExchange(), amqp.ExchangeFanout),
-		queue(b.deadLetterQueue(), amqp.Table{"x-queue-type": "quorum"}),
+		queue(b.deadLetterQueue(), amqp.Table{}),
 		binding(b.deadLetterQueue(), "", b.deadLetterExchange()),
 		exchange(b.exchange, amqp.ExchangeTopic),
 		queue(b.queue(), amqp.Table{
-			"x-queue-type":             "quorum",
 			"x-single-active-consumer": true,
 			"x-delivery-limit":         20,
 			"x-dead-letter-exchange":   b.deadLetterExchange(),
@@ -282,8 +255,7 @@ func (b *rabbitMQ) publisher(ctx context.Context) (publisher, error) {
 }
 
 func (p *rabbitPublisher) closed() bool { return p.channel.IsClosed() }
-
-func (p *rabbitPublisher) close() { p.conn.disconnect() }
+func (p *rabbitPublisher) close()       { p.conn.disconnect() }
 
 // publish sends all events and then waits for their confirms, at most relayWindow at a time. If no
 // queue takes an event, and one is bound before the next event of the same user is sent, the two
@@ -304,9 +276,7 @@ func (p *rabbitPublisher) publishWindow(ctx context.Context, events []event) (in
 	defer cancel()
 	confirms, publishErr := p.sendAll(ctx, events)
 	n, err := countConfirmed(ctx, confirms)
-	if publishErr != nil {
-		err = publishErr
-	}
+	err = cmp.Or(publishErr, err)
 	// The broker returns a message that no queue takes, and then confirms it like any other.
 	if first := p.firstReturned(events[:n]); first < n {
 		return first, errors.New("the broker returned an event, because no queue is bound for it")
@@ -320,33 +290,22 @@ func (p *rabbitPublisher) sendAll(ctx context.Context, events []event) (
 	p.conn.socket.cork()
 	defer func() { err = cmp.Or(err, p.conn.socket.uncork()) }()
 	for _, e := range events {
-		confirm, err := p.send(ctx, e)
+		body, err := json.Marshal(e)
+		if err != nil {
+			return confirms, err
+		}
+		confirm, err := p.channel.PublishWithDeferredConfirmWithContext(ctx, p.broker.exchange,
+			e.Type, true /* mandatory */, false, amqp.Publishing{
+				MessageId: e.ID, Type: e.Type, AppId: p.broker.appName, CorrelationId: e.TraceID,
+				Headers: amqp.Table{"trace_id": e.TraceID}, Timestamp: e.OccurredAt.Time,
+				DeliveryMode: amqp.Persistent, ContentType: "application/json", Body: body,
+			})
 		if err != nil {
 			return confirms, err
 		}
 		confirms = append(confirms, confirm)
 	}
 	return confirms, nil
-}
-
-func (p *rabbitPublisher) send(ctx context.Context, e event) (*amqp.DeferredConfirmation, error) {
-	body, err := json.Marshal(e)
-	if err != nil {
-		return nil, fmt.Errorf("encoding an event: %w", err)
-	}
-	const mandatory, immediate = true, false
-	return p.channel.PublishWithDeferredConfirmWithContext(ctx, p.broker.exchange, e.Type,
-		mandatory, immediate, amqp.Publishing{
-			Headers:       amqp.Table{"trace_id": e.TraceID},
-			ContentType:   "application/json",
-			DeliveryMode:  amqp.Persistent,
-			CorrelationId: e.TraceID,
-			MessageId:     e.ID,
-			Timestamp:     e.OccurredAt.Time,
-			Type:          e.Type,
-			AppId:         p.broker.appName,
-			Body:          body,
-		})
 }
 
 // countConfirmed waits for confirms, and returns how many came, from the first one on.
@@ -368,17 +327,17 @@ func countConfirmed(ctx context.Context, confirms []*amqp.DeferredConfirmation) 
 func (p *rabbitPublisher) firstReturned(events []event) int {
 	returned := make(map[string]bool)
 	for more := true; more; {
+		var r amqp.Return
 		select {
-		case r, ok := <-p.returns:
-			more = ok
+		case r, more = <-p.returns:
 			returned[r.MessageId] = true
 		default:
 			more = false
 		}
 	}
 	first := len(events)
-	for i := len(events) - 1; i >= 0; i-- {
-		if returned[events[i].ID] {
+	for i, e := range slices.Backward(events) {
+		if returned[e.ID] {
 			p.broker.returned.Inc()
 			first = i
 		}
@@ -424,10 +383,10 @@ func (b *rabbitMQ) consume(ctx context.Context, onReady func(), handler messageH
 
 func (b *rabbitMQ) subscribe(conn *amqp.Connection) (<-chan amqp.Delivery, error) {
 	ch, err := conn.Channel()
-	if err != nil {
-		return nil, err
+	if err == nil {
+		err = ch.Qos(consumerPrefetch, 0, false)
 	}
-	if err := ch.Qos(consumerPrefetch, 0, false); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	return ch.Consume(b.queue(), "", false, false, false, false, nil)
@@ -466,29 +425,27 @@ func settleOnce(ctx context.Context, deliveries []amqp.Delivery, handler message
 			return err
 		}
 	}
-	if len(unreadable) == len(deliveries) {
-		return nil
+	for i, d := range slices.Backward(deliveries) {
+		if !slices.Contains(unreadable, i) {
+			return d.Ack(true)
+		}
 	}
-	last := len(deliveries) - 1
-	for slices.Contains(unreadable, last) {
-		last--
-	}
-	return deliveries[last].Ack(true)
+	return nil
 }
 
 // received returns d and the deliveries that have arrived after it. The prefetch limits their
 // number.
 func received(d amqp.Delivery, more <-chan amqp.Delivery) []amqp.Delivery {
 	deliveries := []amqp.Delivery{d}
-	for {
+	for ok := true; ok; {
 		select {
-		case d, ok := <-more:
-			if !ok {
-				return deliveries
+		case d, ok = <-more:
+			if ok {
+				deliveries = append(deliveries, d)
 			}
-			deliveries = append(deliveries, d)
 		default:
-			return deliveries
+			ok = false
 		}
 	}
+	return deliveries
 }

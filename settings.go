@@ -17,6 +17,8 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
+
+	amqp "github.com/rabbitmq/amqp091-go"
 )
 
 // settings are the values of the environment variables; README.md describes them.
@@ -121,6 +123,35 @@ func intBetween(low, high int) func(string) (int, error) {
 		}
 		return int(n), nil
 	}
+}
+
+// parseDatabaseURL returns a valid URL without its driver suffix, such as in postgresql+asyncpg.
+func parseDatabaseURL(text string) (string, error) {
+	scheme, rest, _ := strings.Cut(text, ":")
+	scheme, _, _ = strings.Cut(scheme, "+")
+	text = scheme + ":" + rest
+	if err := checkURL(text, "postgres", "postgresql"); err != nil {
+		return "", err
+	}
+	_, err := poolConfig(text, "")
+	return text, err
+}
+
+// parseRabbitURL returns text if it is a valid URL of one or several hosts.
+func parseRabbitURL(text string) (string, error) {
+	if err := checkURL(text, "amqp", "amqps"); err != nil {
+		return "", err
+	}
+	hosts := splitHosts(text)
+	for _, single := range hosts {
+		if u, err := url.Parse(single); err != nil || u.Host == "" && len(hosts) > 1 {
+			return "", errUnusable
+		}
+		if _, err := amqp.ParseURI(single); err != nil {
+			return "", err
+		}
+	}
+	return text, nil
 }
 
 // checkURL refuses mistakes that the drivers accept. An "@" after the host belongs to a password

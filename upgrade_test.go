@@ -4,6 +4,7 @@ import (
 	"context"
 	_ "embed"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -13,9 +14,13 @@ import (
 )
 
 // previousSchema is the schema.sql of the release of commit c223611.
-//
-//go:embed testdata/schema-c223611.sql
-var previousSchema string
+var previousSchema = func() string {
+	text, err := os.ReadFile("system/testdata/schema-c223611.sql")
+	if err != nil {
+		panic(err)
+	}
+	return string(text)
+}()
 
 // The statements of the release of commit c223611, whose SQL follows word for word.
 const (

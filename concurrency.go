@@ -1,8 +1,13 @@
 package main
 
+// This file owns the tools for goroutines: calls that share a batch, calls that wait in a queue, and
+// functions that run in the background.
+
 import (
 	"context"
 	"fmt"
+	"log/slog"
+	"math/rand/v2"
 	"runtime"
 	"runtime/debug"
 	"sync"
@@ -116,4 +121,102 @@ func (g *Group[K, V]) serve(b *batch[K, V], shared int) {
 		}
 	}()
 	b.values, b.err = g.run(ctx, b.keys)
+}
+
+// queues lets one call per key work at a time. Further calls with the key wait in the order in
+// which they came.
+type queues[K comparable] struct {
+	mu   sync.Mutex
+	keys map[K]*queue
+}
+
+type queue struct {
+	turn  lane // of one slot
+	calls int  // waiting or working
+}
+
+// enter waits for the turn of a call with key until ctx ends, and fails with the cause of that. The
+// caller calls leave in any case.
+func (q *queues[K]) enter(ctx context.Context, key K) (leave func(), err error) {
+	q.mu.Lock()
+	own := q.keys[key]
+	if own == nil {
+		own = &queue{turn: lane{slots(1)}}
+		q.keys[key] = own
+	}
+	own.calls++
+	q.mu.Unlock()
+
+	err = own.turn.enter(ctx)
+	return func() {
+		if err == nil {
+			own.turn.leave()
+		}
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		if own.calls--; own.calls == 0 {
+			delete(q.keys, key)
+		}
+	}, err
+}
+
+// start runs f in a goroutine. The caller calls stop, which ends f's context and waits for f, but
+// no longer than atMost.
+func start(f func(context.Context)) (stop func(atMost time.Duration)) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		f(ctx)
+	}()
+	return func(atMost time.Duration) {
+		cancel()
+		select {
+		case <-done:
+		case <-time.After(atMost):
+		}
+	}
+}
+
+// sleep returns after d, or when ctx ends.
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}
+
+// wake makes a channel of capacity 1 ready to receive.
+func wake(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// keepUp runs session again whenever it ends, until ctx does. It logs the first failure in a row,
+// and the recovery when session calls onReady. Between attempts it waits with full jitter, up to a
+// bound that doubles from 0.5 s to 5 s, so that replicas do not reconnect at the same moment.
+func keepUp(ctx context.Context, log *slog.Logger, name string,
+	session func(onReady func()) error) {
+	failures := 0
+	onReady := func() {
+		if failures > 0 {
+			log.Info("Event connection restored", "connection", name)
+		}
+		failures = 0
+	}
+	for ctx.Err() == nil {
+		err := session(onReady)
+		if ctx.Err() != nil {
+			return
+		}
+		level := slog.LevelDebug
+		if failures++; failures == 1 {
+			level = slog.LevelWarn
+		}
+		log.Log(ctx, level, "Event connection lost", "connection", name, "error", err)
+		wait := min(250*time.Millisecond<<min(failures, 5), 5*time.Second)
+		sleep(ctx, rand.N(wait)) // #nosec G404 -- jitter, not a secret
+	}
 }
