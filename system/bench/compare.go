@@ -100,8 +100,8 @@ func compare(s *servers, o options) error {
 	if err := r.stop(); err != nil {
 		return err
 	}
-	fmt.Print(report(all, latency))
-	fmt.Printf("The service had %.0f MB at most.\n\n%s, PostgreSQL %s, %d users, %d connections, "+
+	fmt.Fprint(o.out, report(all, latency))
+	fmt.Fprintf(o.out, "The service had %.0f MB at most.\n\n%s, PostgreSQL %s, %d users, %d connections, "+
 		"%d rounds of %v, %s, %d cores\n", resident, time.Now().UTC().Format(time.DateOnly),
 		version, o.users, connections, o.rounds, o.time, runtime.Version(), runtime.NumCPU())
 	return os.WriteFile(o.svg, drawing(all), 0o644)

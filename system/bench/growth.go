@@ -8,8 +8,8 @@ import (
 )
 
 // growth measures the requests of a single client on a small and a large database, in turn.
-func growth(s *servers, large int) error {
-	sizes := []int{1000, large}
+func growth(s *servers, o options) error {
+	sizes := []int{1000, o.large}
 	var urls []string
 	for i, size := range sizes {
 		r, err := s.newRig(fmt.Sprint("growth_", i), size, service)
@@ -18,7 +18,7 @@ func growth(s *servers, large int) error {
 		}
 		urls = append(urls, r.subjects[service].url)
 	}
-	fmt.Printf("\n| request | p50 ms, %d users | p50 ms, %d users | ratio |\n|:--|--:|--:|--:|\n",
+	fmt.Fprintf(o.out, "\n| request | p50 ms, %d users | p50 ms, %d users | ratio |\n|:--|--:|--:|--:|\n",
 		sizes[0], sizes[1])
 	for _, request := range []struct {
 		method, path, body string // %d is an id or a random number
@@ -44,7 +44,7 @@ func growth(s *servers, large int) error {
 		first, _, _ := spread(elapsed[0])
 		second, _, _ := spread(elapsed[1])
 		name := strings.Replace(request.method+" "+request.path, "/%d", "/{id}", 1)
-		fmt.Printf("| %s | %.3f | %.3f | %.2f |\n", strings.TrimSuffix(name, "%d"), first, second,
+		fmt.Fprintf(o.out, "| %s | %.3f | %.3f | %.2f |\n", strings.TrimSuffix(name, "%d"), first, second,
 			second/first)
 	}
 	return nil

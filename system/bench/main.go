@@ -1,5 +1,6 @@
 // Command bench compares the service with other programs on the same machine, in turn, and measures
-// how its latency depends on the number of users. It prints tables and draws docs/bench.svg.
+// how its latency depends on the number of users. It prints tables, writes them to docs/performance.md,
+// and draws docs/bench.svg. With -svg it only prints and draws.
 //
 //	go run ./bench [-users N] [-large N] [-rounds N] [-time D] [-svg FILE]
 //
@@ -8,9 +9,11 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"log"
 	"os"
 	"os/exec"
@@ -28,6 +31,7 @@ type options struct {
 	rounds int
 	time   time.Duration
 	svg    string
+	out    io.Writer // of the tables
 }
 
 func main() {
@@ -53,7 +57,10 @@ func run(o options) error {
 			return fmt.Errorf("%w: apt-get install wrk postgresql-contrib provides both", err)
 		}
 	}
-	if o.svg == "" {
+	var tables bytes.Buffer
+	o.out = io.MultiWriter(os.Stdout, &tables)
+	document := o.svg == ""
+	if document {
 		root, err := env.Root()
 		if err != nil {
 			return err
@@ -76,13 +83,15 @@ func run(o options) error {
 	if err := compare(s, o); err != nil {
 		return fmt.Errorf("comparing: %w", err)
 	}
-	if o.large == 0 {
+	if o.large > 0 {
+		if err := growth(s, o); err != nil {
+			return fmt.Errorf("measuring a large database: %w", err)
+		}
+	}
+	if !document {
 		return nil
 	}
-	if err := growth(s, o.large); err != nil {
-		return fmt.Errorf("measuring a large database: %w", err)
-	}
-	return nil
+	return env.WriteResults("docs/performance.md", tables.String())
 }
 
 // checkDisk returns an error if a directory is on a file system in memory.

@@ -1,8 +1,8 @@
 // Package drill runs the service under load while faults happen to it, to its PostgreSQL and to its
 // RabbitMQ, and checks that no change and no event was lost, invented or reordered.
 //
-// `make drill` runs every row and writes docs/drill.md. Without the flag -drill, TestDrill runs a
-// selection of the rows.
+// `make drill` runs every row and writes the table in docs/drill.md, which defines its columns. Without
+// the flag -drill, TestDrill runs a selection of the rows.
 package drill
 
 import (
@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -48,42 +47,10 @@ func TestDrill(t *testing.T) {
 	if !*allRows || len(results) < len(scenarios) || t.Failed() {
 		return // the document shows complete runs without a failure
 	}
-	root, err := env.Root()
-	if err == nil {
-		page := fmt.Sprintf("# Fault drill\n\n%s\n%s\n%s\n", introduction, text, versions)
-		err = os.WriteFile(filepath.Join(root, "docs", "drill.md"), []byte(page), 0o644)
-	}
-	if err != nil {
+	if err := env.WriteResults("docs/drill.md", text+"\n"+versions); err != nil {
 		t.Error(err)
 	}
 }
-
-// introduction explains the columns in docs/drill.md, and defines them for this package.
-const introduction = "`make drill` writes this page. " + `Each row runs the service under load, on
-servers of its own, while the fault happens. All rows passed.
-
-An attempt is a change that a client requested. It is *ok* if it was answered with 2xx. It *failed*
-if it was certainly not made: 4xx, a 503 that says so, or no connection. Otherwise its outcome is
-*unknown*.
-
-The versions of a user must be 1 to its last, where the last is that of its row, or that of its
-event ` + "`user.deleted`" + `. A queue that belongs to the drill records the events.
-
-* *lost*: versions up to the last, or acknowledged to a client, whose event did not arrive.
-* *phantom*: events of versions beyond the last, of users that never existed, of the deletion of a
-  user that still exists, and different events of the same version.
-* *reordered*: events whose first delivery did not follow the highest version of the user so far.
-  An event after a gap counts too.
-* *duplicated*: further deliveries of an event. Delivery is at least once, so these are allowed.
-* *missing*: acknowledged changes that are not in the database at the end, which may be another one
-  than at the beginning, because a standby took over.
-* *without change*: events whose change is not in that database. Asynchronous replication loses the
-  last changes at a failover, after their events were published. In every other row such an event is
-  also a phantom.
-* *time to recover*: from the end of the fault until an event arrived whose change was requested
-  after that end. All earlier events of the outbox were published by then.
-* *largest outbox*: the most events that waited, sampled every 50 ms.
-`
 
 // scenario is a row of the table.
 type scenario struct {
