@@ -33,6 +33,7 @@ type access struct {
 	crossOrigin *http.CrossOriginProtection
 }
 
+// newAccess returns the access rules of the settings, which loadSettings has validated.
 func newAccess(s settings) *access {
 	a := &access{keys: s.apiKeys, proxies: s.trustedProxies, origins: s.corsOrigins,
 		crossOrigin: http.NewCrossOriginProtection()}
@@ -210,6 +211,8 @@ func isPreflight(r *http.Request) bool {
 	return r.Method == http.MethodOptions && r.Header.Get("Access-Control-Request-Method") != ""
 }
 
+// allowPreflight answers a preflight request of an allowed origin with the methods and headers that
+// a page may use.
 func allowPreflight(w http.ResponseWriter) {
 	h := w.Header()
 	h.Set("Access-Control-Allow-Methods", corsMethods)
@@ -237,6 +240,8 @@ type limiter[K comparable] struct {
 	buckets recent[K, *rate.Limiter]
 }
 
+// newLimiter returns a limiter that gives each client r tokens per second, and burst tokens at the
+// start. name appears in the answers.
 func newLimiter[K comparable](name string, r rate.Limit, burst int) *limiter[K] {
 	return &limiter[K]{name: name, rate: r, burst: burst,
 		buckets: recent[K, *rate.Limiter]{max: maxClients}}

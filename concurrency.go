@@ -37,6 +37,8 @@ type Group[K comparable, V any] struct {
 // batchLimits says how many calls may run alone at the same time, and how many shared batches.
 type batchLimits struct{ alone, batches int }
 
+// batch is the calls that one run of a Group answers. Group.mu protects keys and starting; values
+// and err are written before done is closed and read after it.
 type batch[K comparable, V any] struct {
 	deadline time.Time
 	keys     []K
@@ -52,6 +54,7 @@ type panicError struct {
 	stack []byte
 }
 
+// Error implements error. The stack is for the log only.
 func (e *panicError) Error() string { return fmt.Sprintf("panic: %v", e.value) }
 
 // joinTurns is how often a batch yields the processor before it starts, so that calls whose
@@ -130,6 +133,7 @@ type queues[K comparable] struct {
 	keys map[K]*queue
 }
 
+// queue is the calls of one key. queues.mu protects calls.
 type queue struct {
 	turn  lane // of one slot
 	calls int  // waiting or working

@@ -72,6 +72,7 @@ func preferPlain(c *pgconn.Config) {
 	}
 }
 
+// countHosts returns the number of different hosts of a URL. pgx lists each host once per TLS mode.
 func countHosts(c *pgconn.Config) int {
 	type address struct {
 		host string

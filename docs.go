@@ -34,19 +34,24 @@ const docsPolicy = "default-src 'none'; script-src 'self'; style-src 'self' 'uns
 	"img-src 'self' data:; font-src 'self'; connect-src 'self'; base-uri 'none'; " +
 	"form-action 'none'; frame-ancestors 'none'"
 
+// serveOpenAPI answers with openapi.json, byte for byte.
 func serveOpenAPI(w *response, _ *http.Request, _ caller) error {
 	return serveFile(w, assets, "openapi.json", ".json")
 }
 
+// serveDocs answers with the page of Swagger UI.
 func serveDocs(w *response, _ *http.Request, _ caller) error {
 	w.Header().Set("Content-Security-Policy", docsPolicy)
 	return serveFile(w, assets, "assets/docs.html", ".html")
 }
 
+// serveDocsScript answers with the script that starts Swagger UI. It is a file because docsPolicy
+// allows no inline scripts.
 func serveDocsScript(w *response, _ *http.Request, _ caller) error {
 	return serveFile(w, assets, "assets/docs.js", ".js")
 }
 
+// redirectToDocs sends other spellings of /docs, and the root, to the page.
 func redirectToDocs(w *response, r *http.Request, _ caller) error {
 	http.Redirect(w, r, "/docs", http.StatusFound)
 	return nil

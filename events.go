@@ -228,6 +228,7 @@ func (r *relay) relayOnce(ctx context.Context, p publisher, led bool) (
 	return true, len(events), nil
 }
 
+// acquireLeadership takes or renews the lease.
 func (r *relay) acquireLeadership(ctx context.Context) (leads bool, err error) {
 	r.renewed = time.Time{}
 	began := time.Now()

@@ -32,6 +32,8 @@ type health struct {
 	draining *atomic.Bool
 }
 
+// live answers 200 as long as the process serves requests. It asks no dependency, so that an outage
+// of the database does not restart the service.
 func (h *health) live(w *response, r *http.Request, _ caller) error {
 	return writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
 }
@@ -52,6 +54,8 @@ func (h *health) ready(w *response, r *http.Request, _ caller) error {
 	return writeJSON(w, http.StatusOK, answer)
 }
 
+// prometheus answers in the Prometheus text format. The outbox metrics are missing while the
+// database does not answer.
 func (h *health) prometheus(w *response, r *http.Request, _ caller) error {
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	h.metrics.WritePrometheus(w)

@@ -50,10 +50,12 @@ func nowAfter(t timestamp) timestamp {
 	return timestamp{now}
 }
 
+// MarshalJSON implements json.Marshaler.
 func (t timestamp) MarshalJSON() ([]byte, error) {
 	return t.appendJSON(make([]byte, 0, 32)), nil
 }
 
+// appendJSON implements jsonAppender.
 func (u User) appendJSON(b []byte) []byte {
 	b = strconv.AppendInt(append(b, `{"id":`...), u.ID, 10)
 	b = appendJSONString(append(b, `,"name":`...), u.Name)
@@ -63,6 +65,7 @@ func (u User) appendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
+// appendJSON implements jsonAppender.
 func (l userList) appendJSON(b []byte) []byte {
 	b = append(b, `{"users":[`...)
 	for i, u := range l.Users {

@@ -203,6 +203,7 @@ func cgroupMemory(root fs.FS) int64 {
 // first.
 type lane []share
 
+// share is the part of a resource that a call occupies while it works.
 type share struct {
 	of   *semaphore.Weighted
 	size int64
@@ -223,6 +224,7 @@ func (l lane) enter(ctx context.Context) error {
 	return nil
 }
 
+// leave returns the shares that enter took.
 func (l lane) leave() {
 	for _, s := range l {
 		s.of.Release(s.size)
@@ -293,6 +295,7 @@ type recent[K comparable, V any] struct {
 	newer, older map[K]V
 }
 
+// get returns the value of key and whether it is still remembered.
 func (r *recent[K, V]) get(key K) (V, bool) {
 	if value, ok := r.newer[key]; ok {
 		return value, true
@@ -301,6 +304,7 @@ func (r *recent[K, V]) get(key K) (V, bool) {
 	return value, ok
 }
 
+// put remembers a value, and forgets the oldest half of the entries if there are too many.
 func (r *recent[K, V]) put(key K, value V) {
 	if r.newer == nil || len(r.newer) >= r.max/2 {
 		r.newer, r.older = make(map[K]V), r.newer

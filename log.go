@@ -30,10 +30,12 @@ type logHandler struct {
 	out   *logWriter
 }
 
+// Enabled implements slog.Handler.
 func (h *logHandler) Enabled(_ context.Context, level slog.Level) bool {
 	return level >= h.level
 }
 
+// Handle implements slog.Handler. It fails if the line was dropped, or could not be flushed.
 func (h *logHandler) Handle(ctx context.Context, r slog.Record) error {
 	var room [512]byte
 	line := timestamp{r.Time}.appendJSON(append(room[:0], `{"timestamp":`...))
@@ -63,6 +65,8 @@ func logInfo(ctx context.Context, log *slog.Logger, at time.Time, event string,
 	}
 }
 
+// appendAttr appends a comma, the key and the value. Values that are not numbers or booleans become
+// strings.
 func appendAttr(line []byte, a slog.Attr) []byte {
 	line = append(appendJSONString(append(line, ','), a.Key), ':')
 	v := a.Value.Resolve()
@@ -79,6 +83,7 @@ func appendAttr(line []byte, a slog.Attr) []byte {
 	return appendJSONString(line, v.String()) // also for errors, NaN and infinities
 }
 
+// WithAttrs implements slog.Handler.
 func (h *logHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 	return &logHandler{level: h.level, attrs: slices.Concat(h.attrs, attrs), out: h.out}
 }
@@ -144,6 +149,7 @@ func (l *logWriter) stopBuffering() {
 	_ = l.flushLocked() // the lines stay in the buffer
 }
 
+// flushSoon flushes after logDelay, and again until it succeeds.
 func (l *logWriter) flushSoon() {
 	time.AfterFunc(logDelay, func() {
 		l.mu.Lock()
@@ -154,6 +160,7 @@ func (l *logWriter) flushSoon() {
 	})
 }
 
+// flushLocked writes the buffer and keeps what was not written. The caller holds the lock.
 func (l *logWriter) flushLocked() error {
 	n, err := l.w.Write(l.buffer)
 	l.buffer = append(l.buffer[:0], l.buffer[n:]...)

@@ -29,6 +29,8 @@ import (
 // release is the version of this source. CHANGELOG.md and openapi.json name the same.
 const release = "1.1.0"
 
+// main runs a command until it ends, or until SIGINT or SIGTERM. A second signal ends the process
+// at once.
 func main() {
 	ctx, cancel := context.WithCancel(context.Background())
 	signals := make(chan os.Signal, 1)
@@ -208,6 +210,8 @@ func publicRoutes(h *health) []route {
 	}
 }
 
+// openStore returns the store that the settings ask for. It never falls back to memory if a
+// database does not answer. The caller closes the store.
 func openStore(ctx context.Context, s settings, log *slog.Logger) (store, error) {
 	if s.databaseURL == "" {
 		log.Warn("No DATABASE_URL: users are stored in memory, and everything is lost on exit")
@@ -241,6 +245,8 @@ type httpServer struct {
 	open atomic.Int64
 }
 
+// newHTTPServer returns a server with timeouts, for which zero would mean no limit. Errors of
+// single connections are logged at DEBUG.
 func newHTTPServer(h http.Handler, log *slog.Logger) *httpServer {
 	s := &httpServer{Server: http.Server{
 		Handler:                      h,

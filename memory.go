@@ -23,15 +23,18 @@ type memory struct {
 	keysByAge []string              // the keys of byKey, oldest first
 }
 
+// memoryUser is a user with the hash of the password.
 type memoryUser struct {
 	User
 	password string
 }
 
+// newMemory returns an empty store.
 func newMemory() *memory {
 	return &memory{wake: make(chan struct{}, 1), byKey: make(map[string]memoryUser)}
 }
 
+// createUser implements userStore.
 func (m *memory) createUser(ctx context.Context, in userInput, key string) (User, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -52,6 +55,7 @@ func (m *memory) createUser(ctx context.Context, in userInput, key string) (User
 	return u, nil
 }
 
+// creationUnder implements userStore.
 func (m *memory) creationUnder(_ context.Context, key string) (User, string, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -71,6 +75,7 @@ func (m *memory) forgetKeys() {
 	}
 }
 
+// getUser implements userStore.
 func (m *memory) getUser(_ context.Context, id int64) (User, error) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
@@ -81,6 +86,7 @@ func (m *memory) getUser(_ context.Context, id int64) (User, error) {
 	return m.users[i].User, nil
 }
 
+// passwordHash implements userStore.
 func (m *memory) passwordHash(_ context.Context, id int64) (string, error) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
@@ -91,6 +97,7 @@ func (m *memory) passwordHash(_ context.Context, id int64) (string, error) {
 	return m.users[i].password, nil
 }
 
+// rehashPassword implements userStore.
 func (m *memory) rehashPassword(_ context.Context, id int64, old, hash string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -100,6 +107,7 @@ func (m *memory) rehashPassword(_ context.Context, id int64, old, hash string) e
 	return nil
 }
 
+// listUsers implements userStore. The users are sorted by id, so that a page is a slice of them.
 func (m *memory) listUsers(_ context.Context, after, offset, limit int64) ([]User, int64, error) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
@@ -116,6 +124,7 @@ func (m *memory) listUsers(_ context.Context, after, offset, limit int64) ([]Use
 	return users, int64(len(m.users)), nil
 }
 
+// updateUser implements userStore.
 func (m *memory) updateUser(ctx context.Context, id int64, in userInput, match []int64) (
 	User, error) {
 	m.mu.Lock()
@@ -144,6 +153,7 @@ func (m *memory) updateUser(ctx context.Context, id int64, in userInput, match [
 	return u.User, nil
 }
 
+// deleteUser implements userStore.
 func (m *memory) deleteUser(ctx context.Context, id int64, match []int64) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -171,6 +181,7 @@ func (m *memory) find(id int64, match []int64) (int, error) {
 	return i, nil
 }
 
+// search returns the index of a user, or where the user would be. The caller holds the lock.
 func (m *memory) search(id int64) (int, bool) {
 	return slices.BinarySearchFunc(m.users, id, func(u memoryUser, id int64) int {
 		return cmp.Compare(u.ID, id)
@@ -195,6 +206,7 @@ func (m *memory) close() {}
 
 func (m *memory) maintain(context.Context) {}
 
+// size implements outbox.
 func (m *memory) size(context.Context) (int64, time.Duration, error) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
@@ -211,6 +223,7 @@ func (m *memory) lead(context.Context) (bool, error) { return true, nil }
 
 func (m *memory) resign(context.Context) error { return nil }
 
+// pending implements outbox.
 func (m *memory) pending(_ context.Context, limit int) ([]event, error) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()

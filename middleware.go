@@ -98,6 +98,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+// countRequests counts the requests in progress, and notes when requests other than POST end.
 func (s *server) countRequests(next handler) handler {
 	return func(w *response, r *http.Request, by caller) error {
 		s.traffic.requests.Add(1)
@@ -141,6 +142,8 @@ func (s *server) logRequests(next handler) handler {
 	}
 }
 
+// observe counts an answer in the metrics of its route. Requests without a route share the pattern
+// "/".
 func (s *server) observe(pattern string, status int, elapsed time.Duration) {
 	route := `{route="` + pattern + `"`
 	s.metrics.GetOrCreateCounter("http_requests_total" + route +
@@ -168,6 +171,7 @@ func (s *server) answerError(w *response, r *http.Request, err error) bool {
 	return w.status == 0 && writeProblem(w, r, p) == nil
 }
 
+// recoverPanics turns a panic of next into a *panicError, which is answered with 500.
 func (s *server) recoverPanics(next handler) handler {
 	return func(w *response, r *http.Request, by caller) (err error) {
 		defer func() {
@@ -214,6 +218,7 @@ func (s *server) refuseOrigins(next handler) handler {
 	}
 }
 
+// answerPreflight answers preflight requests of the allowed origins. Others reach the router.
 func (s *server) answerPreflight(next handler) handler {
 	return func(w *response, r *http.Request, by caller) error {
 		if isPreflight(r) && w.Header().Get("Access-Control-Allow-Origin") != "" {
@@ -265,6 +270,7 @@ func newRouter(routes []route) handler {
 	}
 }
 
+// methodNotAllowed returns the handler for the methods that a path does not have.
 func methodNotAllowed(allow string) handler {
 	return func(w *response, r *http.Request, _ caller) error {
 		if r.PathValue("id") != "" {
@@ -287,6 +293,7 @@ type response struct {
 	bytes  int64           // of the body
 }
 
+// clientGone reports whether the client has closed the connection.
 func (w *response) clientGone() bool {
 	select {
 	case <-w.gone:
@@ -296,6 +303,7 @@ func (w *response) clientGone() bool {
 	}
 }
 
+// WriteHeader implements http.ResponseWriter. It records 499 instead if the client has gone.
 func (w *response) WriteHeader(status int) {
 	if w.status == 0 {
 		w.status = status
@@ -306,6 +314,7 @@ func (w *response) WriteHeader(status int) {
 	w.ResponseWriter.WriteHeader(status)
 }
 
+// Write implements http.ResponseWriter.
 func (w *response) Write(p []byte) (int, error) {
 	if w.status == 0 {
 		w.WriteHeader(http.StatusOK)
@@ -320,6 +329,7 @@ func (w *response) Write(p []byte) (int, error) {
 	return n, err
 }
 
+// traceIDKey is the key of the trace id in a context, the only value that contexts carry here.
 type traceIDKey struct{}
 
 func withTraceID(ctx context.Context, id string) context.Context {
@@ -384,6 +394,7 @@ func newUUIDv7() string {
 	return formatUUID(b, 7)
 }
 
+// formatUUID sets the version and the variant, and returns the text of a UUID.
 func formatUUID(b [16]byte, version byte) string {
 	b[6] = b[6]&0x0f | version<<4
 	b[8] = b[8]&0x3f | 0x80

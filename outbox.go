@@ -11,8 +11,10 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
+// changed implements outbox. Changes by other writers do not wake it; the relay polls for them.
 func (s *postgres) changed() <-chan struct{} { return s.wake }
 
+// size reads a snapshot, so it does not see changes that are being committed.
 func (s *postgres) size(ctx context.Context) (pending int64, oldest time.Duration, err error) {
 	var seconds float64
 	err = s.do(ctx, "counting events", s.probe, func(ctx context.Context, db querier) error {
@@ -64,6 +66,7 @@ func (s *postgres) lead(ctx context.Context) (leads bool, err error) {
 	return leads && err == nil, err
 }
 
+// resign ends the lease of this replica, if it holds it.
 func (s *postgres) resign(ctx context.Context) error {
 	return s.do(ctx, "giving up the lease", s.relay, func(ctx context.Context, db querier) error {
 		_, err := db.Exec(ctx,
@@ -72,6 +75,8 @@ func (s *postgres) resign(ctx context.Context) error {
 	})
 }
 
+// pending reads in the order of outbox ids, which for each user is the order of versions. A time
+// outside the range of JSON becomes the nearest one inside.
 func (s *postgres) pending(ctx context.Context, limit int) (events []event, err error) {
 	err = s.do(ctx, "selecting events", s.relay, func(ctx context.Context, db querier) error {
 		rows, _ := db.Query(ctx, `

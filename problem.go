@@ -35,8 +35,11 @@ type fieldError struct {
 	Detail    string `json:"detail"`
 }
 
+// Error implements error. The text appears in the log of a 503.
 func (p *problem) Error() string { return p.Detail }
 
+// newProblem returns a problem with a detail that says what is wrong, in words for a user of the
+// API.
 func newProblem(status int, detail string) *problem {
 	return &problem{Status: status, Detail: detail}
 }

@@ -115,6 +115,8 @@ func readBody(w http.ResponseWriter, r *http.Request, mediaTypes ...string) ([]b
 	return nil, newProblem(http.StatusBadRequest, "The body is not valid HTTP")
 }
 
+// hasMediaType reports whether a request has exactly one Content-Type, which is allowed, in UTF-8
+// if it names a charset.
 func hasMediaType(contentTypes, allowed []string) bool {
 	if len(contentTypes) != 1 {
 		return false
@@ -322,10 +324,12 @@ type queryParser struct {
 	wrong  []fieldError
 }
 
+// fail adds an error for a parameter.
 func (p *queryParser) fail(name, detail string) {
 	p.wrong = append(p.wrong, fieldError{Parameter: name, Detail: detail})
 }
 
+// refuseUnknown adds an error for each parameter that is not one of known.
 func (p *queryParser) refuseUnknown(known ...string) {
 	for _, name := range slices.Sorted(maps.Keys(p.values)) {
 		if !slices.Contains(known, name) {

@@ -46,6 +46,7 @@ type settingError struct {
 	takes string
 }
 
+// Error implements error.
 func (e *settingError) Error() string {
 	return e.name + " must be " + e.takes
 }
@@ -100,6 +101,8 @@ type environment struct {
 	err    error
 }
 
+// setting returns the parsed value of a variable, or fallback if it is not set or cannot be used.
+// takes says what it must be.
 func setting[T any](env *environment, name string, fallback T, takes string,
 	parse func(string) (T, error)) T {
 	text := env.getenv(name)
@@ -115,6 +118,7 @@ func setting[T any](env *environment, name string, fallback T, takes string,
 
 var errUnusable = errors.New("unusable value")
 
+// intBetween returns a parser of integers from low to high.
 func intBetween(low, high int) func(string) (int, error) {
 	return func(text string) (int, error) {
 		n, err := strconv.ParseUint(text, 10, 31)
@@ -194,6 +198,7 @@ func splitHosts(text string) (urls []string) {
 	return urls
 }
 
+// parseAppName accepts what AMQP and PostgreSQL can carry as a name.
 func parseAppName(text string) (string, error) {
 	if len(text) > 255 || !utf8.ValidString(text) || strings.ContainsFunc(text, unicode.IsControl) {
 		return "", errUnusable
@@ -201,6 +206,7 @@ func parseAppName(text string) (string, error) {
 	return text, nil
 }
 
+// parseHost accepts an address, or a name that resolves now.
 func parseHost(text string) (string, error) {
 	_, err := net.ResolveTCPAddr("tcp", net.JoinHostPort(text, "0"))
 	return text, err
@@ -215,6 +221,7 @@ var levels = map[string]slog.Level{
 	"CRITICAL": slog.LevelError,
 }
 
+// parseLevel accepts a level name in any case.
 func parseLevel(text string) (slog.Level, error) {
 	level, ok := levels[strings.ToUpper(text)]
 	if !ok {
@@ -223,6 +230,7 @@ func parseLevel(text string) (slog.Level, error) {
 	return level, nil
 }
 
+// parseSwitch accepts on and off, and what strconv.ParseBool accepts.
 func parseSwitch(text string) (bool, error) {
 	switch strings.ToLower(text) {
 	case "on":
@@ -233,6 +241,7 @@ func parseSwitch(text string) (bool, error) {
 	return strconv.ParseBool(text)
 }
 
+// parseRate accepts a number of requests per second.
 func parseRate(text string) (float64, error) {
 	rate, err := strconv.ParseFloat(text, 64)
 	if err != nil || !(rate >= 0.01 && rate <= 1e6) { // also refuses NaN
@@ -255,6 +264,7 @@ func listOf[T any](parse func(string) (T, error)) func(string) ([]T, error) {
 	}
 }
 
+// parseDelay accepts a duration that is not negative.
 func parseDelay(text string) (time.Duration, error) {
 	d, err := time.ParseDuration(text)
 	if err != nil || d < 0 {
@@ -307,6 +317,8 @@ func parseEnvFile(content string) (map[string]string, error) {
 	return values, nil
 }
 
+// unquote removes one pair of quotes, and white space around them. Without quotes, white space
+// belongs to the value.
 func unquote(value string) string {
 	trimmed := strings.TrimSpace(value)
 	if n := len(trimmed); n >= 2 && (trimmed[0] == '"' || trimmed[0] == '\'') &&

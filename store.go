@@ -62,6 +62,7 @@ const userColumns = `id, name, surname, version,
 	least(greatest(created_at, '0001-01-01 00:00Z'), '9999-12-31 23:59:59.999999Z') AS created_at,
 	least(greatest(updated_at, '0001-01-01 00:00Z'), '9999-12-31 23:59:59.999999Z') AS updated_at`
 
+// scanInto returns the destinations of userColumns.
 func (u *User) scanInto() []any {
 	return []any{&u.ID, &u.Name, &u.Surname, &u.Version, &u.CreatedAt.Time, &u.UpdatedAt.Time}
 }
@@ -108,6 +109,8 @@ func (s *postgres) succeeds(ctx context.Context, what, sql string, args ...any) 
 	return changed, err
 }
 
+// insertUser creates a user, and remembers it under key unless that is "". A duplicate is an error
+// with SQLSTATE 23505.
 func (s *postgres) insertUser(ctx context.Context, in userInput, key string) (User, error) {
 	defer wake(s.wake)
 	var u User
@@ -179,6 +182,7 @@ func collectUsers(rows pgx.Rows, _ error) (map[int64]User, error) { // rows has 
 	return users, err
 }
 
+// passwordHash reads the hash, which no other statement returns to a handler.
 func (s *postgres) passwordHash(ctx context.Context, id int64) (hash string, err error) {
 	err = s.do(ctx, "selecting a password", s.read, func(ctx context.Context, db querier) error {
 		return db.QueryRow(ctx, "SELECT password FROM users WHERE id = $1", id).Scan(&hash)
@@ -186,6 +190,7 @@ func (s *postgres) passwordHash(ctx context.Context, id int64) (hash string, err
 	return hash, err
 }
 
+// rehashPassword sets user_service.rehash, which tells the triggers that the user does not change.
 func (s *postgres) rehashPassword(ctx context.Context, id int64, old, hash string) error {
 	return s.do(ctx, "rehashing", s.lockedWrite, func(ctx context.Context, db querier) error {
 		_, err := db.Exec(ctx, `
@@ -195,6 +200,7 @@ func (s *postgres) rehashPassword(ctx context.Context, id int64, old, hash strin
 	})
 }
 
+// listUsers reads the page and the total in one statement, so that they agree.
 func (s *postgres) listUsers(ctx context.Context, after, offset, limit int64) (
 	users []User, total int64, err error) {
 	err = s.do(ctx, "selecting a page", s.list, func(ctx context.Context, db querier) error {
@@ -223,6 +229,7 @@ func (s *postgres) listUsers(ctx context.Context, after, offset, limit int64) (
 	return users, total, err
 }
 
+// updateUser implements userStore with a change that may share its statement.
 func (s *postgres) updateUser(ctx context.Context, id int64, in userInput, match []int64) (
 	User, error) {
 	return s.change(ctx, s.updates, &userChange{
@@ -230,6 +237,7 @@ func (s *postgres) updateUser(ctx context.Context, id int64, in userInput, match
 	})
 }
 
+// deleteUser implements userStore with a change that may share its statement.
 func (s *postgres) deleteUser(ctx context.Context, id int64, match []int64) error {
 	_, err := s.change(ctx, s.deletions, &userChange{id: id, match: match})
 	return err
@@ -283,6 +291,7 @@ type changer struct {
 	waiting string // the statement that waits for locks
 }
 
+// newChanger returns a changer for one of the statements above.
 func (s *postgres) newChanger(sql string) changer {
 	return changer{
 		waiting: strings.Replace(sql, "SKIP LOCKED", "", 1),

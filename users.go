@@ -100,6 +100,7 @@ type api struct {
 	creating      sync.Map             // idempotency keys of requests in progress
 }
 
+// newAPI returns the handlers. t tells them how busy the service is.
 func newAPI(d dependencies, t *traffic) *api {
 	s := d.settings
 	return &api{
@@ -115,6 +116,8 @@ func newAPI(d dependencies, t *traffic) *api {
 	}
 }
 
+// listUsers handles GET /users. It asks the store for one user more than the page has, which shows
+// whether another page follows.
 func (a *api) listUsers(w *response, r *http.Request, _ caller) error {
 	q, err := parseListQuery(r.URL.RawQuery)
 	if err != nil {
@@ -131,6 +134,7 @@ func (a *api) listUsers(w *response, r *http.Request, _ caller) error {
 	return writeJSON(w, http.StatusOK, list)
 }
 
+// createUser handles POST /users. With an Idempotency-Key it is safe to repeat.
 func (a *api) createUser(w *response, r *http.Request, by caller) error {
 	fields, err := readFields(w, r, a.rules, []string{"name", "surname", "password"},
 		"application/json")
@@ -149,6 +153,7 @@ func (a *api) createUser(w *response, r *http.Request, by caller) error {
 	return writeUser(w, http.StatusCreated, u)
 }
 
+// getUser handles GET /users/{id}. It answers 304 if the client has the current version.
 func (a *api) getUser(w *response, r *http.Request, _ caller) error {
 	id, err := userID(r)
 	if err != nil {
@@ -191,6 +196,7 @@ func (a *api) updateUser(w *response, r *http.Request, _ caller) error {
 	return writeUser(w, http.StatusOK, u)
 }
 
+// deleteUser handles DELETE /users/{id}.
 func (a *api) deleteUser(w *response, r *http.Request, _ caller) error {
 	id, err := userID(r)
 	if err != nil {
@@ -227,6 +233,8 @@ func (a *api) verifyPassword(w *response, r *http.Request, _ caller) error {
 	return writeJSON(w, http.StatusOK, map[string]bool{"valid": valid})
 }
 
+// verify reports whether password is that of a user. It costs the same for a user that does not
+// exist, and for a hash that cannot be verified. It replaces a hash with outdated parameters.
 func (a *api) verify(ctx context.Context, id int64, password string) (bool, error) {
 	hash, err := a.store.passwordHash(ctx, id)
 	if errors.Is(err, errNotFound) {
@@ -258,11 +266,13 @@ func (a *api) rehash(ctx context.Context, id int64, old, password string) {
 	}
 }
 
+// writeUser answers with a user and its ETag.
 func writeUser(w http.ResponseWriter, status int, u User) error {
 	w.Header().Set("ETag", entityTag(u.Version))
 	return writeJSON(w, status, u)
 }
 
+// inputOf returns the input that the fields of a body make.
 func inputOf(fields map[string]string) userInput {
 	field := func(name string) *string {
 		if text, ok := fields[name]; ok {
