@@ -264,10 +264,8 @@ func (s *postgres) ready(ctx context.Context) state {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readyBudget)
 	defer cancel()
 	var readOnly bool
-	err := s.do(ctx, "checking", s.probe, func(ctx context.Context, db querier) error {
-		return db.QueryRow(ctx, `SELECT pg_is_in_recovery()
-			OR current_setting('transaction_read_only')::bool`).Scan(&readOnly)
-	})
+	err := s.row(ctx, "checking", s.probe, []any{&readOnly}, `
+		SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::bool`)
 	switch {
 	case err != nil:
 		return stateDown

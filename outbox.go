@@ -17,12 +17,10 @@ func (s *postgres) changed() <-chan struct{} { return s.wake }
 // size reads a snapshot, so it does not see changes that are being committed.
 func (s *postgres) size(ctx context.Context) (pending int64, oldest time.Duration, err error) {
 	var seconds float64
-	err = s.do(ctx, "counting events", s.probe, func(ctx context.Context, db querier) error {
-		return db.QueryRow(ctx, `
-			SELECT count(*),
-				coalesce(extract(epoch FROM clock_timestamp() - min(occurred_at)), 0)::float8
-			FROM outbox`).Scan(&pending, &seconds)
-	})
+	err = s.row(ctx, "counting events", s.probe, []any{&pending, &seconds}, `
+		SELECT count(*),
+			coalesce(extract(epoch FROM clock_timestamp() - min(occurred_at)), 0)::float8
+		FROM outbox`)
 	return pending, time.Duration(seconds * float64(time.Second)), err
 }
 
@@ -36,43 +34,38 @@ func (s *postgres) size(ctx context.Context) (pending int64, oldest time.Duratio
 func (s *postgres) lead(ctx context.Context) (leads bool, err error) {
 	once := s.relay
 	once.idempotent = false // a commit that did not wait for the standbys is a failure
-	err = s.do(ctx, "taking the lease", once, func(ctx context.Context, db querier) error {
-		return db.QueryRow(ctx, `
-			WITH lease AS (
-				SELECT $1::text AS holder, clock_timestamp() + length AS until, length
-				FROM make_interval(secs => $2) AS length
-			), first AS (
-				INSERT INTO relay_lease (holder, until)
-				SELECT holder, until FROM lease WHERE NOT EXISTS (SELECT FROM relay_lease)
-				RETURNING holder
-			), next AS (
-				UPDATE relay_lease SET holder = lease.holder, until = lease.until FROM lease
-				WHERE ctid = ANY (ARRAY(
-						SELECT ctid FROM relay_lease
-						WHERE holder = $1
-							OR until NOT BETWEEN clock_timestamp() AND lease.until + lease.length
-						FOR UPDATE SKIP LOCKED))
-					AND NOT EXISTS (
-						SELECT FROM relay_lease
-						WHERE holder <> $1
-							AND until BETWEEN clock_timestamp() AND lease.until + lease.length)
-				RETURNING relay_lease.holder
-			)
-			SELECT EXISTS (SELECT FROM first) OR EXISTS (SELECT FROM next)
-			FROM set_config('synchronous_commit', 'on', true) AS waits,
-				set_config('client_min_messages', 'warning', true) AS warns`,
-			s.holder, leaseTime.Seconds()).Scan(&leads)
-	})
+	err = s.row(ctx, "taking the lease", once, []any{&leads}, `
+		WITH lease AS (
+			SELECT $1::text AS holder, clock_timestamp() + length AS until, length
+			FROM make_interval(secs => $2) AS length
+		), first AS (
+			INSERT INTO relay_lease (holder, until)
+			SELECT holder, until FROM lease WHERE NOT EXISTS (SELECT FROM relay_lease)
+			RETURNING holder
+		), next AS (
+			UPDATE relay_lease SET holder = lease.holder, until = lease.until FROM lease
+			WHERE ctid = ANY (ARRAY(
+					SELECT ctid FROM relay_lease
+					WHERE holder = $1
+						OR until NOT BETWEEN clock_timestamp() AND lease.until + lease.length
+					FOR UPDATE SKIP LOCKED))
+				AND NOT EXISTS (
+					SELECT FROM relay_lease
+					WHERE holder <> $1
+						AND until BETWEEN clock_timestamp() AND lease.until + lease.length)
+			RETURNING relay_lease.holder
+		)
+		SELECT EXISTS (SELECT FROM first) OR EXISTS (SELECT FROM next)
+		FROM set_config('synchronous_commit', 'on', true) AS waits,
+			set_config('client_min_messages', 'warning', true) AS warns`,
+		s.holder, leaseTime.Seconds())
 	return leads && err == nil, err
 }
 
 // resign ends the lease of this replica, if it holds it.
 func (s *postgres) resign(ctx context.Context) error {
-	return s.do(ctx, "giving up the lease", s.relay, func(ctx context.Context, db querier) error {
-		_, err := db.Exec(ctx,
-			"UPDATE relay_lease SET until = '-infinity' WHERE holder = $1", s.holder)
-		return err
-	})
+	return s.exec(ctx, "giving up the lease", s.relay,
+		"UPDATE relay_lease SET until = '-infinity' WHERE holder = $1", s.holder)
 }
 
 // pending reads in the order of outbox ids, which for each user is the order of versions. A time
@@ -98,12 +91,9 @@ func (s *postgres) remove(ctx context.Context, events []event) error {
 	for i, e := range events {
 		ids[i] = e.outboxID
 	}
-	return s.do(ctx, "deleting events", s.relay, func(ctx context.Context, db querier) error {
-		_, err := db.Exec(ctx, `
-			DELETE FROM outbox USING set_config('synchronous_commit', 'off', true)
-			WHERE id = ANY ($1)`, ids)
-		return err
-	})
+	return s.exec(ctx, "deleting events", s.relay, `
+		DELETE FROM outbox USING set_config('synchronous_commit', 'off', true)
+		WHERE id = ANY ($1)`, ids)
 }
 
 // maintain keeps the tables small until ctx ends. Every replica does so, with or without a broker;
@@ -136,20 +126,18 @@ func (s *postgres) maintain(ctx context.Context) {
 // folding. A snapshot contains either the many rows or the one.
 func (s *postgres) fold(ctx context.Context) error {
 	for folded := foldMost; folded == foldMost; {
-		err := s.do(ctx, "folding", s.create, func(ctx context.Context, db querier) error {
-			return db.QueryRow(ctx, `
-				WITH many AS (
-					DELETE FROM user_counts WHERE ctid = ANY (ARRAY(
-						SELECT ctid FROM user_counts
-						WHERE $1 <= (SELECT count(*) FROM (SELECT FROM user_counts LIMIT $1) AS n)
-							OR pg_relation_size('user_counts') > $3
-						LIMIT $2 FOR UPDATE SKIP LOCKED))
-					RETURNING n
-				), one AS (
-					INSERT INTO user_counts (n) SELECT sum(n) FROM many HAVING count(*) > 0
-				)
-				SELECT count(*) FROM many`, foldFrom, foldMost, foldBytes).Scan(&folded)
-		})
+		err := s.row(ctx, "folding", s.create, []any{&folded}, `
+			WITH many AS (
+				DELETE FROM user_counts WHERE ctid = ANY (ARRAY(
+					SELECT ctid FROM user_counts
+					WHERE $1 <= (SELECT count(*) FROM (SELECT FROM user_counts LIMIT $1) AS n)
+						OR pg_relation_size('user_counts') > $3
+					LIMIT $2 FOR UPDATE SKIP LOCKED))
+				RETURNING n
+			), one AS (
+				INSERT INTO user_counts (n) SELECT sum(n) FROM many HAVING count(*) > 0
+			)
+			SELECT count(*) FROM many`, foldFrom, foldMost, foldBytes)
 		if err != nil {
 			return err
 		}
@@ -160,17 +148,14 @@ func (s *postgres) fold(ctx context.Context) error {
 // sweepKeys deletes expired idempotency keys, some pages of the table at a time.
 func (s *postgres) sweepKeys(ctx context.Context) error {
 	for page, pages := 0, 1; page < pages; page += keyPages {
-		err := s.do(ctx, "deleting keys", s.create, func(ctx context.Context, db querier) error {
-			return db.QueryRow(ctx, `
-				WITH old AS (
-					DELETE FROM idempotency_keys
-					WHERE ctid >= format('(%s,0)', $1::int)::tid
-						AND ctid < format('(%s,0)', $2::int)::tid
-						AND created_at <= now() - make_interval(secs => $3)
-				)
-				SELECT pg_relation_size('idempotency_keys') / current_setting('block_size')::int`,
-				page, page+keyPages, keyLifetime.Seconds()).Scan(&pages)
-		})
+		err := s.row(ctx, "deleting keys", s.create, []any{&pages}, `
+			WITH old AS (
+				DELETE FROM idempotency_keys
+				WHERE ctid >= format('(%s,0)', $1::int)::tid
+					AND ctid < format('(%s,0)', $2::int)::tid
+					AND created_at <= now() - make_interval(secs => $3)
+			)
+			SELECT pg_relation_size('idempotency_keys') / current_setting('block_size')::int`, page, page+keyPages, keyLifetime.Seconds())
 		if err != nil {
 			return err
 		}

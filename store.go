@@ -67,6 +67,23 @@ func (u *User) scanInto() []any {
 	return []any{&u.ID, &u.Name, &u.Surname, &u.Version, &u.CreatedAt.Time, &u.UpdatedAt.Time}
 }
 
+// row runs a statement that returns at most one row, and scans it into dest. It fails as do, and with
+// errNotFound if there is no row.
+func (s *postgres) row(ctx context.Context, what string, k kind, dest []any,
+	sql string, args ...any) error {
+	return s.do(ctx, what, k, func(ctx context.Context, db querier) error {
+		return db.QueryRow(ctx, sql, args...).Scan(dest...)
+	})
+}
+
+// exec runs a statement that returns nothing. It fails as do.
+func (s *postgres) exec(ctx context.Context, what string, k kind, sql string, args ...any) error {
+	return s.do(ctx, what, k, func(ctx context.Context, db querier) error {
+		_, err := db.Exec(ctx, sql, args...)
+		return err
+	})
+}
+
 // createUser tries again in two cases of a duplicate: if the sequence of ids is behind, because
 // somebody inserted users with explicit ids, and if the idempotency key has expired.
 func (s *postgres) createUser(ctx context.Context, in userInput, key string) (User, error) {
@@ -76,10 +93,11 @@ func (s *postgres) createUser(ctx context.Context, in userInput, key string) (Us
 		if !ok || refusal.Code != "23505" {
 			return u, err
 		}
-		cleared, clearErr := false, error(nil)
+		var cleared bool
+		var clearErr error
 		if refusal.TableName == "idempotency_keys" {
 			err = errKeyUsed
-			cleared, clearErr = s.succeeds(ctx, "deleting an expired key", `
+			clearErr = s.row(ctx, "deleting an expired key", s.create, []any{&cleared}, `
 				WITH old AS (
 					DELETE FROM idempotency_keys
 					WHERE key = $1 AND created_at <= now() - make_interval(secs => $2)
@@ -87,7 +105,7 @@ func (s *postgres) createUser(ctx context.Context, in userInput, key string) (Us
 				)
 				SELECT EXISTS (SELECT FROM old)`, key, keyLifetime.Seconds())
 		} else {
-			cleared, clearErr = s.succeeds(ctx, "moving the sequence", `
+			clearErr = s.row(ctx, "moving the sequence", s.create, []any{&cleared}, `
 				SELECT count(setval(sequence::regclass, highest)) > 0
 				FROM pg_get_serial_sequence('users', 'id') AS sequence,
 					(SELECT max(id) AS highest FROM users WHERE id < 9223372036854775807) AS users,
@@ -100,35 +118,23 @@ func (s *postgres) createUser(ctx context.Context, in userInput, key string) (Us
 	}
 }
 
-// succeeds runs a statement whose result says whether it changed something.
-func (s *postgres) succeeds(ctx context.Context, what, sql string, args ...any) (
-	changed bool, err error) {
-	err = s.do(ctx, what, s.create, func(ctx context.Context, db querier) error {
-		return db.QueryRow(ctx, sql, args...).Scan(&changed)
-	})
-	return changed, err
-}
-
 // insertUser creates a user, and remembers it under key unless that is "". A duplicate is an error
 // with SQLSTATE 23505.
 func (s *postgres) insertUser(ctx context.Context, in userInput, key string) (User, error) {
 	defer wake(s.wake)
 	var u User
-	err := s.do(ctx, "inserting a user", s.create, func(ctx context.Context, db querier) error {
-		// If another transaction is inserting the same key, this one waits for it.
-		return db.QueryRow(ctx, `
-			WITH created AS (
-				INSERT INTO users (name, surname, password)
-				SELECT $1, $2, $3 FROM set_config('user_service.trace_id', $4, true)
-				RETURNING `+userColumns+`
-			), kept AS (
-				INSERT INTO idempotency_keys (key, user_id, name, surname, password)
-				SELECT $5, id, name, surname, $3 FROM created WHERE $5 <> ''
-			)
-			SELECT * FROM created`,
-			in.name, in.surname, in.password, traceID(ctx), key,
-		).Scan(u.scanInto()...)
-	})
+	// If another transaction is inserting the same key, this one waits for it.
+	err := s.row(ctx, "inserting a user", s.create, u.scanInto(), `
+		WITH created AS (
+			INSERT INTO users (name, surname, password)
+			SELECT $1, $2, $3 FROM set_config('user_service.trace_id', $4, true)
+			RETURNING `+userColumns+`
+		), kept AS (
+			INSERT INTO idempotency_keys (key, user_id, name, surname, password)
+			SELECT $5, id, name, surname, $3 FROM created WHERE $5 <> ''
+		)
+		SELECT * FROM created`,
+		in.name, in.surname, in.password, traceID(ctx), key)
 	if errors.Is(err, errNotFound) {
 		err = fmt.Errorf("inserting a user: a trigger prevents it: %w", errRefused)
 	}
@@ -140,15 +146,11 @@ func (s *postgres) insertUser(ctx context.Context, in userInput, key string) (Us
 func (s *postgres) creationUnder(ctx context.Context, key string) (User, string, error) {
 	var u User
 	var password string
-	err := s.do(ctx, "selecting a creation", s.create, func(ctx context.Context, db querier) error {
-		return db.QueryRow(ctx, `
-			SELECT user_id, name, surname, 1, created_at, created_at, password
-			FROM idempotency_keys
-			WHERE key = $1 AND created_at > now() - make_interval(secs => $2)
-			FOR NO KEY UPDATE`,
-			key, keyLifetime.Seconds(),
-		).Scan(append(u.scanInto(), &password)...)
-	})
+	err := s.row(ctx, "selecting a creation", s.create, append(u.scanInto(), &password), `
+		SELECT user_id, name, surname, 1, created_at, created_at, password
+		FROM idempotency_keys
+		WHERE key = $1 AND created_at > now() - make_interval(secs => $2)
+		FOR NO KEY UPDATE`, key, keyLifetime.Seconds())
 	return u, password, err
 }
 
@@ -184,20 +186,16 @@ func collectUsers(rows pgx.Rows, _ error) (map[int64]User, error) { // rows has 
 
 // passwordHash reads the hash, which no other statement returns to a handler.
 func (s *postgres) passwordHash(ctx context.Context, id int64) (hash string, err error) {
-	err = s.do(ctx, "selecting a password", s.read, func(ctx context.Context, db querier) error {
-		return db.QueryRow(ctx, "SELECT password FROM users WHERE id = $1", id).Scan(&hash)
-	})
+	err = s.row(ctx, "selecting a password", s.read, []any{&hash},
+		"SELECT password FROM users WHERE id = $1", id)
 	return hash, err
 }
 
 // rehashPassword sets user_service.rehash, which tells the triggers that the user does not change.
 func (s *postgres) rehashPassword(ctx context.Context, id int64, old, hash string) error {
-	return s.do(ctx, "rehashing", s.lockedWrite, func(ctx context.Context, db querier) error {
-		_, err := db.Exec(ctx, `
-			UPDATE users SET password = $3 FROM set_config('user_service.rehash', 'on', true)
-			WHERE id = $1 AND password = $2`, id, old, hash)
-		return err
-	})
+	return s.exec(ctx, "rehashing a password", s.lockedWrite, `
+		UPDATE users SET password = $3 FROM set_config('user_service.rehash', 'on', true)
+		WHERE id = $1 AND password = $2`, id, old, hash)
 }
 
 // listUsers reads the page and the total in one statement, so that they agree.
