@@ -2,6 +2,8 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
+	"runtime"
 	"strings"
 	"testing"
 )
@@ -44,5 +46,32 @@ func TestOpenAPIHasEveryRoute(t *testing.T) {
 	}
 	for pattern := range missing {
 		t.Errorf("%s is not a route", pattern)
+	}
+}
+
+// TestVersion checks that the document, the start line and the metrics show the same release.
+func TestVersion(t *testing.T) {
+	t.Parallel()
+	var document struct {
+		Info struct{ Version string }
+	}
+	text, err := assets.ReadFile("openapi.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(text, &document); err != nil {
+		t.Fatal(err)
+	}
+	if document.Info.Version != release {
+		t.Errorf("openapi.json has version %q, want %q", document.Info.Version, release)
+	}
+	s := startService(t, memorySettings())
+	shown, _ := s.waitForLine("Service started")["version"].(string)
+	if number, _, _ := strings.Cut(shown, "+"); number != release {
+		t.Errorf("the start line has version %q, want %q", shown, release)
+	}
+	want := fmt.Sprintf("build_info{version=%q,go=%q} 1", shown, runtime.Version())
+	if a := s.do("GET", "/metrics", ""); !strings.Contains(a.body, want) {
+		t.Errorf("the metrics do not have %s", want)
 	}
 }
