@@ -113,7 +113,7 @@ func readCompose(t *testing.T) types.ServiceConfig {
 // readDockerfile returns the instructions of the stages, one line each.
 func readDockerfile(t *testing.T) (stages [][]string) {
 	t.Helper()
-	text := strings.ReplaceAll(readFile(t, "deploy/Dockerfile"), "\\\n", " ")
+	text := strings.ReplaceAll(readFile(t, "Dockerfile"), "\\\n", " ")
 	for line := range strings.Lines(text) {
 		line = strings.TrimSpace(line)
 		if line == "" || line[0] == '#' {
@@ -143,14 +143,14 @@ func TestImage(t *testing.T) {
 	if got := stages[len(stages)-1]; !slices.Equal(got, want) {
 		t.Errorf("the image is made of\n%s", strings.Join(got, "\n"))
 	}
-	ignored := strings.Split(readFile(t, "deploy/Dockerfile.dockerignore"), "\n")
+	ignored := strings.Split(readFile(t, ".dockerignore"), "\n")
 	for _, private := range []string{".git", ".env*"} {
 		if !slices.Contains(ignored, private) {
 			t.Errorf("the build context contains %s", private)
 		}
 	}
 	if slices.ContainsFunc(ignored, func(line string) bool { return strings.HasPrefix(line, "!") }) {
-		t.Error("Dockerfile.dockerignore has an exception")
+		t.Error(".dockerignore has an exception")
 	}
 }
 
