@@ -1,20 +1,13 @@
 package main
 
 import (
-	"context"
 	"encoding/base64"
-	"errors"
 	"fmt"
-	"io"
-	"math"
 	"net/http"
 	"reflect"
 	"regexp"
 	"strings"
-	"sync"
 	"testing"
-	"testing/synctest"
-	"time"
 
 	"golang.org/x/crypto/argon2"
 )
@@ -46,6 +39,85 @@ func mustHash(t *testing.T, password string) string {
 		t.Fatal(err)
 	}
 	return hash
+}
+
+func TestPasswordRules(t *testing.T) {
+	t.Parallel()
+	tests := map[string]struct {
+		password string
+		accepted bool
+	}{
+		"8 characters":                   {"8letters", true},
+		"8 characters of four bytes":     {strings.Repeat("😀", 8), true},
+		"8 code points of 4 letters":     {strings.Repeat("e\u0301", 4), true},
+		"128 characters":                 {strings.Repeat("x", 128), true},
+		"128 characters of four bytes":   {strings.Repeat("😀", 128), true},
+		"8 spaces":                       {"        ", true},
+		"spaces that belong to it":       {" 6chars ", true},
+		"control characters":             {"\x01\t\n\x1b\x7f\u0085\u009f\u2028", true},
+		"7 characters":                   {"7letter", false},
+		"7 characters of four bytes":     {strings.Repeat("😀", 7), false},
+		"129 characters":                 {strings.Repeat("x", 129), false},
+		"129 characters of four bytes":   {strings.Repeat("😀", 129), false},
+		"129 with a space at the end":    {strings.Repeat("x", 128) + " ", false},
+		"130 code points of 65 letters":  {strings.Repeat("e\u0301", 65), false},
+		"empty":                          {"", false},
+		"NUL":                            {"8letters\x00", false},
+		"a NUL between other characters": {secret + "\x00" + secret, false},
+	}
+	eachStore(t, func(t *testing.T, s *service) {
+		s.createUser("John", "Doe")
+		for what, test := range tests {
+			a := s.do("PATCH", "/users/1", `{"password": `+quote(test.password)+`}`)
+			if !test.accepted {
+				checkBadRequest(t, what, a, "#/password")
+			} else if a.status != http.StatusOK {
+				t.Errorf("%s: %d %s", what, a.status, a.body)
+			}
+		}
+	})
+}
+
+func TestPasswordMinLength(t *testing.T) {
+	t.Parallel()
+	settings := memorySettings()
+	settings.passwordMinLength = 12
+	s := startService(t, settings)
+	for password, want := range map[string]int{
+		"11 letters.":  http.StatusBadRequest,
+		"12 letters..": http.StatusCreated,
+	} {
+		a := s.do("POST", "/users", `{"name": "John", "surname": "Doe", "password": "`+password+`"}`)
+		if a.status != want {
+			t.Errorf("%q: %d %s", password, a.status, a.body)
+		}
+	}
+}
+
+func TestPasswordBlocklist(t *testing.T) {
+	t.Parallel()
+	set := memorySettings()
+	set.passwordBlocklist = true
+	s := startService(t, set)
+	for password, want := range map[string]int{
+		"password": 400, "PassWord": 400, "1q2w3e4r": 400, "iloveyou": 400,
+		"password ": 201, secret: 201,
+	} {
+		body := fmt.Sprintf(`{"name": "Ann", "surname": "Lee", "password": %q}`, password)
+		a := s.do("POST", "/users", body)
+		if a.status != want || (want == 400) != strings.Contains(a.body, "one of the most common") {
+			t.Errorf("%q: %d %s", password, a.status, a.body)
+		}
+	}
+	open := startService(t, memorySettings())
+	if a := open.do("POST", "/users", `{"name": "Ann", "surname": "Lee", "password": "password"}`); a.status != 201 {
+		t.Errorf("without the list: %d", a.status)
+	}
+	for password := range strings.Lines(commonPasswords) {
+		if trimmed := strings.TrimSpace(password); trimmed != strings.ToLower(trimmed) || trimmed+"\n" != password {
+			t.Errorf("%q is not a password in lower case", password)
+		}
+	}
 }
 
 func TestPasswordHash(t *testing.T) {
@@ -87,6 +159,26 @@ func TestPasswordIsStoredHashed(t *testing.T) {
 	s.do("PATCH", "/users/1", `{"password": " e\u0301 `+secret+`"}`)
 	if !verifies(t, stored(), " é "+secret) {
 		t.Error("PATCH stored another password")
+	}
+}
+
+// TestPasswordIsTakenAsReceived sends what a careless service would trim, fold or drop.
+func TestPasswordIsTakenAsReceived(t *testing.T) {
+	t.Parallel()
+	s := startService(t, postgresSettings(t))
+	conn := connect(t, s.settings.databaseURL)
+	password := " \u3000\u0130" + strings.ToUpper(secret) + "\x1b\u0085 "
+	for _, target := range []string{"POST /users", "PUT /users/1", "PATCH /users/1"} {
+		method, path, _ := strings.Cut(target, " ")
+		body := `{"name": "John", "surname": "Doe", "password": ` + quote(password) + `}`
+		if a := s.do(method, path, body); a.status/100 != 2 {
+			t.Fatalf("%s: %d %s", target, a.status, a.body)
+		}
+		stored := queryValue[string](t, conn, "SELECT password FROM users")
+		if !verifies(t, stored, password) {
+			t.Errorf("%s stored another password", target)
+		}
+		password += target // so that the next is another
 	}
 }
 
@@ -151,144 +243,4 @@ func scanPHC(phc string) (h argonHash, ok bool) {
 		return argonHash{}, false
 	}
 	return h, true
-}
-
-// TestHashLanesLimit counts how many passwords may be hashed at the same time, alone and in mixed traffic.
-func TestHashLanesLimit(t *testing.T) {
-	t.Parallel()
-	for _, test := range []struct{ cores, alone, mixed int }{
-		{1, 1, 1}, {2, 2, 1}, {3, 3, 2}, {8, 8, 7},
-	} {
-		for _, mixed := range []bool{false, true} {
-			synctest.Test(t, func(t *testing.T) {
-				l := newLimits(test.cores, math.MaxInt64)
-				h := newHashLanes(l, &traffic{})
-				want := test.alone
-				if mixed {
-					want = test.mixed
-					h.traffic.otherDone.Store(time.Now().UnixNano())
-				}
-				working := 0
-				for range l.hashQueue {
-					go func() {
-						if leave, err := h.enter(context.Background()); err == nil {
-							working++
-							time.Sleep(time.Hour)
-							leave()
-						}
-					}()
-				}
-				synctest.Wait()
-				if working != want {
-					t.Errorf("%d cores, mixed %t: %d at the same time, not %d", test.cores, mixed, working, want)
-				}
-				if _, err := h.enter(t.Context()); !errors.Is(err, errBusy) {
-					t.Errorf("%d cores: a password beyond the queue: %v", test.cores, err)
-				}
-				time.Sleep(2 * time.Hour)
-				if !h.queue.TryAcquire(int64(l.hashQueue)) {
-					t.Errorf("%d cores: places are still taken", test.cores)
-				}
-			})
-		}
-	}
-}
-
-// TestHashLanesWait has other calls take the cores.
-func TestHashLanesWait(t *testing.T) {
-	t.Parallel()
-	for name, test := range map[string]struct {
-		busy  time.Duration // how long the other calls work
-		leave time.Duration // 0: the caller stays
-		want  error
-		after time.Duration
-	}{
-		"no wait":         {},
-		"turn in time":    {busy: hashWait / 2, after: hashWait / 2},
-		"no turn in time": {busy: 2 * hashWait, want: errBusy, after: hashWait},
-		"caller leaves":   {busy: 2 * hashWait, leave: hashWait / 2, want: context.Canceled, after: hashWait / 2},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			synctest.Test(t, func(t *testing.T) {
-				h := newHashLanes(newLimits(1, math.MaxInt64), &traffic{})
-				if test.busy > 0 {
-					leave, err := h.enter(t.Context())
-					if err != nil {
-						t.Fatal(err)
-					}
-					time.AfterFunc(test.busy, leave)
-				}
-				ctx, cancel := context.WithCancel(t.Context())
-				defer cancel()
-				if test.leave > 0 {
-					time.AfterFunc(test.leave, cancel)
-				}
-				start := time.Now()
-				leave, err := h.enter(ctx)
-				if !errors.Is(err, test.want) || (err == nil) != (leave != nil) {
-					t.Errorf("enter: %v", err)
-				}
-				if waited := time.Since(start); waited != test.after {
-					t.Errorf("waited for %v, not %v", waited, test.after)
-				}
-				time.Sleep(3 * hashWait)
-			})
-		})
-	}
-}
-
-// TestPasswordFlood sends more passwords than can be hashed in time.
-func TestPasswordFlood(t *testing.T) {
-	t.Parallel()
-	const requests = 300
-	s := startService(t, memorySettings())
-	statuses := make(chan int, requests)
-	var group sync.WaitGroup
-	for range requests {
-		group.Go(func() {
-			body := `{"name": "John", "surname": "Doe", "password": "` + secret + `"}`
-			response, err := client.Post(s.url+"/users", "application/json", strings.NewReader(body))
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			io.Copy(io.Discard, response.Body)
-			response.Body.Close()
-			if response.StatusCode == http.StatusServiceUnavailable && response.Header.Get("Retry-After") == "" {
-				t.Error("503 without Retry-After")
-			}
-			statuses <- response.StatusCode
-		})
-	}
-	flood := make(chan struct{})
-	go func() {
-		group.Wait()
-		close(statuses)
-		close(flood)
-	}()
-	for over := false; !over; {
-		if a := s.do("GET", "/users", ""); a.status != http.StatusOK {
-			t.Errorf("GET during the flood: %d %s", a.status, a.body)
-		}
-		select {
-		case <-flood:
-			over = true
-		case <-time.After(10 * time.Millisecond):
-		}
-	}
-	count := make(map[int]int)
-	for status := range statuses {
-		count[status]++
-	}
-	if count[201] == 0 || count[201]+count[503] != requests {
-		t.Errorf("statuses and their number: %v", count)
-	}
-	// A machine of many cores may take them all.
-	if tooMany := 2 * testLimits.hashQueue; requests > tooMany && count[503] == 0 {
-		t.Errorf("nothing was refused: %v", count)
-	}
-	if total := s.do("GET", "/users?per_page=1", "").json(t, "total"); total != float64(count[201]) {
-		t.Errorf("%v users after %d answers 201", total, count[201])
-	}
 }

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -78,6 +79,134 @@ func startWithRabbit(t *testing.T) (*service, *rabbitMQ) {
 	s := memorySettings()
 	s.rabbitURL, s.exchange = testRabbitURL, newExchange(t)
 	return startService(t, s), &rabbitMQ{exchange: s.exchange}
+}
+
+// proxy stands between a service and its broker or database.
+type proxy struct {
+	address string
+
+	mu    sync.Mutex
+	conns []net.Conn
+	up    bool
+}
+
+// newProxy forwards to the host of a URL until the test ends.
+func newProxy(t *testing.T, target string) *proxy {
+	t.Helper()
+	u, err := url.Parse(target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &proxy{address: listener.Addr().String(), up: true}
+	go func() {
+		for {
+			in, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			p.forward(in, u.Host)
+		}
+	}()
+	t.Cleanup(func() {
+		listener.Close()
+		p.set(false)
+	})
+	return p
+}
+
+func (p *proxy) forward(in net.Conn, host string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	out, err := net.Dial("tcp", host)
+	if err != nil || !p.up {
+		in.Close()
+		return
+	}
+	p.conns = append(p.conns, in, out)
+	go io.Copy(in, out)
+	go io.Copy(out, in)
+}
+
+// set lets connections through, or cuts all that there are and those to come.
+func (p *proxy) set(up bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.up = up
+	for _, c := range p.conns {
+		c.Close()
+	}
+	p.conns = nil
+}
+
+func throughProxy(t *testing.T, target string, p *proxy) string {
+	t.Helper()
+	u, err := url.Parse(target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.Host = p.address
+	return u.String()
+}
+
+// refusedAddress returns an address on which nobody listens.
+func refusedAddress(t *testing.T) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	return listener.Addr().String()
+}
+
+// withHosts returns a URL of the tests' broker with other hosts.
+func withHosts(t *testing.T, hosts ...string) string {
+	t.Helper()
+	u, err := url.Parse(testRabbitURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Replace(testRabbitURL, u.Host, strings.Join(hosts, ","), 1)
+}
+
+// TestRabbitURLs has URLs of one host and of several, and what each host is dialled with.
+func TestRabbitURLs(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string][]string{
+		"amqp://h":              {"amqp://h"},
+		"amqp://u:p@h:5673/%2F": {"amqp://u:p@h:5673/%2F"},
+		"amqp://u:p@a:5672,b:5673/vhost": {
+			"amqp://u:p@a:5672/vhost", "amqp://u:p@b:5673/vhost"},
+		"amqps://a,b,c": {"amqps://a", "amqps://b", "amqps://c"},
+		"amqp://u:p@[::1]:5672,[2001:db8::1]/v?heartbeat=5": {
+			"amqp://u:p@[::1]:5672/v?heartbeat=5", "amqp://u:p@[2001:db8::1]/v?heartbeat=5"},
+		"amqp://u:a,b@c,d/":    {"amqp://u:a,b@c/", "amqp://u:a,b@d/"},
+		"amqp://u:p%2C@c,d/":   {"amqp://u:p%2C@c/", "amqp://u:p%2C@d/"},
+		"amqp://a,b/one,two":   {"amqp://a/one,two", "amqp://b/one,two"},
+		"amqp://a:1,a:2?x=1,2": {"amqp://a:1?x=1,2", "amqp://a:2?x=1,2"},
+	} {
+		s, err := loadSettings(envOf("RABBITMQ_URL", text))
+		if err != nil || s.rabbitURL != text {
+			t.Errorf("%s is refused: %v", text, err)
+		}
+		if got := splitHosts(text); !slices.Equal(got, want) {
+			t.Errorf("%s: hosts %q, want %q", text, got, want)
+		}
+	}
+	for _, text := range []string{
+		"amqp://a:0,b/", "amqp://a,b:99999/", "amqp://a,b:x/", "amqp://a b,c/", "amqp://a, b/",
+		"amqp://[::1,::2]/", "amqp://a,b/x y", "amqp://a,b/?heartbeat=x",
+		"amqp://a,/", "amqp://,b/", "amqp://a,,b/", // an empty host would be localhost
+		"amqp://a,amqp://b/",
+	} {
+		if s, err := loadSettings(envOf("RABBITMQ_URL", text)); err == nil {
+			t.Errorf("%s is taken as %q", text, splitHosts(s.rabbitURL))
+		}
+	}
 }
 
 // TestBrokerSocketCollects corks a socket: nothing goes out until it is uncorked or holds too
@@ -319,67 +448,6 @@ func TestPublishCountsReturns(t *testing.T) {
 	}
 }
 
-// proxy stands between a service and its broker or database.
-type proxy struct {
-	address string
-
-	mu    sync.Mutex
-	conns []net.Conn
-	up    bool
-}
-
-// newProxy forwards to the host of a URL until the test ends.
-func newProxy(t *testing.T, target string) *proxy {
-	t.Helper()
-	u, err := url.Parse(target)
-	if err != nil {
-		t.Fatal(err)
-	}
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := &proxy{address: listener.Addr().String(), up: true}
-	go func() {
-		for {
-			in, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			p.forward(in, u.Host)
-		}
-	}()
-	t.Cleanup(func() {
-		listener.Close()
-		p.set(false)
-	})
-	return p
-}
-
-func (p *proxy) forward(in net.Conn, host string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	out, err := net.Dial("tcp", host)
-	if err != nil || !p.up {
-		in.Close()
-		return
-	}
-	p.conns = append(p.conns, in, out)
-	go io.Copy(in, out)
-	go io.Copy(out, in)
-}
-
-// set lets connections through, or cuts all that there are and those to come.
-func (p *proxy) set(up bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.up = up
-	for _, c := range p.conns {
-		c.Close()
-	}
-	p.conns = nil
-}
-
 // TestBrokerOutage cuts the connections to the broker while users change. No request
 // fails, and afterwards every event arrives, in order.
 func TestBrokerOutage(t *testing.T) {
@@ -421,37 +489,6 @@ func TestBrokerOutage(t *testing.T) {
 	eventually(t, "readiness that tells of the return", func() bool {
 		return svc.do("GET", "/readyz", "").json(t, "rabbitmq") == "up"
 	})
-}
-
-func throughProxy(t *testing.T, target string, p *proxy) string {
-	t.Helper()
-	u, err := url.Parse(target)
-	if err != nil {
-		t.Fatal(err)
-	}
-	u.Host = p.address
-	return u.String()
-}
-
-// refusedAddress returns an address on which nobody listens.
-func refusedAddress(t *testing.T) string {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	return listener.Addr().String()
-}
-
-// withHosts returns a URL of the tests' broker with other hosts.
-func withHosts(t *testing.T, hosts ...string) string {
-	t.Helper()
-	u, err := url.Parse(testRabbitURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return strings.Replace(testRabbitURL, u.Host, strings.Join(hosts, ","), 1)
 }
 
 // TestBrokerOfSeveralHosts starts the service with hosts of which one answers, then another one.

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -211,6 +212,17 @@ func pgDump(t *testing.T, databaseURL string, options ...string) string {
 	return ""
 }
 
+// withoutPsql takes out the commands of psql that newer releases of pg_dump write.
+func withoutPsql(dump string) string {
+	var sql strings.Builder
+	for line := range strings.Lines(dump) {
+		if !strings.HasPrefix(line, `\`) {
+			sql.WriteString(line)
+		}
+	}
+	return sql.String()
+}
+
 // TestStartOnDumpOfSchema restores a dump of the schema alone into an empty database.
 func TestStartOnDumpOfSchema(t *testing.T) {
 	t.Parallel()
@@ -264,42 +276,34 @@ func TestStartOnDumpOfData(t *testing.T) {
 	}
 }
 
-// withoutPsql takes out the commands of psql that newer releases of pg_dump write.
-func withoutPsql(dump string) string {
-	var sql strings.Builder
-	for line := range strings.Lines(dump) {
-		if !strings.HasPrefix(line, `\`) {
-			sql.WriteString(line)
-		}
-	}
-	return sql.String()
-}
-
-// TestCreatePassesUsedIDs creates users while the sequence is behind ids in use.
-func TestCreatePassesUsedIDs(t *testing.T) {
+// TestPostgresAppliesSchemaTogether starts replicas on an empty database at once, and
+// once more on the finished one, where nothing may change.
+func TestPostgresAppliesSchemaTogether(t *testing.T) {
 	t.Parallel()
-	for _, key := range []string{"", "key"} {
-		t.Run("key="+key, func(t *testing.T) {
-			t.Parallel()
-			svc := startService(t, postgresSettings(t))
-			svc.createUser("John", "Doe")
-			conn := connect(t, svc.settings.databaseURL)
-			execute(t, conn, `INSERT INTO users (id, name, surname, password)
-				SELECT i, 'Copied', 'C', 'x' FROM generate_series(2, 40) AS i`)
-			var headers []string
-			if key != "" {
-				headers = []string{"Idempotency-Key: " + key}
+	url := newDatabase(t)
+	conn := connect(t, url)
+	// Before PostgreSQL 15, the owner of a database does not own its schema public.
+	if _, err := conn.Exec(t.Context(), "DROP OWNED BY CURRENT_USER"); err != nil {
+		t.Fatal(err)
+	}
+	var group sync.WaitGroup
+	for range 5 {
+		group.Go(func() {
+			s, err := openPostgres(context.Background(), url, "test", newLogger(&logWriter{w: t.Output()}, 0))
+			if err != nil {
+				t.Error(err)
+				return
 			}
-			a := svc.do("POST", "/users", john, headers...)
-			if a.status != 201 || a.json(t, "id").(float64) <= 40 {
-				t.Errorf("%d %s", a.status, a.body)
-			}
-			execute(t, conn, "SELECT setval(pg_get_serial_sequence('users', 'id'), 1, false)")
-			if id := svc.createUser("Jane", "Doe"); id <= 41 {
-				t.Errorf("id %d was used before", id)
-			}
-			checkTotal(t, conn)
+			s.close()
 		})
+	}
+	group.Wait()
+	const catalog = `SELECT string_agg(c.oid || c.relname || c.relfilenode, ' ' ORDER BY c.oid)
+		FROM pg_class c WHERE relnamespace = 'public'::regnamespace`
+	before := queryValue[string](t, conn, catalog)
+	mustCreate(t, openTestPostgres(t, url), "John")
+	if after := queryValue[string](t, conn, catalog); after != before {
+		t.Errorf("a second start changed the schema:\n%s\n%s", before, after)
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"math"
 	"net/url"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -460,65 +459,6 @@ func TestTraceIDOfAWriter(t *testing.T) {
 		if n != 3 {
 			t.Errorf("%s: %d of 3 events have a trace id such as %s", test.name, n, test.want)
 		}
-	}
-}
-
-// TestTraceIDsOfABatch changes users at once, each with a trace id of its own.
-func TestTraceIDsOfABatch(t *testing.T) {
-	t.Parallel()
-	svc := startService(t, postgresSettings(t))
-	conn := connect(t, svc.settings.databaseURL)
-	const users = 48
-	execute(t, conn, `INSERT INTO users (name, surname, password)
-		SELECT 'John', 'Doe', 'x' FROM generate_series(1, $1)`, users)
-	for _, method := range []string{"PUT", "DELETE"} {
-		var group sync.WaitGroup
-		for id := 1; id <= users; id++ {
-			group.Go(func() {
-				body := map[string]string{"PUT": `{"name": "Jane"}`}[method]
-				a := svc.do(method, fmt.Sprintf("/users/%d", id), body,
-					fmt.Sprintf("X-Request-Id: %s-%d", method, id))
-				if a.status != 200 {
-					t.Errorf("%d %s", a.status, a.body)
-				}
-			})
-		}
-		group.Wait()
-	}
-	for id := 1; id <= users; id++ {
-		svc.waitForLine(fmt.Sprintf("Received event user.updated with user_id=%d", id),
-			"trace_id", fmt.Sprintf("PUT-%d", id), "version", 2)
-		svc.waitForLine(fmt.Sprintf("Received event user.deleted with user_id=%d", id),
-			"trace_id", fmt.Sprintf("DELETE-%d", id), "version", 3)
-	}
-	if n := strings.Count(svc.log.String(), `"Received event `); n != 3*users {
-		t.Errorf("%d events of %d changes", n, 3*users)
-	}
-}
-
-// TestTraceIDsOfAUser changes one user from many sides: each change has the trace id of its own
-// request.
-func TestTraceIDsOfAUser(t *testing.T) {
-	t.Parallel()
-	svc := startService(t, postgresSettings(t))
-	id := svc.createUser("John", "Doe")
-	const changes = 24
-	versions := make([]string, changes)
-	var group sync.WaitGroup
-	for i := range changes {
-		group.Go(func() {
-			a := svc.do("PUT", fmt.Sprint("/users/", id), fmt.Sprintf(`{"name": "name %d"}`, i),
-				fmt.Sprint("X-Request-Id: change-", i))
-			if a.status != 200 {
-				t.Errorf("%d %s", a.status, a.body)
-			}
-			versions[i] = strings.Trim(a.header.Get("ETag"), `"`)
-		})
-	}
-	group.Wait()
-	for i, version := range versions {
-		svc.waitForLine(fmt.Sprintf("Received event user.updated with user_id=%d", id),
-			"trace_id", fmt.Sprint("change-", i), "version", version)
 	}
 }
 

@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -95,42 +94,6 @@ func TestSettings(t *testing.T) {
 		test.want(&want)
 		if got, err := loadSettings(envOf(test.name, test.value)); err != nil || !reflect.DeepEqual(got, want) {
 			t.Errorf("%s=%s: %+v, %v", test.name, test.value, got, err)
-		}
-	}
-}
-
-// TestRabbitURLs has URLs of one host and of several, and what each host is dialled with.
-func TestRabbitURLs(t *testing.T) {
-	t.Parallel()
-	for text, want := range map[string][]string{
-		"amqp://h":              {"amqp://h"},
-		"amqp://u:p@h:5673/%2F": {"amqp://u:p@h:5673/%2F"},
-		"amqp://u:p@a:5672,b:5673/vhost": {
-			"amqp://u:p@a:5672/vhost", "amqp://u:p@b:5673/vhost"},
-		"amqps://a,b,c": {"amqps://a", "amqps://b", "amqps://c"},
-		"amqp://u:p@[::1]:5672,[2001:db8::1]/v?heartbeat=5": {
-			"amqp://u:p@[::1]:5672/v?heartbeat=5", "amqp://u:p@[2001:db8::1]/v?heartbeat=5"},
-		"amqp://u:a,b@c,d/":    {"amqp://u:a,b@c/", "amqp://u:a,b@d/"},
-		"amqp://u:p%2C@c,d/":   {"amqp://u:p%2C@c/", "amqp://u:p%2C@d/"},
-		"amqp://a,b/one,two":   {"amqp://a/one,two", "amqp://b/one,two"},
-		"amqp://a:1,a:2?x=1,2": {"amqp://a:1?x=1,2", "amqp://a:2?x=1,2"},
-	} {
-		s, err := loadSettings(envOf("RABBITMQ_URL", text))
-		if err != nil || s.rabbitURL != text {
-			t.Errorf("%s is refused: %v", text, err)
-		}
-		if got := splitHosts(text); !slices.Equal(got, want) {
-			t.Errorf("%s: hosts %q, want %q", text, got, want)
-		}
-	}
-	for _, text := range []string{
-		"amqp://a:0,b/", "amqp://a,b:99999/", "amqp://a,b:x/", "amqp://a b,c/", "amqp://a, b/",
-		"amqp://[::1,::2]/", "amqp://a,b/x y", "amqp://a,b/?heartbeat=x",
-		"amqp://a,/", "amqp://,b/", "amqp://a,,b/", // an empty host would be localhost
-		"amqp://a,amqp://b/",
-	} {
-		if s, err := loadSettings(envOf("RABBITMQ_URL", text)); err == nil {
-			t.Errorf("%s is taken as %q", text, splitHosts(s.rabbitURL))
 		}
 	}
 }

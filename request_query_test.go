@@ -1,0 +1,374 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"math/big"
+	"net/http"
+	"net/url"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// page is what a test says of a list; its links are by relation.
+type page struct {
+	query string
+	ids   []int64
+	tail  string // the body behind the users
+	links map[string]string
+}
+
+func (p page) check(t *testing.T, s *service) {
+	t.Helper()
+	a := s.do("GET", "/users"+p.query, "")
+	var list userList
+	if err := json.Unmarshal([]byte(a.body), &list); err != nil || a.status != http.StatusOK {
+		t.Errorf("%q: %d %v in %s", p.query, a.status, err, a.body)
+		return
+	}
+	var ids []int64
+	for _, u := range list.Users {
+		ids = append(ids, u.ID)
+	}
+	_, tail, isList := strings.Cut(a.body, "]")
+	if !isList || !slices.Equal(ids, p.ids) || strings.TrimSpace(tail) != p.tail {
+		t.Errorf("%q: the users %v and %s, not %v and %s", p.query, ids, tail, p.ids, p.tail)
+	}
+	if got := links(t, a); fmt.Sprint(got) != fmt.Sprint(p.links) {
+		t.Errorf("%q: the links are\n%v, not\n%v", p.query, got, p.links)
+	}
+	head := s.do("HEAD", "/users"+p.query, "")
+	if head.status != a.status || head.header.Get("Link") != a.header.Get("Link") || head.body != "" {
+		t.Errorf("HEAD %q: %d %v %q", p.query, head.status, head.header, head.body)
+	}
+}
+
+var linkPattern = regexp.MustCompile(`^<([^>]*)>; rel="([a-z]+)"$`)
+
+// links returns the targets in the Link field of an answer by their relation.
+func links(t *testing.T, a answer) map[string]string {
+	t.Helper()
+	targets := make(map[string]string)
+	for _, field := range a.header["Link"] {
+		for link := range strings.SplitSeq(field, ", ") {
+			parts := linkPattern.FindStringSubmatch(link)
+			if parts == nil {
+				t.Errorf("Link has %q", link)
+			} else if targets[parts[2]] != "" {
+				t.Errorf("Link has %q twice", parts[2])
+			} else {
+				targets[parts[2]] = parts[1]
+			}
+		}
+	}
+	return targets
+}
+
+func TestListUsers(t *testing.T) {
+	t.Parallel()
+	type targets = map[string]string
+	all := []int64{1, 2, 3, 5, 6, 7, 8}
+	pages := []page{
+		{"", all, `,"total":7,"page":1,"per_page":10,"next_after":null}`,
+			targets{"first": "/users?page=1", "last": "/users?page=1"}},
+		{"?", all, `,"total":7,"page":1,"per_page":10,"next_after":null}`,
+			targets{"first": "/users?page=1", "last": "/users?page=1"}},
+		{"/?per_page=7", all, `,"total":7,"page":1,"per_page":7,"next_after":null}`,
+			targets{"first": "/users?page=1&per_page=7", "last": "/users?page=1&per_page=7"}},
+		{"?per_page=6", all[:6], `,"total":7,"page":1,"per_page":6,"next_after":7}`,
+			targets{"first": "/users?page=1&per_page=6", "next": "/users?after=7&per_page=6",
+				"last": "/users?page=2&per_page=6"}},
+		{"?per_page=3&page=1", all[:3], `,"total":7,"page":1,"per_page":3,"next_after":3}`,
+			targets{"first": "/users?page=1&per_page=3", "next": "/users?after=3&per_page=3",
+				"last": "/users?page=3&per_page=3"}},
+		{"?p%61ge=2&per_page=3", all[3:6], `,"total":7,"page":2,"per_page":3,"next_after":7}`,
+			targets{"first": "/users?page=1&per_page=3", "prev": "/users?page=1&per_page=3",
+				"next": "/users?after=7&per_page=3", "last": "/users?page=3&per_page=3"}},
+		{"?page=3&per_page=3", all[6:], `,"total":7,"page":3,"per_page":3,"next_after":null}`,
+			targets{"first": "/users?page=1&per_page=3", "prev": "/users?page=2&per_page=3",
+				"last": "/users?page=3&per_page=3"}},
+		{"?page=4&per_page=3", nil, `,"total":7,"page":4,"per_page":3,"next_after":null}`,
+			targets{"first": "/users?page=1&per_page=3", "prev": "/users?page=3&per_page=3",
+				"last": "/users?page=3&per_page=3"}},
+		{"?page=50", nil, `,"total":7,"page":50,"per_page":10,"next_after":null}`,
+			targets{"first": "/users?page=1", "prev": "/users?page=1", "last": "/users?page=1"}},
+
+		{"?after=0", all, `,"total":7,"per_page":10,"next_after":null}`, targets{}},
+		{"?after=3&per_page=3", all[3:6], `,"total":7,"per_page":3,"next_after":7}`,
+			targets{"next": "/users?after=7&per_page=3"}},
+		{"?after=4&per_page=1", all[3:4], `,"total":7,"per_page":1,"next_after":5}`,
+			targets{"next": "/users?after=5&per_page=1"}},
+		{"?per_page=1&after=7", all[6:], `,"total":7,"per_page":1,"next_after":null}`, targets{}},
+		{"?after=8", nil, `,"total":7,"per_page":10,"next_after":null}`, targets{}},
+		{"?after=9223372036854775807", nil, `,"total":7,"per_page":10,"next_after":null}`, targets{}},
+
+		// The most that a page may skip.
+		{"?page=100001&per_page=1", nil, `,"total":7,"page":100001,"per_page":1,"next_after":null}`,
+			targets{"first": "/users?page=1&per_page=1", "prev": "/users?page=7&per_page=1",
+				"last": "/users?page=7&per_page=1"}},
+		{"?page=1001&per_page=100", nil, `,"total":7,"page":1001,"per_page":100,"next_after":null}`,
+			targets{"first": "/users?page=1&per_page=100", "prev": "/users?page=1&per_page=100",
+				"last": "/users?page=1&per_page=100"}},
+		{"?page=14286&per_page=7", nil, `,"total":7,"page":14286,"per_page":7,"next_after":null}`,
+			targets{"first": "/users?page=1&per_page=7", "prev": "/users?page=1&per_page=7",
+				"last": "/users?page=1&per_page=7"}},
+	}
+	eachStore(t, func(t *testing.T, s *service) {
+		for range 8 {
+			s.createUser("John", "Doe")
+		}
+		s.do("DELETE", "/users/4", "")
+		for _, page := range pages {
+			page.check(t, s)
+		}
+	})
+}
+
+func TestListNoUsers(t *testing.T) {
+	t.Parallel()
+	type targets = map[string]string
+	eachStore(t, func(t *testing.T, s *service) {
+		for _, page := range []page{
+			{"", nil, `,"total":0,"page":1,"per_page":10,"next_after":null}`,
+				targets{"first": "/users?page=1", "last": "/users?page=1"}},
+			{"?page=3", nil, `,"total":0,"page":3,"per_page":10,"next_after":null}`,
+				targets{"first": "/users?page=1", "prev": "/users?page=1", "last": "/users?page=1"}},
+			{"?after=0&per_page=5", nil, `,"total":0,"per_page":5,"next_after":null}`, targets{}},
+		} {
+			page.check(t, s)
+		}
+	})
+}
+
+// TestLinksStayInReach asks for links that a table of the tests would be too small for.
+// Each must be a page that the service would answer.
+func TestLinksStayInReach(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		query string
+		total int64
+		last  string
+	}{
+		{"per_page=1", 100_001, "/users?page=100001&per_page=1"},
+		{"per_page=1", 100_002, ""},
+		{"per_page=100", 100_100, "/users?page=1001&per_page=100"},
+		{"per_page=100", 100_101, ""},
+	} {
+		q, err := parseListQuery(test.query)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a := answer{header: http.Header{"Link": {q.links(q.list([]User{}, test.total))}}}
+		if got := links(t, a)["last"]; got != test.last {
+			t.Errorf("%s of %d users: last is %q, not %q", test.query, test.total, got, test.last)
+		}
+	}
+}
+
+// FuzzListQuery holds a query against wantWrong, and then follows each link of a table of
+// users whose ids are all even.
+func FuzzListQuery(f *testing.F) {
+	for _, query := range []string{
+		"", "page=1", "page=3&per_page=7", "per_page=100&page=1001", "per_page=100&page=1002", "after=0",
+		"after=9223372036854775807", "after=9223372036854775808", "page=9223372036854775807&per_page=1",
+		"page=4611686018427387905&per_page=4", "page=100001&per_page=1", "page=1&after=1", "p%61ge=%31",
+		"page=+1", "page=-1", "page=01", "page=1_0", "page=", "page", "page=1&page=1", "PAGE=1&x=%00&%zz",
+		"per_page=0", "per_page=101", "a;b", "page=%D9%A1", "&&",
+		"after=-0", "after=4&per_page=2&per_page=",
+	} {
+		for _, total := range []uint32{0, 1, 10, 200_001} {
+			f.Add(query, total)
+		}
+	}
+	f.Fuzz(func(t *testing.T, query string, size uint32) {
+		q, err := parseListQuery(query)
+		wrong, parsed := wantWrong(query)
+		if err != nil {
+			got := make(map[string]bool)
+			p, ok := err.(*problem)
+			if !ok || p.Status != http.StatusBadRequest || parsed != (len(p.Errors) > 0) {
+				t.Fatalf("%q: %+v", query, err)
+			}
+			for _, e := range p.Errors {
+				got[e.Parameter] = true
+			}
+			if !maps.Equal(got, wrong) || parsed && len(wrong) == 0 {
+				t.Errorf("%q: the wrong parameters are %v, not %v", query, got, wrong)
+			}
+			return
+		}
+		if !parsed || len(wrong) > 0 {
+			t.Fatalf("%q is accepted, but wrong are %v", query, wrong)
+		}
+		total := int64(size % 300_000)
+		list := q.list(evenUsers(q, total), total)
+		if n := int64(len(list.Users)); n > q.perPage || q.offset() < 0 || q.offset() > 100_000 {
+			t.Fatalf("%q skips %d users and has %d", query, q.offset(), n)
+		}
+		last := max(0, total-1)/q.perPage + 1 // page
+		want := map[string]listQuery{}
+		if q.page > 0 {
+			want["first"] = listQuery{page: 1, perPage: q.perPage}
+			if (last-1)*q.perPage <= 100_000 {
+				want["last"] = listQuery{page: last, perPage: q.perPage}
+			}
+		}
+		if q.page > 1 {
+			want["prev"] = listQuery{page: min(q.page-1, last), perPage: q.perPage}
+		}
+		if n := len(list.Users); n > 0 && list.Users[n-1].ID < 2*total {
+			want["next"] = listQuery{after: list.Users[n-1].ID, perPage: q.perPage}
+		}
+		a := answer{header: http.Header{"Link": {q.links(list)}}}
+		if a.header.Get("Link") == "" {
+			a.header.Del("Link")
+		}
+		got := links(t, a)
+		for relation, target := range got {
+			linked, err := parseListQuery(strings.TrimPrefix(target, "/users?"))
+			linked.values = nil
+			if err != nil || !reflect.DeepEqual(linked, want[relation]) {
+				t.Errorf("%q of %d: %s is %s (%v), not %+v",
+					query, total, relation, target, err, want[relation])
+			}
+		}
+		if len(got) != len(want) {
+			t.Errorf("%q of %d: the links are %v, not %v", query, total, got, want)
+		}
+	})
+}
+
+// evenUsers is what a store with total users, from 2 to 2*total, returns for q.
+func evenUsers(q listQuery, total int64) []User {
+	users := []User{}
+	for i := min(q.after, 2*total)/2 + q.offset(); i < total && int64(len(users)) <= q.perPage; i++ {
+		users = append(users, User{ID: 2 * (i + 1)})
+	}
+	return users
+}
+
+// wantWrong returns the parameters that a list must refuse, or false for no query at all.
+func wantWrong(query string) (wrong map[string]bool, ok bool) {
+	values, err := url.ParseQuery(query)
+	if err != nil {
+		return nil, false
+	}
+	wrong = make(map[string]bool)
+	const maxInt64 = "9223372036854775807"
+	high := map[string]string{"page": maxInt64, "per_page": "100", "after": maxInt64}
+	number := map[string]*big.Int{"page": big.NewInt(1), "per_page": big.NewInt(10)}
+	for name, texts := range values {
+		limit, _ := new(big.Int).SetString(high[name], 10)
+		n, isNumber := new(big.Int).SetString(texts[0], 10)
+		if high[name] == "" || len(texts) > 1 || !isNumber ||
+			strings.Trim(texts[0], "0123456789") != "" ||
+			n.Cmp(limit) > 0 || name != "after" && n.Sign() == 0 {
+			wrong[name] = true
+		}
+		number[name] = n
+	}
+	skipped := new(big.Int)
+	if len(wrong) == 0 {
+		skipped.Mul(skipped.Sub(number["page"], big.NewInt(1)), number["per_page"])
+	}
+	switch {
+	case values.Has("page") && values.Has("after"):
+		wrong["after"] = true
+	case skipped.Cmp(big.NewInt(100_000)) > 0:
+		wrong["page"] = true
+	}
+	return wrong, true
+}
+
+func TestListRefuses(t *testing.T) {
+	t.Parallel()
+	s := startService(t, memorySettings())
+	for query, want := range map[string][]string{
+		"page=0":                              {"page"},
+		"page=-1":                             {"page"},
+		"page=%2B1":                           {"page"},
+		"page=+1":                             {"page"}, // a space and a 1
+		"page=1e3":                            {"page"},
+		"page=1.0":                            {"page"},
+		"page=0x1":                            {"page"},
+		"page=1_0":                            {"page"},
+		"page=one":                            {"page"},
+		"page=%D9%A1":                         {"page"}, // an Arabic 1
+		"page=":                               {"page"},
+		"page":                                {"page"},
+		"page=1&page=1":                       {"page"},
+		"page=9223372036854775807":            {"page"},
+		"page=9223372036854775808":            {"page"},
+		"page=18446744073709551617":           {"page"},
+		"per_page=0":                          {"per_page"},
+		"per_page=101":                        {"per_page"},
+		"per_page=-5":                         {"per_page"},
+		"per_page=":                           {"per_page"},
+		"per_page=5&per_page=6":               {"per_page"},
+		"per_page=18446744073709551621":       {"per_page"},
+		"after=-1":                            {"after"},
+		"after=":                              {"after"},
+		"after=%2B0":                          {"after"},
+		"after=9223372036854775808":           {"after"},
+		"after=1&after=1":                     {"after"},
+		"page=1&after=0":                      {"after"},
+		"per_page=10&page=1&after=1":          {"after"},
+		"limit=5":                             {"limit"},
+		"Page=1":                              {"Page"},
+		"page[]=1":                            {"page[]"},
+		"limit=5&limit=6":                     {"limit"},
+		"page=0&per_page=0&x=&y=1":            {"page", "per_page", "x", "y"},
+		"after=x&per_page=101":                {"after", "per_page"},
+		"page=10002":                          {"page"}, // skips 100,010
+		"page=100002&per_page=1":              {"page"},
+		"page=1002&per_page=100":              {"page"},
+		"page=14287&per_page=7":               {"page"}, // skips 100,002
+		"page=4611686018427387905&per_page=4": {"page"}, // skips 2^64
+	} {
+		checkBadRequest(t, query, s.do("GET", "/users?"+query, ""), want...)
+	}
+	for _, query := range []string{"page=10002", "page=9223372036854775807"} {
+		if a := s.do("GET", "/users?"+query, ""); !strings.Contains(a.body, "use after") {
+			t.Errorf("%s: no word of after: %s", query, a.body)
+		}
+	}
+	for _, query := range []string{"%zz", "page=%", "page=1&per_page=%2", "page=1;per_page=2", "a;b"} {
+		a := s.do("GET", "/users?"+query, "")
+		if a.status != http.StatusBadRequest || !strings.Contains(fmt.Sprint(a.json(t, "detail")), "query") {
+			t.Errorf("%s: %d %s", query, a.status, a.body)
+		}
+	}
+}
+
+// TestQueryElsewhere sends a query that no list would take.
+func TestQueryElsewhere(t *testing.T) {
+	t.Parallel()
+	s := startService(t, memorySettings())
+	const query = "?page=0&x=1&%zz;"
+	for _, test := range []struct {
+		method, path, body string
+		want               int
+	}{
+		{"POST", "/users", john, http.StatusCreated},
+		{"POST", "/users", "[]", http.StatusBadRequest},
+		{"GET", "/users/1", "", http.StatusOK},
+		{"PUT", "/users/1", john, http.StatusOK},
+		{"DELETE", "/users/1", "", http.StatusOK},
+		{"DELETE", "/users/1", "", http.StatusNotFound},
+		{"OPTIONS", "/users", "", http.StatusMethodNotAllowed},
+		{"GET", "/nothing", "", http.StatusNotFound},
+		{"GET", "/docs", "", http.StatusOK},
+		{"GET", "/openapi.json", "", http.StatusOK},
+		{"GET", "/healthz", "", http.StatusOK},
+		{"GET", "/readyz", "", http.StatusOK},
+		{"GET", "/metrics", "", http.StatusOK},
+	} {
+		if a := s.do(test.method, test.path+query, test.body); a.status != test.want {
+			t.Errorf("%s %s: %d %s", test.method, test.path, a.status, a.body)
+		}
+	}
+}
