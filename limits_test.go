@@ -15,26 +15,30 @@ import (
 	"time"
 )
 
-// What hashes passwords leaves a core to the rest, so it has to know whether there is any.
+// TestMixedTraffic checks that the traffic is mixed from the first request other than POST on.
+// While it is mixed, one core does not hash passwords.
 func TestMixedTraffic(t *testing.T) {
 	t.Parallel()
-	server := newHandler(testDependencies(settings{}, newMemory(), slog.New(slog.DiscardHandler))).(*server)
+	log := slog.New(slog.DiscardHandler)
+	server := newHandler(testDependencies(settings{}, newMemory(), log)).(*server)
 	for _, test := range []struct {
 		method string
 		mixed  bool
 	}{{"POST", false}, {"GET", true}, {"POST", true}} {
 		server.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest(test.method, "/users", nil))
 		if mixed := server.traffic.isMixed(); mixed != test.mixed {
-			t.Errorf("after a %s the traffic is mixed: %t", test.method, mixed)
+			t.Errorf("after %s: mixed %t, want %t", test.method, mixed, test.mixed)
 		}
 	}
 }
 
-// TestHashLanesLimit counts how many passwords may be hashed at the same time, alone and in mixed traffic.
+// TestHashLanesLimit checks how many passwords are hashed concurrently, alone and in mixed traffic,
+// and how many wait.
 func TestHashLanesLimit(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct{ cores, alone, mixed int }{
-		{1, 1, 1}, {2, 2, 1}, {3, 3, 2}, {8, 8, 7},
+		{cores: 1, alone: 1, mixed: 1}, {cores: 2, alone: 2, mixed: 1},
+		{cores: 3, alone: 3, mixed: 2}, {cores: 8, alone: 8, mixed: 7},
 	} {
 		for _, mixed := range []bool{false, true} {
 			synctest.Test(t, func(t *testing.T) {
@@ -57,33 +61,35 @@ func TestHashLanesLimit(t *testing.T) {
 				}
 				synctest.Wait()
 				if working != want {
-					t.Errorf("%d cores, mixed %t: %d at the same time, not %d", test.cores, mixed, working, want)
+					t.Errorf("%d cores, mixed %t: %d concurrent hashes, want %d",
+						test.cores, mixed, working, want)
 				}
 				if _, err := h.enter(t.Context()); !errors.Is(err, errBusy) {
-					t.Errorf("%d cores: a password beyond the queue: %v", test.cores, err)
+					t.Errorf("%d cores, full queue: error %v, want errBusy", test.cores, err)
 				}
 				time.Sleep(2 * time.Hour)
 				if !h.queue.TryAcquire(int64(l.hashQueue)) {
-					t.Errorf("%d cores: places are still taken", test.cores)
+					t.Errorf("%d cores: the queue is not empty after all hashes", test.cores)
 				}
 			})
 		}
 	}
 }
 
-// TestHashLanesWait has other calls take the cores.
+// TestHashLanesWait checks how long a call waits for a core that another call occupies.
 func TestHashLanesWait(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
-		busy  time.Duration // how long the other calls work
-		leave time.Duration // 0: the caller stays
+		busy  time.Duration // how long the other call works
+		leave time.Duration // when the caller leaves, 0 for never
 		want  error
 		after time.Duration
 	}{
-		"no wait":         {},
-		"turn in time":    {busy: hashWait / 2, after: hashWait / 2},
-		"no turn in time": {busy: 2 * hashWait, want: errBusy, after: hashWait},
-		"caller leaves":   {busy: 2 * hashWait, leave: hashWait / 2, want: context.Canceled, after: hashWait / 2},
+		"free core":       {},
+		"core in time":    {busy: hashWait / 2, after: hashWait / 2},
+		"no core in time": {busy: 2 * hashWait, want: errBusy, after: hashWait},
+		"caller leaves": {busy: 2 * hashWait, leave: hashWait / 2, want: context.Canceled,
+			after: hashWait / 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -104,10 +110,10 @@ func TestHashLanesWait(t *testing.T) {
 				start := time.Now()
 				leave, err := h.enter(ctx)
 				if !errors.Is(err, test.want) || (err == nil) != (leave != nil) {
-					t.Errorf("enter: %v", err)
+					t.Errorf("enter: error %v, want %v", err, test.want)
 				}
 				if waited := time.Since(start); waited != test.after {
-					t.Errorf("waited for %v, not %v", waited, test.after)
+					t.Errorf("waited %v, want %v", waited, test.after)
 				}
 				time.Sleep(3 * hashWait)
 			})
@@ -115,7 +121,8 @@ func TestHashLanesWait(t *testing.T) {
 	}
 }
 
-// TestPasswordFlood sends more passwords than can be hashed in time.
+// TestPasswordFlood sends more passwords than can be hashed in time: some are refused with 503, and
+// reads succeed meanwhile.
 func TestPasswordFlood(t *testing.T) {
 	t.Parallel()
 	const requests = 300
@@ -124,16 +131,16 @@ func TestPasswordFlood(t *testing.T) {
 	var group sync.WaitGroup
 	for range requests {
 		group.Go(func() {
-			body := `{"name": "John", "surname": "Doe", "password": "` + secret + `"}`
-			response, err := client.Post(s.url+"/users", "application/json", strings.NewReader(body))
+			response, err := client.Post(s.url+"/users", "application/json", strings.NewReader(john))
 			if err != nil {
 				t.Error(err)
 				return
 			}
 			io.Copy(io.Discard, response.Body)
 			response.Body.Close()
-			if response.StatusCode == http.StatusServiceUnavailable && response.Header.Get("Retry-After") == "" {
-				t.Error("503 without Retry-After")
+			if response.StatusCode == http.StatusServiceUnavailable &&
+				response.Header.Get("Retry-After") == "" {
+				t.Error("status 503 without Retry-After")
 			}
 			statuses <- response.StatusCode
 		})
@@ -146,7 +153,7 @@ func TestPasswordFlood(t *testing.T) {
 	}()
 	for over := false; !over; {
 		if a := s.do("GET", "/users", ""); a.status != http.StatusOK {
-			t.Errorf("GET during the flood: %d %s", a.status, a.body)
+			t.Errorf("GET /users during the flood: status %d, want 200: %s", a.status, a.body)
 		}
 		select {
 		case <-flood:
@@ -159,13 +166,14 @@ func TestPasswordFlood(t *testing.T) {
 		count[status]++
 	}
 	if count[201] == 0 || count[201]+count[503] != requests {
-		t.Errorf("statuses and their number: %v", count)
+		t.Errorf("answers by status: %v, want only 201 and 503, %d together", count, requests)
 	}
-	// A machine of many cores may take them all.
+	// A machine with many cores may hash all of them in time.
 	if tooMany := 2 * testLimits.hashQueue; requests > tooMany && count[503] == 0 {
-		t.Errorf("nothing was refused: %v", count)
+		t.Errorf("answers by status: %v, want some 503", count)
 	}
-	if total := s.do("GET", "/users?per_page=1", "").json(t, "total"); total != float64(count[201]) {
-		t.Errorf("%v users after %d answers 201", total, count[201])
+	total := s.do("GET", "/users?per_page=1", "").json(t, "total")
+	if total != float64(count[201]) {
+		t.Errorf("%v users after %d answers with 201", total, count[201])
 	}
 }

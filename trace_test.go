@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"net/http"
 	"regexp"
@@ -11,10 +12,14 @@ import (
 )
 
 var (
-	uuidV4 = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`)
-	uuidV7 = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`)
+	uuidV4 = regexp.MustCompile(
+		`^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`)
+	uuidV7 = regexp.MustCompile(
+		`^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`)
 )
 
+// TestUUIDs checks that UUIDs have their version and variant, that they are unique, and that those
+// of version 7 are in the order of time.
 func TestUUIDs(t *testing.T) {
 	t.Parallel()
 	seen := make(map[string]bool)
@@ -23,98 +28,152 @@ func TestUUIDs(t *testing.T) {
 	for range 1000 {
 		v4, v7 := newUUIDv4(), newUUIDv7()
 		if !uuidV4.MatchString(v4) || !uuidV7.MatchString(v7) || seen[v4] || seen[v7] {
-			t.Fatalf("%s or %s is not a new UUID", v4, v7)
+			t.Fatalf("%s is not a new UUIDv4 or %s is not a new UUIDv7", v4, v7)
 		}
 		if v7[:13] < before {
-			t.Errorf("%s comes after %s", v7, before)
+			t.Errorf("%s is less than %s, which is older", v7, before)
 		}
 		seen[v4], seen[v7], before = true, true, v7[:13]
 	}
 	var last int64
 	fmt.Sscanf(strings.Replace(before, "-", "", 1), "%x", &last)
 	if last < start || last > time.Now().UnixMilli() {
-		t.Errorf("%s is not of now", before)
+		t.Errorf("%s has the time %d, want %d or up to a few seconds later", before, last, start)
 	}
 }
 
+// traceIDTests are the headers of requests and the trace id of each request. An empty want stands
+// for a new UUID. traceIDParts expands the words that begin with a dollar sign.
+var traceIDTests = map[string]struct {
+	headers []string
+	want    string
+}{
+	"no header": {},
+	"all characters": {
+		headers: []string{"X-Request-Id: AZaz09._:-"}, want: "AZaz09._:-"},
+	"request id of 1 character": {
+		headers: []string{"X-Request-Id: x"}, want: "x"},
+	"request id of 128 characters": {
+		headers: []string{"X-Request-Id: $x128"}, want: "$x128"},
+	"request id of 129 characters": {
+		headers: []string{"X-Request-Id: $x128x"}},
+	"request id with a space": {headers: []string{"X-Request-Id: a b"}},
+	"request id with a slash": {headers: []string{"X-Request-Id: a/b"}},
+	"request id with a quote": {headers: []string{`X-Request-Id: a"b`}},
+	"request id with a letter outside ASCII": {
+		headers: []string{"X-Request-Id: é"}},
+	"request id with a comma": {headers: []string{"X-Request-Id: a,b"}},
+	"two request ids": {
+		headers: []string{"X-Request-Id: a", "X-Request-Id: b"}},
+	"the same request id twice": {
+		headers: []string{"X-Request-Id: a", "X-Request-Id: a"}},
+	"a valid and an invalid request id": {
+		headers: []string{"X-Request-Id: a", "X-Request-Id: /"}},
+	"traceparent": {
+		headers: []string{"traceparent: 00-$trace-$parent-01"}, want: "$trace"},
+	"not sampled": {
+		headers: []string{"traceparent: 00-$trace-$parent-00"}, want: "$trace"},
+	"unknown flags": {
+		headers: []string{"traceparent: 00-$trace-$parent-ff"}, want: "$trace"},
+	"version 00 with a fifth field": {
+		headers: []string{"traceparent: 00-$trace-$parent-01-x"}},
+	"version 00 with a dash at the end": {
+		headers: []string{"traceparent: 00-$trace-$parent-01-"}},
+	"version 01": {
+		headers: []string{"traceparent: 01-$trace-$parent-01"}, want: "$trace"},
+	"version fe with more fields": {
+		headers: []string{"traceparent: fe-$trace-$parent-01-a-b"}, want: "$trace"},
+	"version fe with text after the flags": {
+		headers: []string{"traceparent: fe-$trace-$parent-01.x"}},
+	"version ff": {headers: []string{"traceparent: ff-$trace-$parent-01"}},
+	"version of 1 digit": {
+		headers: []string{"traceparent: 0-$trace-$parent-01"}},
+	"version that is not hexadecimal": {
+		headers: []string{"traceparent: 0x-$trace-$parent-01"}},
+	"trace id of zeros": {
+		headers: []string{"traceparent: 00-$zeros-$parent-01"}},
+	"parent id of zeros": {
+		headers: []string{"traceparent: 00-$trace-$zeros16-01"}},
+	"trace id in upper case": {
+		headers: []string{"traceparent: 00-$TRACE-$parent-01"}},
+	"parent id in upper case": {
+		headers: []string{"traceparent: 00-$trace-$PARENT-01"}},
+	"flags in upper case": {
+		headers: []string{"traceparent: 00-$trace-$parent-0A"}},
+	"trace id of 31 digits": {
+		headers: []string{"traceparent: 00-$trace31-$parent-01"}},
+	"trace id of 33 digits": {
+		headers: []string{"traceparent: 00-0$trace-$parent-01"}},
+	"parent id of 15 digits": {
+		headers: []string{"traceparent: 00-$trace-$parent15-01"}},
+	"no flags":        {headers: []string{"traceparent: 00-$trace-$parent"}},
+	"only a trace id": {headers: []string{"traceparent: $trace"}},
+	"text before the version": {
+		headers: []string{"traceparent: x00-$trace-$parent-01"}},
+	"two traceparents": {
+		headers: []string{
+			"traceparent: 00-$trace-$parent-01", "traceparent: 00-$trace-$parent-01"}},
+	"request id and traceparent": {
+		headers: []string{"X-Request-Id: a", "traceparent: 00-$trace-$parent-01"}, want: "a"},
+	"invalid request id and traceparent": {
+		headers: []string{"X-Request-Id: /", "traceparent: 00-$trace-$parent-01"}, want: "$trace"},
+	"two request ids and traceparent": {
+		headers: []string{
+			"X-Request-Id: a", "X-Request-Id: a", "traceparent: 00-$trace-$parent-01"},
+		want: "$trace"},
+	"request id and invalid traceparent": {
+		headers: []string{"X-Request-Id: b", "traceparent: x"}, want: "b"},
+}
+
+// traceIDParts expands the words in traceIDTests.
+var traceIDParts = strings.NewReplacer(
+	"$trace31", "af7651916cd43dd8448eb211c80319c",
+	"$trace", "0af7651916cd43dd8448eb211c80319c",
+	"$TRACE", "0AF7651916CD43DD8448EB211C80319C",
+	"$parent15", "7ad6b7169203331",
+	"$parent", "b7ad6b7169203331",
+	"$PARENT", "B7AD6B7169203331",
+	"$zeros16", strings.Repeat("0", 16),
+	"$zeros", strings.Repeat("0", 32),
+	"$x128", strings.Repeat("x", 128),
+)
+
+// TestTraceID checks which header the trace id of a request comes from, and that the answer and
+// the log have it.
 func TestTraceID(t *testing.T) {
 	t.Parallel()
-	const id, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-	const zeros = "00000000000000000000000000000000"
-	const requestID, trace = "X-Request-Id: ", "traceparent: "
-	const valid = trace + "00-" + id + "-" + parent
-	const newID = ""
-	upperID, upperParent, x128 := strings.ToUpper(id), strings.ToUpper(parent), strings.Repeat("x", 128)
 	s := startService(t, memorySettings())
-	for name, test := range map[string]struct {
-		headers []string
-		want    string
-	}{
-		"nothing":                    {nil, newID},
-		"a request id":               {[]string{requestID + "AZaz09._:-"}, "AZaz09._:-"},
-		"one of 1 character":         {[]string{requestID + "x"}, "x"},
-		"one of 128 characters":      {[]string{requestID + x128}, x128},
-		"one of 129 characters":      {[]string{requestID + x128 + "x"}, newID},
-		"one with a space":           {[]string{requestID + "a b"}, newID},
-		"one with a slash":           {[]string{requestID + "a/b"}, newID},
-		"one with a quote":           {[]string{requestID + `a"b`}, newID},
-		"one beyond ASCII":           {[]string{requestID + "é"}, newID},
-		"one with a comma":           {[]string{requestID + "a,b"}, newID},
-		"two request ids":            {[]string{requestID + "a", requestID + "b"}, newID},
-		"one request id twice":       {[]string{requestID + "a", requestID + "a"}, newID},
-		"two, only the first valid":  {[]string{requestID + "a", requestID + "/"}, newID},
-		"a trace":                    {[]string{valid + "-01"}, id},
-		"a trace, not sampled":       {[]string{valid + "-00"}, id},
-		"a trace with other flags":   {[]string{valid + "-ff"}, id},
-		"version 00 with more":       {[]string{valid + "-01-x"}, newID},
-		"version 00 with a dash":     {[]string{valid + "-01-"}, newID},
-		"version 01":                 {[]string{trace + "01-" + id + "-" + parent + "-01"}, id},
-		"version fe with more":       {[]string{trace + "fe-" + id + "-" + parent + "-01-a-b"}, id},
-		"version fe with other more": {[]string{trace + "fe-" + id + "-" + parent + "-01.x"}, newID},
-		"version ff":                 {[]string{trace + "ff-" + id + "-" + parent + "-01"}, newID},
-		"version 0":                  {[]string{trace + "0-" + id + "-" + parent + "-01"}, newID},
-		"version 0x":                 {[]string{trace + "0x-" + id + "-" + parent + "-01"}, newID},
-		"no trace id":                {[]string{trace + "00-" + zeros + "-" + parent + "-01"}, newID},
-		"no parent id":               {[]string{trace + "00-" + id + "-" + zeros[:16] + "-01"}, newID},
-		"a trace in capitals":        {[]string{trace + "00-" + upperID + "-" + parent + "-01"}, newID},
-		"a parent in capitals":       {[]string{trace + "00-" + id + "-" + upperParent + "-01"}, newID},
-		"flags in capitals":          {[]string{valid + "-0A"}, newID},
-		"a short trace id":           {[]string{trace + "00-" + id[1:] + "-" + parent + "-01"}, newID},
-		"a long trace id":            {[]string{trace + "00-0" + id + "-" + parent + "-01"}, newID},
-		"a short parent id":          {[]string{trace + "00-" + id + "-" + parent[1:] + "-01"}, newID},
-		"no flags":                   {[]string{valid}, newID},
-		"a trace id alone":           {[]string{trace + id}, newID},
-		"something in front":         {[]string{trace + "x00-" + id + "-" + parent + "-01"}, newID},
-		"two traces":                 {[]string{valid + "-01", valid + "-01"}, newID},
-		"a request id and a trace":   {[]string{requestID + "a", valid + "-01"}, "a"},
-		"a bad one and a trace":      {[]string{requestID + "/", valid + "-01"}, id},
-		"two and a trace":            {[]string{requestID + "a", requestID + "a", valid + "-01"}, id},
-		"a request id and no trace":  {[]string{requestID + "b", trace + "x"}, "b"},
-	} {
-		a := s.do("GET", "/nothing", "", test.headers...)
+	for name, test := range traceIDTests {
+		var headers []string
+		for _, header := range test.headers {
+			headers = append(headers, traceIDParts.Replace(header))
+		}
+		want := traceIDParts.Replace(test.want)
+		a := s.do("GET", "/nothing", "", headers...)
 		got := a.header.Get("X-Trace-Id")
-		if test.want == newID && !uuidV4.MatchString(got) || test.want != newID && got != test.want {
-			t.Errorf("%s: the trace id is %q", name, got)
+		if want == "" && !uuidV4.MatchString(got) || want != "" && got != want {
+			t.Errorf("%s: trace id %q, want %q", name, got, cmp.Or(want, "a UUIDv4"))
 		}
 		if n := len(a.header["X-Trace-Id"]); n != 1 {
-			t.Errorf("%s: X-Trace-Id is there %d times", name, n)
+			t.Errorf("%s: %d X-Trace-Id headers, want 1", name, n)
 		}
 		s.waitForLine("Request started", "trace_id", got)
 		s.waitForLine("Request completed", "trace_id", got)
 	}
-	// net/http's client does not send an empty field.
+	// net/http's client does not send an empty header.
 	a := s.send("GET /nothing HTTP/1.1\r\nHost: test\r\nX-Request-Id:\r\n\r\n")
 	if got := a.header.Get("X-Trace-Id"); !uuidV4.MatchString(got) {
-		t.Errorf("an empty request id became %q", got)
+		t.Errorf("empty request id: trace id %q, want a UUIDv4", got)
 	}
 }
 
-// FuzzTraceID holds the trace id of a request against wantTraceID.
+// FuzzTraceID compares requestTraceID with wantTraceID, a second implementation.
 func FuzzTraceID(f *testing.F) {
 	const valid = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 	for _, parent := range []string{
 		"", valid, valid + "-x", "01" + valid[2:], "ff" + valid[2:],
-		"cc" + valid[2:] + "-a-b", "cc" + valid[2:] + ".x", strings.ToUpper(valid), valid[:53], "0" + valid,
+		"cc" + valid[2:] + "-a-b", "cc" + valid[2:] + ".x",
+		strings.ToUpper(valid), valid[:53], "0" + valid,
 		strings.Replace(valid, "b7ad6b7169203331", "0000000000000000", 1),
 		"00-00000000000000000000000000000000-b7ad6b7169203331-01",
 		"00-" + strings.Repeat("-", 32) + valid[35:],
@@ -126,14 +185,15 @@ func FuzzTraceID(f *testing.F) {
 		f.Add("", parent, byte(2|8))  // two traceparents
 	}
 	for _, id := range []string{
-		strings.Repeat("x", 128), strings.Repeat("x", 129), "a\n", "é", "a\xff", "\x00", "{}", "a,b",
+		strings.Repeat("x", 128), strings.Repeat("x", 129),
+		"a\n", "é", "a\xff", "\x00", "{}", "a,b",
 	} {
 		f.Add(id, valid, byte(1))
 		f.Add(id, valid, byte(3))
 	}
 	f.Fuzz(func(t *testing.T, id, parent string, given byte) {
 		if strings.Contains(parent, "\n") {
-			return // no field of a header can
+			return // a header cannot contain it
 		}
 		h := make(http.Header)
 		for bit := byte(1); bit <= 8; bit <<= 1 {
@@ -146,15 +206,15 @@ func FuzzTraceID(f *testing.F) {
 		}
 		got, want := requestTraceID(h), wantTraceID(h)
 		if want != "" && got != want || want == "" && !uuidV4.MatchString(got) {
-			t.Fatalf("%q has the trace id %q, not %q", h, got, want)
+			t.Fatalf("%q: trace id %q, want %q", h, got, cmp.Or(want, "a UUIDv4"))
 		}
 		if again := requestTraceID(http.Header{"X-Request-Id": {got}}); again != got {
-			t.Errorf("%q, sent on, becomes %q", got, again)
+			t.Errorf("the trace id %q as X-Request-Id becomes %q", got, again)
 		}
 	})
 }
 
-// wantTraceID is "" where the contract asks for a new one.
+// wantTraceID returns the trace id that a request must have, or "" for a new UUID.
 func wantTraceID(h http.Header) string {
 	const digits, letters = "0123456789", "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 	if ids := h["X-Request-Id"]; len(ids) == 1 && len(ids[0]) >= 1 && len(ids[0]) <= 128 &&
@@ -179,14 +239,15 @@ func wantTraceID(h http.Header) string {
 	return fields[1]
 }
 
+// consistsOf reports whether text contains only characters of a set.
 func consistsOf(text, characters string) bool {
 	return !strings.ContainsFunc(text, func(c rune) bool {
 		return !strings.ContainsRune(characters, c)
 	})
 }
 
-// TestTraceIDsOfABatch changes users at once, each with a trace id of its own.
-func TestTraceIDsOfABatch(t *testing.T) {
+// TestTraceIDsOfBatch checks that changes that share a statement keep their trace ids.
+func TestTraceIDsOfBatch(t *testing.T) {
 	t.Parallel()
 	svc := startService(t, postgresSettings(t))
 	conn := connect(t, svc.settings.databaseURL)
@@ -201,7 +262,7 @@ func TestTraceIDsOfABatch(t *testing.T) {
 				a := svc.do(method, fmt.Sprintf("/users/%d", id), body,
 					fmt.Sprintf("X-Request-Id: %s-%d", method, id))
 				if a.status != 200 {
-					t.Errorf("%d %s", a.status, a.body)
+					t.Errorf("%s /users/%d: status %d, want 200: %s", method, id, a.status, a.body)
 				}
 			})
 		}
@@ -214,13 +275,12 @@ func TestTraceIDsOfABatch(t *testing.T) {
 			"trace_id", fmt.Sprintf("DELETE-%d", id), "version", 3)
 	}
 	if n := strings.Count(svc.log.String(), `"Received event `); n != 3*users {
-		t.Errorf("%d events of %d changes", n, 3*users)
+		t.Errorf("received %d events, want %d", n, 3*users)
 	}
 }
 
-// TestTraceIDsOfAUser changes one user from many sides: each change has the trace id of its own
-// request.
-func TestTraceIDsOfAUser(t *testing.T) {
+// TestTraceIDsOfUser checks that concurrent changes of one user keep their trace ids.
+func TestTraceIDsOfUser(t *testing.T) {
 	t.Parallel()
 	svc := startService(t, postgresSettings(t))
 	id := svc.createUser("John", "Doe")
@@ -232,7 +292,7 @@ func TestTraceIDsOfAUser(t *testing.T) {
 			a := svc.do("PUT", fmt.Sprint("/users/", id), fmt.Sprintf(`{"name": "name %d"}`, i),
 				fmt.Sprint("X-Request-Id: change-", i))
 			if a.status != 200 {
-				t.Errorf("%d %s", a.status, a.body)
+				t.Errorf("PUT /users/%d: status %d, want 200: %s", id, a.status, a.body)
 			}
 			versions[i] = strings.Trim(a.header.Get("ETag"), `"`)
 		})
