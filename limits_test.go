@@ -131,7 +131,8 @@ func TestPasswordFlood(t *testing.T) {
 	var group sync.WaitGroup
 	for range requests {
 		group.Go(func() {
-			response, err := client.Post(s.url+"/users", "application/json", strings.NewReader(john))
+			body := strings.NewReader(john)
+			response, err := client.Post(s.url+"/users", "application/json", body)
 			if err != nil {
 				t.Error(err)
 				return

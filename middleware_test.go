@@ -16,8 +16,9 @@ import (
 	"time"
 )
 
-// dial opens a connection for what net/http's client would not send. It lasts for less
-// than the service waits for a body, so that no answer may depend on one that is not sent.
+// dial opens a connection for requests that net/http's client does not send. Its deadline is
+// shorter than the time that the service waits for a body, so an answer that waits for one fails
+// the test.
 func (s *service) dial() *net.TCPConn {
 	s.t.Helper()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
@@ -31,7 +32,7 @@ func (s *service) dial() *net.TCPConn {
 	return conn.(*net.TCPConn)
 }
 
-// write sends a part of a request.
+// write sends part of a request.
 func (s *service) write(conn net.Conn, text string) {
 	s.t.Helper()
 	if _, err := io.WriteString(conn, text); err != nil {
@@ -39,7 +40,7 @@ func (s *service) write(conn net.Conn, text string) {
 	}
 }
 
-// send sends a request as it stands and checks what holds for every answer.
+// send sends a request unchanged, and checks what holds for every answer.
 func (s *service) send(request string) answer {
 	s.t.Helper()
 	method, rest, _ := strings.Cut(request, " ")
@@ -65,13 +66,14 @@ func (s *service) send(request string) answer {
 	return a
 }
 
-// serveHandler serves one handler at every path, as the service serves its own.
+// serveHandler serves a handler at / and /x, within the middleware of the service.
 func serveHandler(t *testing.T, h handler) *service {
 	t.Helper()
 	log := &logBuffer{}
 	out := &logWriter{w: log}
 	logger := newLogger(out, slog.LevelDebug)
-	server := newServer(testDependencies(settings{}, newMemory(), logger), &traffic{}, newAccess(settings{}),
+	dependencies := testDependencies(settings{}, newMemory(), logger)
+	server := newServer(dependencies, &traffic{}, newAccess(settings{}),
 		[]route{{"GET", "/{$}", h}, {"GET", "/x", h}})
 	web := httptest.NewUnstartedServer(nil)
 	web.Config = &newHTTPServer(server, logger).Server
@@ -84,6 +86,7 @@ func serveHandler(t *testing.T, h handler) *service {
 	return &service{t: t, url: web.URL, log: log}
 }
 
+// TestLogLines checks the log lines of a request and of its event, with their keys in order.
 func TestLogLines(t *testing.T) {
 	t.Parallel()
 	eachStore(t, func(t *testing.T, s *service) {
@@ -91,7 +94,7 @@ func TestLogLines(t *testing.T) {
 		s.waitForLine("Received event user.created with user_id=1", "trace_id", "trace-1")
 		completed := s.waitForLine("Request completed", "trace_id", "trace-1")
 		if completed["bytes"] != float64(len(created.body)) {
-			t.Errorf("%v bytes were logged of %s", completed["bytes"], created.body)
+			t.Errorf("bytes: %v, want %d", completed["bytes"], len(created.body))
 		}
 		const head = `{"timestamp":"T","level":"INFO","event":"`
 		wanted := []string{
@@ -104,27 +107,32 @@ func TestLogLines(t *testing.T) {
 		var lines []string
 		for line := range strings.Lines(s.log.String()) {
 			if strings.Contains(line, "trace-1") {
-				lines = append(lines, anyTimes(line))
+				lines = append(lines, maskValues(line))
 			}
 		}
 		for _, want := range wanted { // more keys may follow
-			if !slices.ContainsFunc(lines, func(line string) bool { return strings.HasPrefix(line, want) }) {
-				t.Errorf("no line begins with\n%s, but these are\n%s", want, lines)
+			matches := func(line string) bool { return strings.HasPrefix(line, want) }
+			if !slices.ContainsFunc(lines, matches) {
+				t.Errorf("no line begins with\n%s\nlines:\n%s", want, lines)
 			}
 		}
 		if len(lines) != len(wanted) {
-			t.Errorf("%d lines of one request:\n%s", len(lines), lines)
+			t.Errorf("%d lines, want %d:\n%s", len(lines), len(wanted), lines)
 		}
 	})
 }
 
-// anyTimes puts T and N for what a test cannot know of a log line.
-func anyTimes(line string) string {
-	line = regexp.MustCompile(`"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"`).ReplaceAllString(line, `"T"`)
-	return regexp.MustCompile(`"(duration_ms|bytes)":\d+(\.\d+)?`).ReplaceAllString(line, `"$1":N`)
+// maskValues replaces the values of a log line that a test cannot predict: times by T, durations
+// and sizes by N.
+func maskValues(line string) string {
+	times := regexp.MustCompile(`"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"`)
+	numbers := regexp.MustCompile(`"(duration_ms|bytes)":\d+(\.\d+)?`)
+	return numbers.ReplaceAllString(times.ReplaceAllString(line, `"T"`), `"$1":N`)
 }
 
-func TestLogSaysWhatWasAnswered(t *testing.T) {
+// TestRequestLog checks that the log has the method, the decoded path, the status and the size of
+// each request.
+func TestRequestLog(t *testing.T) {
 	t.Parallel()
 	s := startService(t, memorySettings())
 	s.createUser("John", "Doe")
@@ -149,18 +157,22 @@ func TestLogSaysWhatWasAnswered(t *testing.T) {
 		a := s.send(fmt.Sprintf("%s %s HTTP/1.1\r\nHost: test\r\nX-Request-Id: %s\r\n\r\n",
 			test.method, test.target, id))
 		if a.status != test.status {
-			t.Errorf("%s %s: %d %s", test.method, test.target, a.status, a.body)
+			t.Errorf("%s %s: status %d, want %d: %s",
+				test.method, test.target, a.status, test.status, a.body)
 		}
 		common := []any{"trace_id", id, "level", "INFO", "method", test.method, "path", test.path}
 		s.waitForLine("Request started", common...)
 		line := s.waitForLine("Request completed",
 			append(common, "status", test.status, "bytes", len(a.body))...)
 		if duration, ok := line["duration_ms"].(float64); !ok || duration <= 0 {
-			t.Errorf("%s %s took %v", test.method, test.target, line["duration_ms"])
+			t.Errorf("%s %s: duration_ms %v, want a positive number",
+				test.method, test.target, line["duration_ms"])
 		}
 	}
 }
 
+// TestMethodNotAllowed checks the 405 and its Allow header for each method that a path does not
+// have.
 func TestMethodNotAllowed(t *testing.T) {
 	t.Parallel()
 	s := startService(t, memorySettings())
@@ -168,7 +180,7 @@ func TestMethodNotAllowed(t *testing.T) {
 	for path, allow := range map[string]string{
 		"/users":                   "GET, HEAD, POST",
 		"/users/":                  "GET, HEAD, POST",
-		"/users/1":                 "GET, HEAD, PUT, PATCH, DELETE", // no such user
+		"/users/1":                 "GET, HEAD, PUT, PATCH, DELETE", // the user does not exist
 		"/users/%37":               "GET, HEAD, PUT, PATCH, DELETE",
 		"/users/1?x=1":             "GET, HEAD, PUT, PATCH, DELETE",
 		"/docs":                    "GET, HEAD",
@@ -184,44 +196,51 @@ func TestMethodNotAllowed(t *testing.T) {
 	} {
 		for _, method := range methods {
 			if slices.Contains(strings.Split(allow, ", "), method) ||
-				method == "CONNECT" && !strings.HasPrefix(path, "/") { // that would be an authority
+				// The target of CONNECT is an authority.
+				method == "CONNECT" && !strings.HasPrefix(path, "/") {
 				continue
 			}
 			a := s.send(method + " " + path + " HTTP/1.1\r\nHost: test\r\n\r\n")
-			if a.status != http.StatusMethodNotAllowed || !slices.Equal(a.header["Allow"], []string{allow}) {
-				t.Errorf("%s %s: %d, Allow: %q", method, path, a.status, a.header["Allow"])
+			if got := a.header["Allow"]; a.status != http.StatusMethodNotAllowed ||
+				!slices.Equal(got, []string{allow}) {
+				t.Errorf("%s %s: status %d, Allow %q, want 405, %q",
+					method, path, a.status, got, allow)
 			}
 		}
 	}
 }
 
+// TestNotFound checks that a path without a route is 404 for every method.
 func TestNotFound(t *testing.T) {
 	t.Parallel()
 	s := startService(t, memorySettings())
 	s.createUser("John", "Doe")
 	for _, target := range []string{
 		"/nothing", "/users/1/", "/users/1/name", "/users/one", "/Users", "/users.json", "/user",
-		"/healthz/", "/readyz/", "/metrics/", "/openapi.json/", "/schema/", "/docs/nothing", "/docs/nothing/x",
-		"/index.html", "/%75sers/01", "/favicon.ico?x=1", "/docs/..%2f..%2fschema.sql",
+		"/healthz/", "/readyz/", "/metrics/", "/openapi.json/", "/schema/",
+		"/docs/nothing", "/docs/nothing/x", "/docs/..%2f..%2fschema.sql",
+		"/index.html", "/%75sers/01", "/favicon.ico?x=1",
 		"http://elsewhere/nothing",
 	} {
 		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "FOO"} {
 			a := s.send(method + " " + target + " HTTP/1.1\r\nHost: test\r\n\r\n")
 			if a.status != http.StatusNotFound || a.header.Get("Allow") != "" {
-				t.Errorf("%s %s: %d %v %s", method, target, a.status, a.header, a.body)
+				t.Errorf("%s %s: status %d, Allow %q, want 404 without Allow: %s",
+					method, target, a.status, a.header["Allow"], a.body)
 			}
 		}
 	}
 	for _, line := range []string{
 		"OPTIONS *", "CONNECT elsewhere:443", "CONNECT /nothing", "CONNECT //users",
 	} {
-		if a := s.send(line + " HTTP/1.1\r\nHost: test\r\n\r\n"); a.status != http.StatusNotFound {
-			t.Errorf("%s: %d %s", line, a.status, a.body)
+		a := s.send(line + " HTTP/1.1\r\nHost: test\r\n\r\n")
+		if a.status != http.StatusNotFound {
+			t.Errorf("%s: status %d, want 404: %s", line, a.status, a.body)
 		}
 	}
 }
 
-// TestHead compares what matters of an answer's header: HEAD has all of it, and no body.
+// TestHead checks that HEAD returns the status and the headers of GET, without a body.
 func TestHead(t *testing.T) {
 	t.Parallel()
 	eachStore(t, func(t *testing.T, s *service) {
@@ -229,27 +248,33 @@ func TestHead(t *testing.T) {
 			s.createUser("John", "Doe")
 		}
 		for _, path := range []string{
-			"/users", "/users/?page=2&per_page=1", "/users?page=0", "/users/1", "/users/9", "/users/x",
-			"/nothing", "/docs", "/docs/", "/docs/start.js", "/docs/swagger-ui.css", "/openapi.json",
+			"/users", "/users/?page=2&per_page=1", "/users?page=0",
+			"/users/1", "/users/9", "/users/x", "/nothing",
+			"/docs", "/docs/", "/docs/start.js", "/docs/swagger-ui.css", "/openapi.json",
 			"/schema", "/", "/healthz", "/readyz", "/metrics",
 		} {
-			const plain = "Accept-Encoding: identity" // else net/http's client asks for gzip
+			const plain = "Accept-Encoding: identity" // net/http's client would ask for gzip
 			get, head := s.do("GET", path, "", plain), s.do("HEAD", path, "", plain)
 			if head.status != get.status || head.body != "" {
-				t.Errorf("HEAD %s: %d %q", path, head.status, head.body)
+				t.Errorf("HEAD %s: status %d, body %q, want %d without a body",
+					path, head.status, head.body, get.status)
 			}
-			for _, name := range []string{"Content-Type", "Content-Length", "ETag", "Link", "Location"} {
-				if name == "Content-Length" && (path == "/metrics" || get.status == http.StatusFound) {
-					continue // changes from one request to the next, and is not known
+			for _, name := range []string{
+				"Content-Type", "Content-Length", "ETag", "Link", "Location",
+			} {
+				redirects := get.status == http.StatusFound // without Content-Length for HEAD
+				if name == "Content-Length" && (path == "/metrics" || redirects) {
+					continue // the metrics change with every request
 				}
 				if got, want := head.header.Get(name), get.header.Get(name); got != want {
-					t.Errorf("HEAD %s: %s is %q, not %q", path, name, got, want)
+					t.Errorf("HEAD %s: %s %q, want %q", path, name, got, want)
 				}
 			}
 		}
 	})
 }
 
+// TestRedirects checks the redirects to /docs and from unclean paths.
 func TestRedirects(t *testing.T) {
 	t.Parallel()
 	s := startService(t, memorySettings())
@@ -266,24 +291,26 @@ func TestRedirects(t *testing.T) {
 		for _, method := range []string{"GET", "HEAD"} {
 			a := s.send(method + " " + path + " HTTP/1.1\r\nHost: test\r\n\r\n")
 			if a.status/100 != 3 || a.header.Get("Location") != want {
-				t.Errorf("%s %s: %d, Location: %s", method, path, a.status, a.header.Get("Location"))
+				t.Errorf("%s %s: status %d, Location %q, want a redirect to %q",
+					method, path, a.status, a.header.Get("Location"), want)
 			}
 		}
 	}
-	// Neither spelling of the list is one.
+	// Both spellings of the list are routes.
 	for _, path := range []string{"/users", "/users/"} {
 		if a := s.do("GET", path, ""); a.status != http.StatusOK {
-			t.Errorf("%s: %d", path, a.status)
+			t.Errorf("GET %s: status %d, want 200", path, a.status)
 		}
 	}
 }
 
+// panicking is a handler that panics before it answers.
 func panicking(*response, *http.Request, caller) error {
 	panic("at 10.0.0.1")
 }
 
-// TestPanicInAnswer breaks off an answer that has begun. The client must not take it for
-// a whole one.
+// TestPanicInAnswer checks that the connection is aborted if a handler panics within its answer, so
+// that the client does not take the answer for complete.
 func TestPanicInAnswer(t *testing.T) {
 	t.Parallel()
 	s := serveHandler(t, func(w *response, r *http.Request, by caller) error {
@@ -298,15 +325,16 @@ func TestPanicInAnswer(t *testing.T) {
 	}
 	defer response.Body.Close()
 	if content, err := io.ReadAll(response.Body); err == nil {
-		t.Errorf("the answer seems whole: %s", content)
+		t.Errorf("the client received a complete answer: %s", content)
 	}
 	s.waitForLine("Request completed")
 	if failures := s.log.lines("Request failed"); len(failures) != 1 {
-		t.Errorf("the lines of the failure are %v", failures)
+		t.Errorf("%d lines \"Request failed\", want 1: %v", len(failures), failures)
 	}
 }
 
-// TestClientLeavesInBody goes away in each way that TCP has, while the body is on its way.
+// TestClientLeavesInBody closes the connection in each way that TCP has, before the body is
+// complete: the status in the log is 499, and nothing changes.
 func TestClientLeavesInBody(t *testing.T) {
 	t.Parallel()
 	const head = " HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nX-Request-Id: "
@@ -336,30 +364,31 @@ func TestClientLeavesInBody(t *testing.T) {
 					t.Fatal(err)
 				}
 				s.waitForLine("Request completed", "trace_id", id, "status", 499, "level", "INFO")
-				if got, _ := io.ReadAll(conn); len(got) > 0 { // "half" can still read
-					t.Errorf("%s: 499 in the log, but the client was told %s", id, got)
+				// After "half", the client can still read.
+				if got, _ := io.ReadAll(conn); len(got) > 0 {
+					t.Errorf("%s: status 499 in the log, but the client received %s", id, got)
 				}
 			}
 		}
 	}
 	if a := s.do("GET", "/users", ""); a.json(t, "total") != 1.0 {
-		t.Errorf("half a body made a user: %s", a.body)
+		t.Errorf("total %v, want 1: an incomplete body made a user", a.json(t, "total"))
 	}
 }
 
-// TestClientLeavesInHandler goes away while a handler is at work, which sees it and ends
-// in one way or another.
+// TestClientLeavesInHandler checks that the status in the log is 499 if the client leaves before
+// the handler returns, whatever the handler returns.
 func TestClientLeavesInHandler(t *testing.T) {
 	t.Parallel()
 	for name, end := range map[string]handler{
-		"the context's error": func(_ *response, r *http.Request, _ caller) error {
+		"context error": func(_ *response, r *http.Request, _ caller) error {
 			return fmt.Errorf("waiting: %w", r.Context().Err())
 		},
-		"an answer": func(w *response, _ *http.Request, _ caller) error {
+		"answer": func(w *response, _ *http.Request, _ caller) error {
 			return writeJSON(w, http.StatusOK, "too late")
 		},
-		"a refusal": func(*response, *http.Request, caller) error { return errNotFound },
-		"a 503":     func(*response, *http.Request, caller) error { return errUnavailable },
+		"404": func(*response, *http.Request, caller) error { return errNotFound },
+		"503": func(*response, *http.Request, caller) error { return errUnavailable },
 	} {
 		s := serveHandler(t, func(w *response, r *http.Request, by caller) error {
 			<-r.Context().Done()
@@ -371,12 +400,12 @@ func TestClientLeavesInHandler(t *testing.T) {
 		conn.Close()
 		line := s.waitForLine("Request completed")
 		if line["status"] != 499.0 || line["level"] != "INFO" {
-			t.Errorf("%s: %v", name, line)
+			t.Errorf("%s: log line %v, want the status 499 at INFO", name, line)
 		}
 	}
 }
 
-// TestPanicAfterClientLeft: nobody waits for the answer, but the fault is the service's.
+// TestPanicAfterClientLeft checks that a panic is logged although the client has left.
 func TestPanicAfterClientLeft(t *testing.T) {
 	t.Parallel()
 	s := serveHandler(t, func(w *response, r *http.Request, by caller) error {
@@ -390,13 +419,13 @@ func TestPanicAfterClientLeft(t *testing.T) {
 	conn.Close()
 	s.waitForLine("Request completed")
 	if failures := s.log.lines("Request failed"); len(failures) != 1 {
-		t.Errorf("the lines of the failure are %v", failures)
+		t.Errorf("%d lines \"Request failed\", want 1: %v", len(failures), failures)
 	}
 }
 
-// lockUsers makes whoever needs the table of users wait until unlock. begun returns when
-// somebody does.
-func lockUsers(s *service) (begun, unlock func()) {
+// lockUsers locks the table users until unlock is called. waitBlocked returns when a statement
+// waits for the lock.
+func lockUsers(s *service) (waitBlocked, unlock func()) {
 	s.t.Helper()
 	conn := connect(s.t, s.settings.databaseURL)
 	execute := func(sql string) {
@@ -405,47 +434,50 @@ func lockUsers(s *service) (begun, unlock func()) {
 		}
 	}
 	execute("BEGIN; LOCK TABLE users")
-	begun = func() {
+	waitBlocked = func() {
 		eventually(s.t, "a statement that waits", func() bool {
 			return queryValue[bool](s.t, conn, `SELECT EXISTS (SELECT FROM pg_locks
 				WHERE relation = 'users'::regclass AND NOT granted)`)
 		})
 	}
-	return begun, func() { execute("ROLLBACK") }
+	return waitBlocked, func() { execute("ROLLBACK") }
 }
 
-// TestLockedTable keeps requests waiting for longer than they may wait. One client does
-// not have the patience.
+// TestLockedTable checks that a request that waits too long for a lock is answered with 503, and
+// that the client of another one may leave before.
 func TestLockedTable(t *testing.T) {
 	t.Parallel()
 	s := startService(t, postgresSettings(t))
 	s.createUser("John", "Doe")
-	begun, unlock := lockUsers(s)
+	waitBlocked, unlock := lockUsers(s)
 	impatient := s.dial()
 	s.write(impatient, "GET /users/1 HTTP/1.1\r\nHost: test\r\nX-Request-Id: impatient\r\n\r\n")
-	begun()
+	waitBlocked()
 	impatient.Close()
 	a := s.do("PUT", "/users/1", `{"name": "Jane"}`, "X-Request-Id: patient")
 	if a.status != http.StatusServiceUnavailable || a.header.Get("Retry-After") == "" {
-		t.Errorf("an update of a locked table: %d %v %s", a.status, a.header, a.body)
+		t.Errorf("PUT beside a lock: status %d, Retry-After %q, want 503 with Retry-After: %s",
+			a.status, a.header.Get("Retry-After"), a.body)
 	}
 	s.waitForLine("Request completed", "trace_id", "patient", "status", 503, "level", "INFO")
 	s.waitForLine("Request completed", "trace_id", "impatient", "status", 499, "level", "INFO")
 	unlock()
 	if a := s.do("GET", "/users/1", ""); a.header.Get("ETag") != `"1"` {
-		t.Errorf("after the lock: %d %s", a.status, a.body)
+		t.Errorf("GET after the lock: status %d, ETag %s, want an unchanged user: %s",
+			a.status, a.header.Get("ETag"), a.body)
 	}
 }
 
-// TestChangeOutlivesClient: what was begun is done, with its event.
+// TestChangeOutlivesClient checks that a change is committed with its event although the client
+// left after it began.
 func TestChangeOutlivesClient(t *testing.T) {
 	t.Parallel()
 	s := startService(t, postgresSettings(t))
 	s.createUser("John", "Doe")
-	begun, unlock := lockUsers(s)
+	waitBlocked, unlock := lockUsers(s)
 	gone := s.dial()
 	s.write(gone, "DELETE /users/1 HTTP/1.1\r\nHost: test\r\nX-Request-Id: gone\r\n\r\n")
-	begun()
+	waitBlocked()
 	gone.Close()
 	unlock()
 	s.waitForLine("Received event user.deleted with user_id=1", "trace_id", "gone")
