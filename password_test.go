@@ -92,7 +92,8 @@ func TestPasswordMinLength(t *testing.T) {
 		"11 letters.":  http.StatusBadRequest,
 		"12 letters..": http.StatusCreated,
 	} {
-		a := s.do("POST", "/users", `{"name": "John", "surname": "Doe", "password": "`+password+`"}`)
+		body := fmt.Sprintf(`{"name": "John", "surname": "Doe", "password": %q}`, password)
+		a := s.do("POST", "/users", body)
 		if a.status != want {
 			t.Errorf("password %q: status %d, want %d: %s", password, a.status, want, a.body)
 		}
