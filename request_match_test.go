@@ -10,137 +10,150 @@ import (
 	"testing"
 )
 
+// conditionTest is a conditional header that is sent when the version of the user is 2.
+type conditionTest struct {
+	lines []string // of the header
+	lists bool     // whether they list version 2
+}
+
+// ifMatchTests are values of If-Match.
+var ifMatchTests = map[string]conditionTest{
+	"a star":                          {[]string{`*`}, true},
+	"the version":                     {[]string{`"2"`}, true},
+	"a list":                          {[]string{`"1", "2", "3"`}, true},
+	"a list without spaces":           {[]string{`"1","2"`}, true},
+	"a list with a weak tag":          {[]string{`W/"7", "2"`}, true},
+	"a list with empty members":       {[]string{`, "1" ,	,"2",`}, true},
+	"several lines":                   {[]string{`"1"`, `"2"`}, true},
+	"a comma in a tag":                {[]string{`"1,", ",", "2"`}, true},
+	"a backslash in a tag":            {[]string{`"1\", "2"`}, true},
+	"a letter outside ASCII in a tag": {[]string{`"é", "2"`}, true},
+
+	"an older version":                {[]string{`"1"`}, false},
+	"a later version":                 {[]string{`"3"`}, false},
+	"other versions":                  {[]string{`"1", "3"`, `"4"`}, false},
+	"the weak version":                {[]string{`W/"2"`}, false},
+	"a list of weak versions":         {[]string{`W/"1", W/"2"`}, false},
+	"the version within a tag":        {[]string{`"1,2,3"`, `" 2 "`}, false},
+	"the version with a leading zero": {[]string{`"02"`}, false},
+	"the version with a sign":         {[]string{`"+2"`}, false},
+	"the version without quotes":      {[]string{`2`}, false},
+	"an open quote":                   {[]string{`"2`}, false},
+	"only the closing quote":          {[]string{`2"`}, false},
+	"the version and an open quote":   {[]string{`"2", "3`}, false},
+	"two tags without a comma":        {[]string{`"2" "3"`}, false},
+	"the version and a letter":        {[]string{`"2"x`}, false},
+	"a space in a tag":                {[]string{`"2", "a b"`}, false},
+	"a star in a list":                {[]string{`*, "2"`}, false},
+	"a star after a tag":              {[]string{`"2"`, `*`}, false},
+	"two stars":                       {[]string{`*`, `*`}, false},
+	"a weak tag in lower case":        {[]string{`w/"2", "2"`}, false},
+	"a weak tag with a space":         {[]string{`W/ "3", "2"`}, false},
+	"a number above 64 bits":          {[]string{`"18446744073709551618"`}, false}, // 2 in 64 bits
+	"an empty tag":                    {[]string{`""`}, false},
+	"only commas":                     {[]string{`,`}, false},
+}
+
+// TestIfMatch checks which values of If-Match allow a change.
 func TestIfMatch(t *testing.T) {
 	t.Parallel()
-	const current, other = true, false
-	tests := map[string]struct {
-		lines []string
-		names bool // the current version, which is 2
-	}{
-		"any":                       {[]string{`*`}, current},
-		"the version":               {[]string{`"2"`}, current},
-		"a list":                    {[]string{`"1", "2", "3"`}, current},
-		"a list without spaces":     {[]string{`"1","2"`}, current},
-		"a list with a weak tag":    {[]string{`W/"7", "2"`}, current},
-		"a list with empty members": {[]string{`, "1" ,	,"2",`}, current},
-		"several lines":             {[]string{`"1"`, `"2"`}, current},
-		"a comma in a tag":          {[]string{`"1,", ",", "2"`}, current},
-		"a backslash in a tag":      {[]string{`"1\", "2"`}, current},
-		"more than ASCII in a tag":  {[]string{`"é", "2"`}, current},
-
-		"an older version":           {[]string{`"1"`}, other},
-		"a later version":            {[]string{`"3"`}, other},
-		"other versions":             {[]string{`"1", "3"`, `"4"`}, other},
-		"the weak version":           {[]string{`W/"2"`}, other},
-		"a list of weak versions":    {[]string{`W/"1", W/"2"`}, other},
-		"the version in a tag":       {[]string{`"1,2,3"`, `" 2 "`}, other},
-		"the version with a zero":    {[]string{`"02"`}, other},
-		"the version with a sign":    {[]string{`"+2"`}, other},
-		"the version without quotes": {[]string{`2`}, other},
-		"an open quote":              {[]string{`"2`}, other},
-		"only the end quote":         {[]string{`2"`}, other},
-		"an open quote behind it":    {[]string{`"2", "3`}, other},
-		"two without a comma":        {[]string{`"2" "3"`}, other},
-		"something behind it":        {[]string{`"2"x`}, other},
-		"a space in a tag":           {[]string{`"2", "a b"`}, other},
-		"any in a list":              {[]string{`*, "2"`}, other},
-		"any behind a tag":           {[]string{`"2"`, `*`}, other},
-		"any twice":                  {[]string{`*`, `*`}, other},
-		"a small weak sign":          {[]string{`w/"2", "2"`}, other},
-		"a space in the weak sign":   {[]string{`W/ "3", "2"`}, other},
-		"a number too large":         {[]string{`"18446744073709551618"`}, other}, // 2 in 64 bits
-		"an empty tag":               {[]string{`""`}, other},
-		"only commas":                {[]string{`,`}, other},
-	}
 	eachStore(t, func(t *testing.T, s *service) {
 		s.createUser("John", "Doe")
 		s.do("PUT", "/users/1", `{"name": "Jane"}`)
-		for what, test := range tests {
+		for what, test := range ifMatchTests {
 			var headers []string
 			for _, line := range test.lines {
 				headers = append(headers, "If-Match: "+line)
 			}
-			methods, want := []string{"PUT", "PATCH"}, http.StatusOK // the user stays as it is
-			if test.names == other {
+			methods, want := []string{"PUT", "PATCH"}, http.StatusOK // nothing changes
+			if !test.lists {
 				methods, want = append(methods, "DELETE"), http.StatusPreconditionFailed
 			}
 			for _, method := range methods {
 				a := s.do(method, "/users/1", `{"name": "Jane"}`, headers...)
 				if a.status != want {
-					t.Errorf("%s with %s: %d %s", method, what, a.status, a.body)
+					t.Errorf("%s with %s: status %d, want %d: %s",
+						method, what, a.status, want, a.body)
 				}
 			}
-			if a := s.do("PUT", "/users/9", `{"name": "Jane"}`, headers...); a.status != http.StatusNotFound {
-				t.Errorf("a missing user with %s: %d", what, a.status)
+			a := s.do("PUT", "/users/9", `{"name": "Jane"}`, headers...)
+			if a.status != http.StatusNotFound {
+				t.Errorf("PUT /users/9 with %s: status %d, want 404", what, a.status)
 			}
 		}
-		// net/http's client does not send an empty field.
+		// net/http's client does not send an empty header.
 		a := s.send("DELETE /users/1 HTTP/1.1\r\nHost: test\r\nIf-Match:\r\n\r\n")
 		if a.status != http.StatusPreconditionFailed {
-			t.Errorf("DELETE with an empty If-Match: %d", a.status)
+			t.Errorf("DELETE with an empty If-Match: status %d, want 412", a.status)
 		}
 
-		if a := s.do("GET", "/users/1", "", `If-None-Match: "2"`); a.status != http.StatusNotModified {
-			t.Errorf("a refused change changed something: %d %s", a.status, a.body)
+		a = s.do("GET", "/users/1", "", `If-None-Match: "2"`)
+		if a.status != http.StatusNotModified {
+			t.Errorf("GET after refused changes: status %d, want 304: %s", a.status, a.body)
 		}
-		if a := s.do("DELETE", "/users/9", "", `If-Match: "1"`); a.status != http.StatusNotFound {
-			t.Errorf("DELETE of a missing user: %d", a.status)
+		a = s.do("DELETE", "/users/9", "", `If-Match: "1"`)
+		if a.status != http.StatusNotFound {
+			t.Errorf("DELETE /users/9: status %d, want 404", a.status)
 		}
-		if a := s.do("PUT", "/users/1", `{"name": "Jack"}`, `If-Match: "2"`); a.header.Get("ETag") != `"3"` {
-			t.Errorf("a change of the version that is: %d %s", a.status, a.body)
+		a = s.do("PUT", "/users/1", `{"name": "Jack"}`, `If-Match: "2"`)
+		if a.header.Get("ETag") != `"3"` {
+			t.Errorf("PUT of the current version: status %d, ETag %s, want \"3\": %s",
+				a.status, a.header.Get("ETag"), a.body)
 		}
-		if a := s.do("DELETE", "/users/1", "", `If-Match: "2", "3"`); a.status != http.StatusOK {
-			t.Errorf("DELETE of the version that is: %d %s", a.status, a.body)
+		a = s.do("DELETE", "/users/1", "", `If-Match: "2", "3"`)
+		if a.status != http.StatusOK {
+			t.Errorf("DELETE of the current version: status %d, want 200: %s", a.status, a.body)
 		}
 	})
 }
 
+// ifNoneMatchTests are values of If-None-Match.
+var ifNoneMatchTests = map[string]conditionTest{
+	"a star":               {[]string{`*`}, true},
+	"the version":          {[]string{`"2"`}, true},
+	"the weak version":     {[]string{`W/"2"`}, true},
+	"a list":               {[]string{`"1", W/"2"`}, true},
+	"several lines":        {[]string{`"a,b"`, `"2"`}, true},
+	"an older version":     {[]string{`"1"`}, false},
+	"other versions":       {[]string{`"1", W/"3"`, `"22"`}, false},
+	"the version unquoted": {[]string{`2`}, false},
+	"an open quote":        {[]string{`"2", "3`}, false},
+	"a star in a list":     {[]string{`*, "2"`}, false},
+	"W/ within a tag":      {[]string{`"W/2"`}, false},
+}
+
+// TestIfNoneMatch checks which values of If-None-Match are answered with 304.
 func TestIfNoneMatch(t *testing.T) {
 	t.Parallel()
-	const current, other = true, false
-	tests := map[string]struct {
-		lines []string
-		names bool // the current version, which is 2
-	}{
-		"any":                    {[]string{`*`}, current},
-		"the version":            {[]string{`"2"`}, current},
-		"the weak version":       {[]string{`W/"2"`}, current},
-		"a list":                 {[]string{`"1", W/"2"`}, current},
-		"several lines":          {[]string{`"a,b"`, `"2"`}, current},
-		"an older version":       {[]string{`"1"`}, other},
-		"other versions":         {[]string{`"1", W/"3"`, `"22"`}, other},
-		"the version unquoted":   {[]string{`2`}, other},
-		"what cannot be read":    {[]string{`"2", "3`}, other},
-		"any in a list":          {[]string{`*, "2"`}, other},
-		"the weak sign in a tag": {[]string{`"W/2"`}, other},
-	}
 	eachStore(t, func(t *testing.T, s *service) {
 		s.createUser("John", "Doe")
 		user := s.do("PUT", "/users/1", `{"name": "Jane"}`).body
-		for what, test := range tests {
+		for what, test := range ifNoneMatchTests {
 			var headers []string
 			for _, line := range test.lines {
 				headers = append(headers, "If-None-Match: "+line)
 			}
 			status, body := http.StatusOK, user
-			if test.names == current {
+			if test.lists {
 				status, body = http.StatusNotModified, ""
 			}
 			for method, body := range map[string]string{"GET": body, "HEAD": ""} {
 				a := s.do(method, "/users/1", "", headers...)
 				if a.status != status || a.body != body || a.header.Get("ETag") != `"2"` {
-					t.Errorf("%s with %s: %d %s %q", method, what, a.status, a.header.Get("ETag"), a.body)
+					t.Errorf("%s with %s: status %d, ETag %s, want %d, \"2\": %s",
+						method, what, a.status, a.header.Get("ETag"), status, a.body)
 				}
 			}
 			if a := s.do("GET", "/users/9", "", headers...); a.status != http.StatusNotFound {
-				t.Errorf("a missing user with %s: %d", what, a.status)
+				t.Errorf("GET /users/9 with %s: status %d, want 404", what, a.status)
 			}
 		}
 	})
 }
 
-// TestConditionsElsewhere sends each condition where it has no meaning.
-func TestConditionsElsewhere(t *testing.T) {
+// TestIgnoredConditions checks that If-Match and If-None-Match are ignored by the methods for which
+// they are not defined.
+func TestIgnoredConditions(t *testing.T) {
 	t.Parallel()
 	s := startService(t, memorySettings())
 	s.createUser("John", "Doe")
@@ -159,11 +172,13 @@ func TestConditionsElsewhere(t *testing.T) {
 		{"DELETE", "/users/1", "", `If-None-Match: *`, http.StatusOK},
 	} {
 		if a := s.do(test.method, test.path, test.body, test.header); a.status != test.want {
-			t.Errorf("%s %s with %s: %d %s", test.method, test.path, test.header, a.status, a.body)
+			t.Errorf("%s %s with %s: status %d, want %d: %s",
+				test.method, test.path, test.header, a.status, test.want, a.body)
 		}
 	}
 }
 
+// TestParseEntityTags checks the syntax of entity tags and their lists.
 func TestParseEntityTags(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
@@ -205,13 +220,13 @@ func TestParseEntityTags(t *testing.T) {
 		{[]string{`"a"`, ``}, []string{`"a"`}},
 	} {
 		if got := parseEntityTags(test.lines); !slices.Equal(got, test.want) {
-			t.Errorf("%q: %q, not %q", test.lines, got, test.want)
+			t.Errorf("parseEntityTags(%q) = %q, want %q", test.lines, got, test.want)
 		}
 	}
 }
 
-// FuzzEntityTags holds what If-Match and If-None-Match say against scanEntityTags. The
-// lines of a field are one list, and a version is in each list that it is added to.
+// FuzzEntityTags compares parseEntityTags, matchVersions and noneMatchFails with scanEntityTags, a
+// second implementation. Several lines are one list, and a tag that is appended to a list is in it.
 func FuzzEntityTags(f *testing.F) {
 	for _, line := range []string{
 		``, `*`, `"2"`, `W/"1", "2"`, `"a,b" ,, "c\"`, `"a" "b"`, `W/`, "\"\xff\"",
@@ -227,7 +242,7 @@ func FuzzEntityTags(f *testing.F) {
 		tags, any := scanEntityTags(field), strings.Trim(field, " \t,") == "*"
 		h := http.Header{"If-Match": {first, second}, "If-None-Match": {first, second}}
 		if got := parseEntityTags([]string{field}); !slices.Equal(got, tags) && !any {
-			t.Fatalf("%q is %q, not %q", field, got, tags)
+			t.Fatalf("parseEntityTags(%q) = %q, want %q", field, got, tags)
 		}
 		var want []int64
 		named := any
@@ -239,19 +254,21 @@ func FuzzEntityTags(f *testing.F) {
 			named = named || strings.TrimPrefix(tag, "W/") == fmt.Sprintf(`"%d"`, version)
 		}
 		if got := matchVersions(h); !slices.Equal(got, want) || (got == nil) != any {
-			t.Errorf("If-Match %q, %q names %v, not %v", first, second, got, want)
+			t.Errorf("If-Match %q, %q: versions %v, want %v", first, second, got, want)
 		}
 		if got := noneMatchFails(h, version); got != named {
-			t.Errorf("If-None-Match %q, %q names %d: %t", first, second, version, got)
+			t.Errorf("If-None-Match %q, %q: lists %d %t, want %t",
+				first, second, version, got, named)
 		}
 		h = http.Header{"If-Match": append(tags, entityTag(version))}
 		if got := matchVersions(h); !slices.Equal(got, append(want, version)) {
-			t.Errorf("%q names %v, not %v and %d", h, got, want, version)
+			t.Errorf("%q: versions %v, want %v and %d", h, got, want, version)
 		}
 	})
 }
 
-// scanEntityTags reads a list by RFC 9110, section 5.6.1, from its start to its end.
+// scanEntityTags parses a list of entity tags (RFC 9110, section 5.6.1) from left to right. It
+// returns nil if the list is not valid.
 func scanEntityTags(list string) (tags []string) {
 	for list = strings.TrimLeft(list, " \t,"); list != ""; {
 		weak := strings.HasPrefix(list, "W/")

@@ -11,7 +11,8 @@ import (
 	"testing"
 )
 
-// FuzzUserID holds the id of a path against the words of the contract.
+// FuzzUserID compares userID with the rule that an id is a decimal int64 of 0 or more, without
+// leading zeros.
 func FuzzUserID(f *testing.F) {
 	for _, text := range []string{
 		"0", "1", "9223372036854775807", "9223372036854775808", "18446744073709551617", "00", "01",
@@ -27,19 +28,20 @@ func FuzzUserID(f *testing.F) {
 		n, isNumber := new(big.Int).SetString(text, 10)
 		if isNumber && digits.MatchString(text) && n.IsInt64() {
 			if err != nil || id != n.Int64() {
-				t.Errorf("%q is %d, %v", text, id, err)
+				t.Errorf("id %q: %d, %v, want %d", text, id, err, n)
 			}
 		} else if !errors.Is(err, errNoRoute) || id != 0 {
-			t.Errorf("%q is %d, %v", text, id, err)
+			t.Errorf("id %q: %d, %v, want errNoRoute", text, id, err)
 		}
 	})
 }
 
+// TestUserIDs checks the 404 for an id without a user, and for a path whose id is not valid.
 func TestUserIDs(t *testing.T) {
 	t.Parallel()
 	eachStore(t, func(t *testing.T, s *service) {
 		s.createUser("John", "Doe")
-		for id, want := range map[string]string{ // detail of the 404
+		for id, want := range map[string]string{ // the detail of the 404
 			"1":                    "",
 			"%31":                  "",
 			"2":                    "User with id 2 not found",
@@ -66,8 +68,8 @@ func TestUserIDs(t *testing.T) {
 			"1%20":                 "No resource has this path",
 			"1%00":                 "No resource has this path",
 			"1%0A":                 "No resource has this path",
-			"%D9%A1":               "No resource has this path", // an Arabic 1
-			"%EF%BC%91":            "No resource has this path", // a wide 1
+			"%D9%A1":               "No resource has this path", // an Arabic-Indic 1
+			"%EF%BC%91":            "No resource has this path", // a fullwidth 1
 			"1%2F":                 "No resource has this path",
 			"1%2F2":                "No resource has this path",
 			"%2F1":                 "No resource has this path",
@@ -78,23 +80,55 @@ func TestUserIDs(t *testing.T) {
 			a := s.do("GET", "/users/"+id, "")
 			if want == "" {
 				if a.status != http.StatusOK || a.json(t, "id") != 1.0 {
-					t.Errorf("%s: %d %s", id, a.status, a.body)
+					t.Errorf("GET /users/%s: status %d, want 200 with user 1: %s",
+						id, a.status, a.body)
 				}
 			} else if a.status != http.StatusNotFound || a.json(t, "detail") != want {
-				t.Errorf("%s: %d %s", id, a.status, a.body)
+				t.Errorf("GET /users/%s: status %d, want 404 with %q: %s",
+					id, a.status, want, a.body)
 			}
 		}
 		if a := s.do("GET", "/users/0", ""); a.status != http.StatusNotFound {
-			t.Errorf("user 0: %d %s", a.status, a.body)
+			t.Errorf("GET /users/0: status %d, want 404: %s", a.status, a.body)
 		}
 	})
 }
 
+// contentTypes are values of Content-Type, and the methods that accept them.
+var contentTypes = map[string]string{
+	"application/json":                                "POST PUT PATCH",
+	"Application/JSON":                                "POST PUT PATCH",
+	"application/json; charset=utf-8":                 "POST PUT PATCH",
+	`application/json;charset="UTF-8"`:                "POST PUT PATCH",
+	"application/json ; Charset=Utf-8":                "POST PUT PATCH",
+	"application/json; profile=x":                     "POST PUT PATCH",
+	"application/merge-patch+json":                    "PATCH",
+	"Application/Merge-Patch+JSON":                    "PATCH",
+	"application/merge-patch+json; charset=utf-8":     "PATCH",
+	"application/merge-patch+json; charset=utf-16":    "",
+	"application/json; charset=latin1":                "",
+	"application/json; charset=us-ascii":              "",
+	"application/json; charset=":                      "",
+	`application/json; charset=""`:                    "",
+	"application/json; charset=utf-8; charset=latin1": "",
+	"application/json, application/json":              "",
+	"text/plain":                                      "",
+	"text/json":                                       "",
+	"application/x-www-form-urlencoded":               "",
+	"application/json5":                               "",
+	"application/vnd.api+json":                        "",
+	"application/json-patch+json":                     "",
+	"application/*":                                   "",
+	"*/*":                                             "",
+	"json":                                            "",
+	"":                                                "", // no header
+}
+
+// TestContentType checks which media types and parameters each method accepts.
 func TestContentType(t *testing.T) {
 	t.Parallel()
 	s := startService(t, memorySettings())
 	s.createUser("John", "Doe")
-	const plain, mergePatch = "application/json", "application/merge-patch+json"
 	targets := []struct {
 		method, path string
 		success      int
@@ -103,34 +137,7 @@ func TestContentType(t *testing.T) {
 		{"PUT", "/users/1", http.StatusOK},
 		{"PATCH", "/users/1", http.StatusOK},
 	}
-	for contentType, methods := range map[string]string{ // that take it
-		plain:                                     "POST PUT PATCH",
-		"Application/JSON":                        "POST PUT PATCH",
-		plain + "; charset=utf-8":                 "POST PUT PATCH",
-		plain + `;charset="UTF-8"`:                "POST PUT PATCH",
-		plain + " ; Charset=Utf-8":                "POST PUT PATCH",
-		plain + "; profile=x":                     "POST PUT PATCH",
-		mergePatch:                                "PATCH",
-		"Application/Merge-Patch+JSON":            "PATCH",
-		mergePatch + "; charset=utf-8":            "PATCH",
-		mergePatch + "; charset=utf-16":           "",
-		plain + "; charset=latin1":                "",
-		plain + "; charset=us-ascii":              "",
-		plain + "; charset=":                      "",
-		plain + `; charset=""`:                    "",
-		plain + "; charset=utf-8; charset=latin1": "",
-		plain + ", " + plain:                      "",
-		"text/plain":                              "",
-		"text/json":                               "",
-		"application/x-www-form-urlencoded":       "",
-		"application/json5":                       "",
-		"application/vnd.api+json":                "",
-		"application/json-patch+json":             "",
-		"application/*":                           "",
-		"*/*":                                     "",
-		"json":                                    "",
-		"":                                        "", // no such field
-	} {
+	for contentType, methods := range contentTypes {
 		for _, target := range targets {
 			want := http.StatusUnsupportedMediaType
 			if slices.Contains(strings.Fields(methods), target.method) {
@@ -138,31 +145,36 @@ func TestContentType(t *testing.T) {
 			}
 			a := s.do(target.method, target.path, john, "Content-Type: "+contentType)
 			if a.status != want {
-				t.Errorf("%s as %q: %d %s", target.method, contentType, a.status, a.body)
+				t.Errorf("%s as %q: status %d, want %d: %s",
+					target.method, contentType, a.status, want, a.body)
 			}
 		}
 	}
 	for name, fields := range map[string]string{
-		"two":             "Content-Type: application/json\r\nContent-Type: application/json\r\n",
-		"one and nothing": "Content-Type: application/json\r\nContent-Type:\r\n",
-		"nothing":         "Content-Type:\r\n",
+		"two headers": "Content-Type: application/json\r\n" +
+			"Content-Type: application/json\r\n",
+		"a header and an empty one": "Content-Type: application/json\r\nContent-Type:\r\n",
+		"an empty header":           "Content-Type:\r\n",
 	} {
 		for _, target := range targets {
-			a := s.send(fmt.Sprintf("%s %s HTTP/1.1\r\nHost: test\r\n%sContent-Length: %d\r\n\r\n%s",
+			a := s.send(fmt.Sprintf(
+				"%s %s HTTP/1.1\r\nHost: test\r\n%sContent-Length: %d\r\n\r\n%s",
 				target.method, target.path, fields, len(john), john))
 			if a.status != http.StatusUnsupportedMediaType {
-				t.Errorf("%s with %s as content type: %d %s", target.method, name, a.status, a.body)
+				t.Errorf("%s with %s: status %d, want 415: %s",
+					target.method, name, a.status, a.body)
 			}
 		}
 	}
-	for _, target := range targets { // also where there is no body that it could be of
+	for _, target := range targets {
 		if a := s.do(target.method, target.path, ""); a.status != http.StatusUnsupportedMediaType {
-			t.Errorf("%s of nothing: %d %s", target.method, a.status, a.body)
+			t.Errorf("%s without a body: status %d, want 415: %s", target.method, a.status, a.body)
 		}
 	}
 }
 
-// TestBodySize sends bodies with their length in front and in chunks.
+// TestBodySize checks the limit on the size of a body, with Content-Length and in chunks. A body
+// that is too large need not be complete.
 func TestBodySize(t *testing.T) {
 	t.Parallel()
 	s := startService(t, memorySettings())
@@ -175,25 +187,30 @@ func TestBodySize(t *testing.T) {
 		head := target.method + " " + target.path +
 			" HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
 		for name, test := range map[string]struct {
-			rest string
+			rest string // of the request, after the Content-Type
 			fits bool
 		}{
-			"as large as may be":      {fmt.Sprintf("Content-Length: %d\r\n\r\n%s", limit, padded(limit)), true},
-			"too large, and not sent": {fmt.Sprintf("Content-Length: %d\r\n\r\n", limit+1), false},
-			"far too large":           {"Content-Length: 1099511627776\r\n\r\n{", false},
-			"in chunks":               {chunked(padded(limit)), true},
-			"in too many chunks":      {chunked(padded(limit + 1)), false},
-			"in chunks without end":   {strings.TrimSuffix(chunked(padded(limit+1)), "0\r\n\r\n"), false},
+			"maximum size": {
+				fmt.Sprintf("Content-Length: %d\r\n\r\n%s", limit, padded(limit)), true},
+			"too large by a byte, not sent": {
+				fmt.Sprintf("Content-Length: %d\r\n\r\n", limit+1), false},
+			"1 TiB":                      {"Content-Length: 1099511627776\r\n\r\n{", false},
+			"chunks of the maximum size": {chunked(padded(limit)), true},
+			"chunks too large by a byte": {chunked(padded(limit + 1)), false},
+			"chunks too large, without end": {
+				strings.TrimSuffix(chunked(padded(limit+1)), "0\r\n\r\n"), false},
 		} {
 			a := s.send(head + test.rest)
-			if test.fits && a.status/100 != 2 || !test.fits && a.status != http.StatusRequestEntityTooLarge {
-				t.Errorf("%s %s: %d %s", target.method, name, a.status, a.body)
+			if test.fits && a.status/100 != 2 ||
+				!test.fits && a.status != http.StatusRequestEntityTooLarge {
+				t.Errorf("%s, %s: status %d, want 413 unless it fits (%t): %s",
+					target.method, name, a.status, test.fits, a.body)
 			}
 		}
 	}
 }
 
-// chunked is the rest of a request from its field Transfer-Encoding on.
+// chunked returns the header Transfer-Encoding and the body in chunks.
 func chunked(body string) string {
 	rest := "Transfer-Encoding: chunked\r\n\r\n"
 	for chunk := range slices.Chunk([]byte(body), 5000) {
@@ -202,8 +219,9 @@ func chunked(body string) string {
 	return rest + "0\r\n\r\n"
 }
 
-// TestOrderOfRefusals makes one more thing right in each request.
-func TestOrderOfRefusals(t *testing.T) {
+// TestErrorPrecedence checks which error is answered if a request has several: 404 for the path,
+// 405, 415, 413, 400, 404 for the user, 412.
+func TestErrorPrecedence(t *testing.T) {
 	t.Parallel()
 	const text, stale = "Content-Type: text/plain", `If-Match: "9"`
 	huge := `{"x": "` + strings.Repeat("x", 64<<10) + `"}`
@@ -235,7 +253,8 @@ func TestOrderOfRefusals(t *testing.T) {
 		} {
 			a := s.do(test.method, test.path, test.body, test.headers...)
 			if a.status != test.want {
-				t.Errorf("%s %s %.20s %v: %d %s", test.method, test.path, test.body, test.headers, a.status, a.body)
+				t.Errorf("%s %s %.20s %v: status %d, want %d: %s",
+					test.method, test.path, test.body, test.headers, a.status, test.want, a.body)
 			}
 		}
 	})
