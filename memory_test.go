@@ -4,6 +4,7 @@ import (
 	"testing"
 )
 
+// TestMemoryListsManyUsers checks the last page of 100,000 users in memory.
 func TestMemoryListsManyUsers(t *testing.T) {
 	t.Parallel()
 	s := newMemory()
@@ -12,6 +13,7 @@ func TestMemoryListsManyUsers(t *testing.T) {
 	}
 	users, total, err := s.listUsers(t.Context(), 99_990, 0, 100)
 	if err != nil || total != 100_000 || len(users) != 10 || users[0].ID != 99_991 {
-		t.Errorf("%d users of %d, %v", len(users), total, err)
+		t.Errorf("total %d, %d users, %v, want 100000, 10 users from 99991 on",
+			total, len(users), err)
 	}
 }

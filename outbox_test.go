@@ -9,9 +9,10 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// TestLeadIsOne lets replicas compete for the lead: one has it until it resigns, or as long as its
-// lease, also where a restore has added a row of another time, or has taken the row away.
-func TestLeadIsOne(t *testing.T) {
+// TestOneLeader checks that one replica leads until it resigns or its lease expires, and that a
+// restore that has added rows to the lease or removed them leads neither to two leaders nor to
+// none.
+func TestOneLeader(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
 	first, second := openTestPostgres(t, url), openTestPostgres(t, url)
@@ -24,57 +25,54 @@ func TestLeadIsOne(t *testing.T) {
 		return leads
 	}
 	if !leads(first) || leads(second) || !leads(first) {
-		t.Error("not only the first leads")
+		t.Error("want the first replica, which asked first, as the only leader")
 	}
 	if err := first.resign(t.Context()); err != nil || !leads(second) || leads(first) {
-		t.Errorf("not only the second leads, after the first has resigned: %v", err)
+		t.Errorf("resign: %v, want the second replica as the only leader", err)
 	}
 	for _, disturbance := range []string{
 		"DELETE FROM relay_lease",
 		"TRUNCATE relay_lease",
 		"INSERT INTO relay_lease VALUES ('restored', now() - interval '1 day')",
-		"INSERT INTO relay_lease SELECT 'restored', now() - interval '1 day' FROM generate_series(1, 3)",
+		`INSERT INTO relay_lease
+			SELECT 'restored', now() - interval '1 day' FROM generate_series(1, 3)`,
 		"UPDATE relay_lease SET until = '-infinity'",
 		"UPDATE relay_lease SET holder = 'ahead', until = now() + interval '1 hour'",
 	} {
-		if _, err := conn.Exec(t.Context(), disturbance); err != nil {
-			t.Fatal(err)
-		}
-		eventually(t, "a leader after "+disturbance, func() bool { return leads(first) || leads(second) })
+		execute(t, conn, disturbance)
+		eventually(t, "a leader after "+disturbance, func() bool {
+			return leads(first) || leads(second)
+		})
 		for range 10 {
 			if leads(first) == leads(second) {
-				t.Errorf("none or both lead after %s", disturbance)
+				t.Errorf("both or none of the replicas lead after %s, want one", disturbance)
 			}
 		}
 	}
-	if _, err := conn.Exec(t.Context(), "UPDATE relay_lease SET holder = 'frozen', until = clock_timestamp() + interval '2 s'"); err != nil {
-		t.Fatal(err)
-	}
+	execute(t, conn, `UPDATE relay_lease
+		SET holder = 'frozen', until = clock_timestamp() + interval '2 s'`)
 	if leads(first) || leads(second) {
-		t.Error("two lead")
+		t.Error("a replica leads although another one holds the lease")
 	}
 	eventually(t, "a leader after the lease has ended", func() bool { return leads(first) })
 }
 
-// TestLeadNeedsWrites asks for the lead of a database that takes no writes.
+// TestLeadNeedsWrites checks that no replica leads on a read-only database.
 func TestLeadNeedsWrites(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
 	s, conn := openTestPostgres(t, url), connect(t, url)
-	_, err := conn.Exec(t.Context(), "ALTER DATABASE "+conn.Config().Database+
+	execute(t, conn, "ALTER DATABASE "+conn.Config().Database+
 		" SET default_transaction_read_only = on")
-	if err != nil {
-		t.Fatal(err)
-	}
 	s.pool.Reset()
 	if leads, err := s.lead(t.Context()); leads || !errors.Is(err, errUnavailable) {
-		t.Errorf("leads what it cannot change: %t, %v", leads, err)
+		t.Errorf("lead: %t, %v, want false, errUnavailable", leads, err)
 	}
 }
 
-// TestTotalIsExactWhileFolded compares the total with the number of users, in one snapshot, while
-// many write and two stores fold.
-func TestTotalIsExactWhileFolded(t *testing.T) {
+// TestFoldKeepsTotal checks that the total equals the number of users in every snapshot, while many
+// clients create and delete users, two stores fold, and a transaction that created a user is open.
+func TestFoldKeepsTotal(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
 	first, second := openTestPostgres(t, url), openTestPostgres(t, url)
@@ -126,12 +124,12 @@ func TestTotalIsExactWhileFolded(t *testing.T) {
 	checkTotal(t, conn)
 	n := queryValue[int64](t, conn, "SELECT count(*) FROM users")
 	if _, total, err := first.listUsers(t.Context(), 0, 0, 1); err != nil || total != n {
-		t.Errorf("the list has the total %d of %d, %v", total, n, err)
+		t.Errorf("total %d of the list, %v, want %d", total, err, n)
 	}
 }
 
-// compareTotals compares the total with the number of users, in one snapshot each time, until
-// done is closed and at least ten times.
+// compareTotals compares the total with the number of users in one snapshot, again and again until
+// done is closed, and at least ten times.
 func compareTotals(t *testing.T, conn *pgx.Conn, done <-chan struct{}) {
 	t.Helper()
 	for compared, working := 0, true; working || compared < 10; compared++ {
@@ -151,7 +149,8 @@ func compareTotals(t *testing.T, conn *pgx.Conn, done <-chan struct{}) {
 	}
 }
 
-// TestFold makes one row of many, whatever their sum is, and leaves a few and a single one.
+// TestFold checks that fold replaces many rows by one with their sum, and leaves a few rows as they
+// are unless they occupy many pages.
 func TestFold(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
@@ -163,17 +162,17 @@ func TestFold(t *testing.T) {
 		{"one row", "VALUES (7)", "1 7"},
 		{"a few rows", "SELECT 1 FROM generate_series(1, 49)", "49 49"},
 		{"many rows", "SELECT i FROM generate_series(1, 50) AS i", "1 1275"},
-		{"a sum of 0", "SELECT (-1) ^ i FROM generate_series(1, 1000) AS i", "1 0"},
-		{"rows of 0", "SELECT 0 FROM generate_series(1, 100)", "1 0"},
-		{"rows of many pages", "SELECT 1 FROM generate_series(1, 40000)", "1 40000"},
+		{"many rows with the sum 0", "SELECT (-1) ^ i FROM generate_series(1, 1000) AS i", "1 0"},
+		{"many rows of 0", "SELECT 0 FROM generate_series(1, 100)", "1 0"},
+		{"rows in many pages", "SELECT 1 FROM generate_series(1, 40000)", "1 40000"},
 		{"one row in many pages", "VALUES (7)", "1 7"},
 	} {
 		execute(t, conn, "DELETE FROM user_counts")
 		execute(t, conn, "INSERT INTO user_counts "+test.rows)
-		eventually(t, "a total that is folded", func() bool { return s.fold(t.Context()) == nil })
+		eventually(t, "a successful fold", func() bool { return s.fold(t.Context()) == nil })
 		got := queryValue[string](t, conn, "SELECT count(*) || ' ' || sum(n) FROM user_counts")
 		if got != test.want {
-			t.Errorf("%s: %s, want %s", test.name, got, test.want)
+			t.Errorf("%s: rows and sum %s, want %s", test.name, got, test.want)
 		}
 	}
 }

@@ -13,9 +13,9 @@ import (
 	"time"
 )
 
-// TestPoolConfigBoundsConnecting has no URL without a time to connect in: zero would be
-// without end.
-func TestPoolConfigBoundsConnecting(t *testing.T) {
+// TestPoolConfigLimits checks the timeout of connecting, which no URL can disable, and the number
+// of connections.
+func TestPoolConfigLimits(t *testing.T) {
 	t.Parallel()
 	for url, want := range map[string]time.Duration{
 		"postgres://u@h/d":                               2 * time.Second,
@@ -30,20 +30,22 @@ func TestPoolConfigBoundsConnecting(t *testing.T) {
 	} {
 		config, err := poolConfig(url, "test")
 		if err != nil || config.ConnConfig.ConnectTimeout != want {
-			t.Errorf("%s: %v, %v", url, config.ConnConfig.ConnectTimeout, err)
+			t.Errorf("%s: timeout %v, %v, want %v",
+				url, config.ConnConfig.ConnectTimeout, err, want)
 		}
 	}
 	for query, want := range map[string]int32{"": defaultPoolSize, "?pool_max_conns=7": 7,
 		"?pool_max_conns=1": minPoolSize, "?pool_max_conns=99": maxPoolSize} {
-		if config, err := poolConfig("postgres://u@h/d"+query, "test"); err != nil || config.MaxConns != want {
-			t.Errorf("%q: %d connections, %v", query, config.MaxConns, err)
+		config, err := poolConfig("postgres://u@h/d"+query, "test")
+		if err != nil || config.MaxConns != want {
+			t.Errorf("%q: %d connections, %v, want %d", query, config.MaxConns, err, want)
 		}
 	}
 }
 
-// TestPoolConfigSendsWhatPoolersTake has no start-up parameter that PgBouncer refuses, and none
-// that the URL can take away from us.
-func TestPoolConfigSendsWhatPoolersTake(t *testing.T) {
+// TestPoolConfigParameters checks that the startup parameters are those that PgBouncer accepts, and
+// that the URL cannot change them.
+func TestPoolConfigParameters(t *testing.T) {
 	t.Parallel()
 	config, err := poolConfig("postgres://u@h/d?client_encoding=LATIN1&DateStyle=German", "test")
 	if err != nil {
@@ -52,12 +54,13 @@ func TestPoolConfigSendsWhatPoolersTake(t *testing.T) {
 	want := map[string]string{"application_name": "test", "client_encoding": "UTF8",
 		"datestyle": "ISO", "timezone": "UTC", "standard_conforming_strings": "on"}
 	if got := config.ConnConfig.RuntimeParams; !maps.Equal(got, want) {
-		t.Errorf("%v, not %v", got, want)
+		t.Errorf("startup parameters %v, want %v", got, want)
 	}
 }
 
-// TestPoolConfigLooksForThePrimary asks several hosts for the one that takes writes.
-func TestPoolConfigLooksForThePrimary(t *testing.T) {
+// TestPoolConfigFindsPrimary checks that connections are validated if there are several hosts, of
+// which one takes writes.
+func TestPoolConfigFindsPrimary(t *testing.T) {
 	t.Parallel()
 	for url, want := range map[string]bool{
 		"postgres://u@h/d":                                       false,
@@ -68,12 +71,15 @@ func TestPoolConfigLooksForThePrimary(t *testing.T) {
 	} {
 		config, err := poolConfig(url, "test")
 		if err != nil || (config.ConnConfig.ValidateConnect != nil) != want {
-			t.Errorf("%s: %t, %v", url, config.ConnConfig.ValidateConnect != nil, err)
+			t.Errorf("%s: validates %t, %v, want %t",
+				url, config.ConnConfig.ValidateConnect != nil, err, want)
 		}
 	}
 }
 
-func TestPoolConfigPrefersPlainOnLoopback(t *testing.T) {
+// TestPoolConfigTLS checks in which order connections are tried with and without TLS. On loopback,
+// plain connections come first.
+func TestPoolConfigTLS(t *testing.T) {
 	t.Parallel()
 	for url, want := range map[string]string{
 		"postgres://u@127.0.0.1/d":                   "plain, TLS",
@@ -92,20 +98,21 @@ func TestPoolConfigPrefersPlainOnLoopback(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		ways := []*tls.Config{config.ConnConfig.TLSConfig}
+		attempts := []*tls.Config{config.ConnConfig.TLSConfig}
 		for _, f := range config.ConnConfig.Fallbacks {
-			ways = append(ways, f.TLSConfig)
+			attempts = append(attempts, f.TLSConfig)
 		}
-		got := make([]string, len(ways))
-		for i, way := range ways {
-			got[i] = map[bool]string{true: "plain", false: "TLS"}[way == nil]
+		got := make([]string, len(attempts))
+		for i, config := range attempts {
+			got[i] = map[bool]string{true: "plain", false: "TLS"}[config == nil]
 		}
 		if strings.Join(got, ", ") != want {
-			t.Errorf("%s connects by %s, want %s", url, got, want)
+			t.Errorf("%s: tries %s, want %s", url, strings.Join(got, ", "), want)
 		}
 	}
 }
 
+// TestPostgresReady checks the state of the store while the database is read-only, closed and open.
 func TestPostgresReady(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
@@ -116,7 +123,8 @@ func TestPostgresReady(t *testing.T) {
 		want state
 	}{
 		{nil, "up"},
-		{[]string{"ALTER DATABASE " + name + " SET default_transaction_read_only = on"}, "read-only"},
+		{[]string{"ALTER DATABASE " + name + " SET default_transaction_read_only = on"},
+			"read-only"},
 		{[]string{"ALTER DATABASE " + name + " RESET default_transaction_read_only"}, "up"},
 		{[]string{"ALTER DATABASE " + name + " ALLOW_CONNECTIONS false"}, "down"},
 		{[]string{"ALTER DATABASE " + name + " ALLOW_CONNECTIONS true"}, "up"},
@@ -127,16 +135,22 @@ func TestPostgresReady(t *testing.T) {
 		if err := admin(t.Context(), append(step.sql, terminate)...); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "readiness "+string(step.want), func() bool { return s.ready(t.Context()) == step.want })
-		if step.want == "read-only" {
-			if _, err := s.createUser(t.Context(), input("John", "Doe", "hash"), ""); !errors.Is(err, errUnavailable) {
-				t.Errorf("a write to a read-only database: %v", err)
-			}
+		eventually(t, "the state "+string(step.want), func() bool {
+			return s.ready(t.Context()) == step.want
+		})
+		if step.want != "read-only" {
+			continue
+		}
+		_, err := s.createUser(t.Context(), input("John", "Doe", "hash"), "")
+		if !errors.Is(err, errUnavailable) {
+			t.Errorf("createUser on a read-only database: error %v, want errUnavailable", err)
 		}
 	}
 }
 
-func TestPostgresGivesUpOnLockedTable(t *testing.T) {
+// TestUpdateOfLockedTable checks that an update that waits too long for a lock fails and changes
+// nothing.
+func TestUpdateOfLockedTable(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
 	s, conn := openTestPostgres(t, url), connect(t, url)
@@ -146,19 +160,19 @@ func TestPostgresGivesUpOnLockedTable(t *testing.T) {
 	}
 	_, err := s.updateUser(t.Context(), 1, input("Jane", "", ""), nil)
 	if !errors.Is(err, errUnavailable) {
-		t.Errorf("an update of a locked table: %v", err)
+		t.Errorf("updateUser: error %v, want errUnavailable", err)
 	}
 	if _, err := conn.Exec(t.Context(), "ROLLBACK"); err != nil {
 		t.Fatal(err)
 	}
 	if u, err := s.getUser(t.Context(), 1); err != nil || u.Version != 1 {
-		t.Errorf("after the lock: %+v, %v", u, err)
+		t.Errorf("user after the lock: %+v, %v, want version 1", u, err)
 	}
 }
 
-// TestPostgresListsLeaveConnections has more lists than there are connections wait for a
-// locked table: a statement about another one still finds a connection at once.
-func TestPostgresListsLeaveConnections(t *testing.T) {
+// TestListsLeaveConnections checks that a statement about another table gets a connection while
+// more lists than there are connections wait for a locked table.
+func TestListsLeaveConnections(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
 	s := openTestPostgres(t, url)
@@ -173,30 +187,30 @@ func TestPostgresListsLeaveConnections(t *testing.T) {
 		}()
 	}
 	watcher := connect(t, url)
-	eventually(t, "lists that wait", func() bool {
+	eventually(t, "lists that wait for the lock", func() bool {
 		return queryValue[int](t, watcher, `SELECT count(*) FROM pg_stat_activity
 			WHERE datname = current_database() AND wait_event_type = 'Lock'`) == lists
 	})
 	if _, _, err := s.creationUnder(t.Context(), "key"); !errors.Is(err, errNotFound) {
-		t.Errorf("beside the lists: %v", err)
+		t.Errorf("creationUnder beside the lists: error %v, want errNotFound", err)
 	}
-	leave() // those that have no statement go at once
+	leave() // lists without a connection fail immediately
 	for range 2*maxPoolSize - lists {
 		if err := <-left; !errors.Is(err, context.Canceled) {
-			t.Errorf("a list that waited: %v", err)
+			t.Errorf("list without a connection: error %v, want %v", err, context.Canceled)
 		}
 	}
 	unlock()
 	for range lists {
 		if err := <-left; err != nil {
-			t.Errorf("a list whose client left: %v", err)
+			t.Errorf("list that had begun: error %v, want none", err)
 		}
 	}
 }
 
-// TestPostgresSurvivesLostConnections cuts every connection of the service. Reads go on,
-// and a write that reached no server is sent again.
-func TestPostgresSurvivesLostConnections(t *testing.T) {
+// TestReadAfterLostConnections checks that a read succeeds after the server has closed every
+// connection of the store.
+func TestReadAfterLostConnections(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
 	s, conn := openTestPostgres(t, url), connect(t, url)
@@ -208,13 +222,14 @@ func TestPostgresSurvivesLostConnections(t *testing.T) {
 			t.Fatal(err)
 		}
 		if _, err := s.getUser(t.Context(), 1); err != nil {
-			t.Errorf("a read after the cut: %v", err)
+			t.Errorf("getUser after the connections were closed: %v", err)
 		}
 	}
 }
 
-// TestPostgresKeepsConnections lets callers vanish while their statement runs.
-func TestPostgresKeepsConnections(t *testing.T) {
+// TestCancellationKeepsConnections cancels callers while their statements run, and checks that
+// their connections are not replaced.
+func TestCancellationKeepsConnections(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
 	s, conn := openTestPostgres(t, url), connect(t, url)
@@ -224,7 +239,8 @@ func TestPostgresKeepsConnections(t *testing.T) {
 	}
 	var group sync.WaitGroup
 	for range 200 {
-		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(rand.IntN(50))*time.Millisecond)
+		timeout := time.Duration(rand.IntN(50)) * time.Millisecond
+		ctx, cancel := context.WithTimeout(t.Context(), timeout)
 		defer cancel()
 		group.Go(func() { s.getUser(ctx, 1) })
 	}
@@ -234,12 +250,13 @@ func TestPostgresKeepsConnections(t *testing.T) {
 	}
 	group.Wait()
 	if opened := s.pool.Stat().NewConnsCount(); opened > defaultPoolSize {
-		t.Errorf("%d connections were opened for a pool of %d", opened, defaultPoolSize)
+		t.Errorf("%d connections were opened, want %d or fewer", opened, defaultPoolSize)
 	}
 }
 
-// TestPostgresActivityTellsNoSecret looks at what the server shows of statements that wait.
-func TestPostgresActivityTellsNoSecret(t *testing.T) {
+// TestActivityHidesPasswords checks that the statements that pg_stat_activity shows contain neither
+// passwords nor hashes.
+func TestActivityHidesPasswords(t *testing.T) {
 	t.Parallel()
 	set := postgresSettings(t)
 	s := startService(t, set)
@@ -250,7 +267,8 @@ func TestPostgresActivityTellsNoSecret(t *testing.T) {
 	requests.Go(func() { s.do("POST", "/users", user, "Idempotency-Key: key") })
 	requests.Go(func() { s.do("PUT", fmt.Sprintf("/users/%d", id), user) })
 	requests.Go(func() {
-		s.do("POST", fmt.Sprintf("/users/%d/password/verify", id), fmt.Sprintf(`{"password": %q}`, secret))
+		path := fmt.Sprintf("/users/%d/password/verify", id)
+		s.do("POST", path, fmt.Sprintf(`{"password": %q}`, secret))
 	})
 	const waiting = `SELECT coalesce(string_agg(query, E'\n'), '') FROM pg_stat_activity
 		WHERE datname = current_database() AND wait_event_type = 'Lock'`
@@ -258,11 +276,12 @@ func TestPostgresActivityTellsNoSecret(t *testing.T) {
 	var queries string
 	eventually(t, "three statements that wait", func() bool {
 		queries = queryValue[string](t, watcher, waiting)
-		return strings.Contains(queries, "INSERT INTO users") && strings.Contains(queries, "UPDATE users") &&
+		return strings.Contains(queries, "INSERT INTO users") &&
+			strings.Contains(queries, "UPDATE users") &&
 			strings.Contains(queries, "SELECT password")
 	})
 	if strings.Contains(queries, secret) || strings.Contains(queries, "argon2id") {
-		t.Errorf("the server shows a password:\n%s", queries)
+		t.Errorf("pg_stat_activity shows a password:\n%s", queries)
 	}
 	unlock()
 	requests.Wait()

@@ -12,8 +12,7 @@ import (
 	"time"
 )
 
-// lockUser locks a user, as an administrator's open transaction does, until the function that comes
-// back is called or the test ends.
+// lockUser locks a user in an open transaction until unlock is called or the test ends.
 func lockUser(t *testing.T, url string, id int64) (unlock func()) {
 	t.Helper()
 	tx, err := connect(t, url).Begin(t.Context())
@@ -28,14 +27,13 @@ func lockUser(t *testing.T, url string, id int64) (unlock func()) {
 	return unlock
 }
 
-// blockedHere says whether a statement of this database, not of another test's, waits for
-// a lock.
+// blockedHere is a query that returns whether a statement in this database waits for a lock.
 const blockedHere = `SELECT EXISTS (SELECT FROM pg_stat_activity
 	WHERE datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0)`
 
-// changeLocked locks users and has one client change each of them, or several if there is one user.
-// It returns when a change waits. Stop unlocks the users, waits for the clients, and returns the
-// number of those that had been answered before.
+// changeLocked locks the first users and starts clients that change them. It returns when a change
+// waits. stop unlocks the users, waits for the clients, and returns the number of clients that were
+// answered before.
 func changeLocked(t *testing.T, svc *service, users, clients int) (stop func() int64) {
 	t.Helper()
 	url := svc.settings.databaseURL
@@ -53,7 +51,7 @@ func changeLocked(t *testing.T, svc *service, users, clients int) (stop func() i
 			path, body := fmt.Sprint("/users/", i%users+1), fmt.Sprintf(`{"name": "locked %d"}`, i)
 			a := svc.do("PUT", path, body)
 			if a.status != 200 && a.status != 503 {
-				t.Errorf("a locked user: %d %s", a.status, a.body)
+				t.Errorf("PUT %s: status %d, want 200 or 503: %s", path, a.status, a.body)
 			}
 			answered.Add(1)
 		})
@@ -72,10 +70,10 @@ func changeLocked(t *testing.T, svc *service, users, clients int) (stop func() i
 	}
 }
 
-// TestPostgresChangesTogether makes a batch of what can be changed at once and what cannot: a user
-// who is missing, one of another version, and one whom somebody else has locked are left out, and
-// nobody waits for them.
-func TestPostgresChangesTogether(t *testing.T) {
+// TestChangeBatch checks which changes a batch makes: not those of users that are missing, that
+// have another version, or that another transaction has locked. The batch does not wait for the
+// lock.
+func TestChangeBatch(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
 	s := openTestPostgres(t, url)
@@ -107,32 +105,34 @@ func TestPostgresChangesTogether(t *testing.T) {
 	} {
 		got, ok := results[changes[i]]
 		if !ok || got.ID != want.ID || got.Version != want.Version || got.Name != want.Name {
-			t.Errorf("change %d: %t, %+v", i, ok, got)
+			t.Errorf("change %d: made %t, %+v, want %+v", i, ok, got, want)
 		}
 	}
 	if len(results) != 3 {
-		t.Errorf("%d changes were made, not 3", len(results))
+		t.Errorf("%d changes were made, want 3", len(results))
 	}
 
-	changes = []*userChange{change(users[0].ID, nil), change(users[1].ID, nil, 1), change(users[5].ID, nil)}
+	changes = []*userChange{
+		change(users[0].ID, nil), change(users[1].ID, nil, 1), change(users[5].ID, nil)}
 	results, err = s.changeBatch(t.Context(), deleteUsers, s.write, changes)
 	if _, deleted := results[changes[0]]; err != nil || !deleted || len(results) != 1 {
-		t.Errorf("deletions: %+v, %v", results, err)
+		t.Errorf("deletions: %+v, %v, want only that of user %d", results, err, users[0].ID)
 	}
 	var events []string
 	for _, e := range allPending(t, s)[len(users):] {
-		events = append(events, fmt.Sprintf("%s %d/%d %s", e.Type, e.Data.UserID, e.Data.Version, e.TraceID))
+		events = append(events, fmt.Sprintf("%s %d/%d %s",
+			e.Type, e.Data.UserID, e.Data.Version, e.TraceID))
 	}
 	slices.Sort(events)
 	want := "[user.deleted 1/3 trace-1 user.updated 1/2 trace-1 user.updated 2/2 trace-2]"
 	if got := fmt.Sprint(events); got != want {
-		t.Errorf("the events are %s, not %s", got, want)
+		t.Errorf("events %s, want %s", got, want)
 	}
 }
 
-// TestPostgresChangesAlone has one change of a batch refused by PostgreSQL: the others are
-// made nevertheless, and its caller is told.
-func TestPostgresChangesAlone(t *testing.T) {
+// TestRefusedChangeDoesNotAffectBatch checks that one change that PostgreSQL refuses fails alone.
+// The first changes take long, so that the others share a batch.
+func TestRefusedChangeDoesNotAffectBatch(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
 	s := openTestPostgres(t, url)
@@ -156,18 +156,19 @@ func TestPostgresChangesAlone(t *testing.T) {
 	for i, id := range ids {
 		name := "Jane"
 		if i < writesAlone {
-			name = "slow" // so that the others share a batch
+			name = "slow"
 		} else if i == len(ids)-1 {
 			name = "refused"
 		}
 		callers.Go(func() {
 			u, err := s.updateUser(t.Context(), id, userInput{name: &name}, nil)
 			if name == "refused" {
-				if err == nil || errors.Is(err, errUnavailable) || errors.Is(err, errOutcomeUnknown) {
-					t.Errorf("the refused change: %+v, %v", u, err)
+				if err == nil || errors.Is(err, errUnavailable) ||
+					errors.Is(err, errOutcomeUnknown) {
+					t.Errorf("refused change: %+v, %v, want a permanent error", u, err)
 				}
 			} else if err != nil || u.Name != name || u.Version != 2 {
-				t.Errorf("%s: %+v, %v", name, u, err)
+				t.Errorf("change to %s: %+v, %v, want version 2", name, u, err)
 			}
 		})
 		if i == writesAlone-1 {
@@ -176,14 +177,14 @@ func TestPostgresChangesAlone(t *testing.T) {
 	}
 	callers.Wait()
 	if n := len(allPending(t, s)); n != 2*len(ids)-1 {
-		t.Errorf("%d events of %d creations and %d updates", n, len(ids), len(ids)-1)
+		t.Errorf("%d events, want %d", n, 2*len(ids)-1)
 	}
 }
 
-// TestLockedUsersHoldUpNobody has many clients change locked users: one user, then more users than
-// there are connections. Everything else goes on while not one of them is answered. The machine of
-// the test may be slower than the changes, so there are some attempts.
-func TestLockedUsersHoldUpNobody(t *testing.T) {
+// TestLockedUsersDoNotBlockOthers starts many changes of one locked user, and of more locked users
+// than there are connections. It checks that all other requests succeed before one of the changes
+// times out. The machine may be too slow for that, so there are several attempts.
+func TestLockedUsersDoNotBlockOthers(t *testing.T) {
 	t.Parallel()
 	const most = 2 * defaultPoolSize
 	for locked, clients := range map[int]int{1: 40, most: most} {
@@ -199,28 +200,40 @@ func TestLockedUsersHoldUpNobody(t *testing.T) {
 				stop := changeLocked(t, svc, locked, clients)
 				for _, step := range []struct{ method, path, body string }{
 					{"GET", "/users/1", ""}, {"GET", "/users", ""}, {"GET", "/readyz", ""},
-					{"PUT", free, fmt.Sprintf(`{"name": "free %d"}`, attempt)}, {"GET", "/metrics", ""},
+					{"PUT", free, fmt.Sprintf(`{"name": "free %d"}`, attempt)},
+					{"GET", "/metrics", ""},
 				} {
 					if a := svc.do(step.method, step.path, step.body); a.status != 200 {
-						t.Errorf("%s %s: %d %s", step.method, step.path, a.status, a.body)
+						t.Errorf("%s %s: status %d, want 200: %s",
+							step.method, step.path, a.status, a.body)
 					}
 				}
 				svc.createUser("Jane", "Doe")
 				blocked := queryValue[int](t, watcher, `SELECT count(*) FROM pg_stat_activity
 					WHERE datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0`)
 				if blocked > min(locked, defaultPoolSize/2) {
-					t.Errorf("%d connections wait for %d users", blocked, locked)
+					t.Errorf("%d connections wait for %d locked users, want %d or fewer",
+						blocked, locked, min(locked, defaultPoolSize/2))
 				}
 				answered = stop()
 			}
 			if answered > 0 {
-				t.Errorf("%d changes of locked users were answered before all others", answered)
+				t.Errorf("%d changes of locked users were answered before other requests", answered)
 			}
 		})
 	}
 }
 
-// siteRules are what a site may add to the table: each refuses the user whose name is refused.
+// siteTrigger returns the SQL of a trigger whose function has a body.
+func siteTrigger(body string) string {
+	return `CREATE FUNCTION site() RETURNS trigger LANGUAGE plpgsql AS
+			$$ BEGIN ` + body + ` END $$;
+		CREATE TRIGGER site BEFORE UPDATE ON users FOR EACH ROW WHEN (NEW.name = 'refused')
+		EXECUTE FUNCTION site()`
+}
+
+// siteRules are rules that a site may add to the table users. Each refuses the body refused, and
+// the answer has the status.
 var siteRules = []struct {
 	name, sql, refused string
 	status             int
@@ -236,50 +249,35 @@ var siteRules = []struct {
 		refused: `{"surname": "taken"}`, status: 409,
 	},
 	{
-		name: "trigger with a code of integrity",
-		sql: `CREATE FUNCTION site() RETURNS trigger LANGUAGE plpgsql AS
-				$$ BEGIN RAISE 'refused' USING ERRCODE = 'check_violation'; END $$;
-			CREATE TRIGGER site BEFORE UPDATE ON users FOR EACH ROW WHEN (NEW.name = 'refused')
-			EXECUTE FUNCTION site()`,
+		name:    "trigger with an integrity violation",
+		sql:     siteTrigger("RAISE 'refused' USING ERRCODE = 'check_violation';"),
 		refused: `{"name": "refused"}`, status: 409,
 	},
 	{
-		name: "trigger that raises",
-		sql: `CREATE FUNCTION site() RETURNS trigger LANGUAGE plpgsql AS
-				$$ BEGIN RAISE 'refused'; END $$;
-			CREATE TRIGGER site BEFORE UPDATE ON users FOR EACH ROW WHEN (NEW.name = 'refused')
-			EXECUTE FUNCTION site()`,
+		name:    "trigger that raises",
+		sql:     siteTrigger("RAISE 'refused';"),
 		refused: `{"name": "refused"}`, status: 409,
 	},
 	{
-		name: "trigger that skips the row",
-		sql: `CREATE FUNCTION site() RETURNS trigger LANGUAGE plpgsql AS
-				$$ BEGIN RETURN NULL; END $$;
-			CREATE TRIGGER site BEFORE UPDATE ON users FOR EACH ROW WHEN (NEW.name = 'refused')
-			EXECUTE FUNCTION site()`,
+		name:    "trigger that skips the row",
+		sql:     siteTrigger("RETURN NULL;"),
 		refused: `{"name": "refused"}`, status: 409,
 	},
 	{
-		name: "lock timeout",
-		sql: `CREATE FUNCTION site() RETURNS trigger LANGUAGE plpgsql AS
-				$$ BEGIN RAISE 'refused' USING ERRCODE = 'lock_not_available'; END $$;
-			CREATE TRIGGER site BEFORE UPDATE ON users FOR EACH ROW WHEN (NEW.name = 'refused')
-			EXECUTE FUNCTION site()`,
+		name:    "lock timeout",
+		sql:     siteTrigger("RAISE 'refused' USING ERRCODE = 'lock_not_available';"),
 		refused: `{"name": "refused"}`, status: 503,
 	},
 	{
-		name: "statement timeout",
-		sql: `CREATE FUNCTION site() RETURNS trigger LANGUAGE plpgsql AS
-				$$ BEGIN RAISE 'refused' USING ERRCODE = 'query_canceled'; END $$;
-			CREATE TRIGGER site BEFORE UPDATE ON users FOR EACH ROW WHEN (NEW.name = 'refused')
-			EXECUTE FUNCTION site()`,
+		name:    "statement timeout",
+		sql:     siteTrigger("RAISE 'refused' USING ERRCODE = 'query_canceled';"),
 		refused: `{"name": "refused"}`, status: 503,
 	},
 }
 
-// TestRefusedChangeIsItsCallers has one of many changes at once refused by a rule of the site: its
-// client is told, and all others succeed.
-func TestRefusedChangeIsItsCallers(t *testing.T) {
+// TestSiteRules checks that the change that a rule of the site refuses is answered with the right
+// status, and that all concurrent changes of other users succeed.
+func TestSiteRules(t *testing.T) {
 	t.Parallel()
 	for _, rule := range siteRules {
 		t.Run(rule.name, func(t *testing.T) {
@@ -299,7 +297,8 @@ func TestRefusedChangeIsItsCallers(t *testing.T) {
 				group.Go(func() {
 					a := svc.do("PUT", fmt.Sprint("/users/", id), body)
 					if a.status != want || strings.Contains(a.body, "site") {
-						t.Errorf("user %d: %d %s, want %d", id, a.status, a.body, want)
+						t.Errorf("PUT /users/%d: status %d, want %d without \"site\": %s",
+							id, a.status, want, a.body)
 					}
 				})
 			}
@@ -308,14 +307,15 @@ func TestRefusedChangeIsItsCallers(t *testing.T) {
 				"SELECT string_agg(DISTINCT version::text, ' ') FROM users WHERE id <> 7")
 			version := queryValue[int](t, conn, "SELECT version FROM users WHERE id = 7")
 			if version != 1 || versions != "4" {
-				t.Errorf("the refused user has version %d, the others %s", version, versions)
+				t.Errorf("versions: %d of the refused user, want 1, and %s of the others, want 4",
+					version, versions)
 			}
 		})
 	}
 }
 
-// TestReferencedUser is one to whom a table of the site refers: it cannot be deleted, and others
-// that are deleted at the same time are.
+// TestReferencedUser checks that the deletion of a user that a table of the site references is
+// answered with 409, and that all concurrent deletions of other users succeed.
 func TestReferencedUser(t *testing.T) {
 	t.Parallel()
 	svc := startService(t, postgresSettings(t))
@@ -329,20 +329,21 @@ func TestReferencedUser(t *testing.T) {
 		want := map[bool]int{true: 409, false: 200}[id == 7]
 		group.Go(func() {
 			if a := svc.do("DELETE", fmt.Sprint("/users/", id), ""); a.status != want {
-				t.Errorf("user %d: %d %s", id, a.status, a.body)
+				t.Errorf("DELETE /users/%d: status %d, want %d: %s", id, a.status, want, a.body)
 			}
 		})
 	}
 	group.Wait()
 	execute(t, conn, "DROP TABLE orders")
 	if a := svc.do("DELETE", "/users/7", ""); a.status != 200 {
-		t.Errorf("without the reference: %d %s", a.status, a.body)
+		t.Errorf("DELETE without the reference: status %d, want 200: %s", a.status, a.body)
 	}
 	svc.waitForLine("Received event user.deleted with user_id=7", "version", 2)
 }
 
-// TestCancelledStatement has an administrator cancel changes that wait for a lock.
-func TestCancelledStatement(t *testing.T) {
+// TestCanceledStatements checks that the service works after an administrator has canceled changes
+// that waited for a lock.
+func TestCanceledStatements(t *testing.T) {
 	t.Parallel()
 	svc := startService(t, postgresSettings(t))
 	svc.createUser("John", "Doe")
@@ -357,13 +358,13 @@ func TestCancelledStatement(t *testing.T) {
 	}
 	stop()
 	if a := svc.do("PUT", "/users/1", `{"name": "after"}`); a.status != 200 {
-		t.Errorf("after the cancels: %d %s", a.status, a.body)
+		t.Errorf("PUT after the cancellations: status %d, want 200: %s", a.status, a.body)
 	}
 }
 
-// TestPostgresChangesAtMostOnce loses the answer to a write: the service must not send it
-// again, and says that it does not know.
-func TestPostgresChangesAtMostOnce(t *testing.T) {
+// TestChangeIsNotRepeated closes the connection while a change waits, and checks that its outcome
+// is unknown and that it is made at most once.
+func TestChangeIsNotRepeated(t *testing.T) {
 	t.Parallel()
 	direct := newDatabase(t)
 	p := newProxy(t, direct)
@@ -383,7 +384,7 @@ func TestPostgresChangesAtMostOnce(t *testing.T) {
 	})
 	p.set(false)
 	if err := <-failed; !errors.Is(err, errOutcomeUnknown) {
-		t.Errorf("a write whose answer was lost: %v", err)
+		t.Errorf("change with a lost answer: error %v, want errOutcomeUnknown", err)
 	}
 	p.set(true)
 	if _, err := conn.Exec(t.Context(), "COMMIT"); err != nil {
@@ -394,11 +395,12 @@ func TestPostgresChangesAtMostOnce(t *testing.T) {
 			WHERE datname = current_database() AND state = 'active'`) == 1
 	})
 	if u, err := s.getUser(t.Context(), 1); err != nil || u.Version > 2 {
-		t.Errorf("one write made version %d, %v", u.Version, err)
+		t.Errorf("version %d, %v after one change, want at most 2", u.Version, err)
 	}
 }
 
-// TestAlteredColumns changes the types of columns, and adds and drops one, under load.
+// TestAlteredColumns alters, adds and drops columns under load, and checks that every request
+// succeeds.
 func TestAlteredColumns(t *testing.T) {
 	t.Parallel()
 	svc := startService(t, postgresSettings(t))
@@ -416,14 +418,15 @@ func TestAlteredColumns(t *testing.T) {
 					return
 				default:
 				}
-				path, name := fmt.Sprint("/users/", c+1), fmt.Sprintf(`{"name": "name %d %d"}`, c, i)
+				path := fmt.Sprint("/users/", c+1)
+				name := fmt.Sprintf(`{"name": "name %d %d"}`, c, i)
 				for method, body := range map[string]string{"GET": "", "PUT": name} {
 					if a := svc.do(method, path, body); a.status != 200 {
-						t.Errorf("%s %s: %d %s", method, path, a.status, a.body)
+						t.Errorf("%s %s: status %d, want 200: %s", method, path, a.status, a.body)
 					}
 				}
 				if a := svc.do("GET", "/users", ""); a.status != 200 {
-					t.Errorf("the list: %d %s", a.status, a.body)
+					t.Errorf("GET /users: status %d, want 200: %s", a.status, a.body)
 				}
 			}
 		})
@@ -441,8 +444,8 @@ func TestAlteredColumns(t *testing.T) {
 	checkTotal(t, conn)
 }
 
-// TestAlteredVersion changes the type of a column that the trigger sets: the sessions that have run it
-// fail from then on, and are replaced.
+// TestAlteredVersion alters columns that the triggers set. After that, the triggers fail in
+// sessions that have run them. The test checks that the store replaces these sessions.
 func TestAlteredVersion(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
@@ -451,9 +454,9 @@ func TestAlteredVersion(t *testing.T) {
 	for i, alter := range []string{"SELECT 1", "ALTER TABLE users ALTER version TYPE int",
 		"ALTER TABLE users ALTER updated_at TYPE timestamptz(3)"} {
 		execute(t, connect(t, url), alter)
-		if u, err := s.updateUser(t.Context(), id, input(fmt.Sprint("name ", i), "", ""), nil); err != nil ||
-			u.Version != int64(i+2) {
-			t.Errorf("after %s: %+v, %v", alter, u, err)
+		u, err := s.updateUser(t.Context(), id, input(fmt.Sprint("name ", i), "", ""), nil)
+		if err != nil || u.Version != int64(i+2) {
+			t.Errorf("updateUser after %s: %+v, %v, want version %d", alter, u, err, i+2)
 		}
 	}
 }

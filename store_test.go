@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// eachStoreAlone runs a test against the stores themselves, with no relay that empties
-// their outbox.
+// eachStoreAlone runs a test with each store, without a service. So no relay removes events from
+// the outbox.
 func eachStoreAlone(t *testing.T, test func(t *testing.T, s store)) {
 	t.Run("memory", func(t *testing.T) {
 		t.Parallel()
@@ -24,6 +24,7 @@ func eachStoreAlone(t *testing.T, test func(t *testing.T, s store)) {
 	})
 }
 
+// openTestPostgres opens a store on a database until the test ends.
 func openTestPostgres(t *testing.T, url string) *postgres {
 	t.Helper()
 	s, err := openPostgres(t.Context(), url, "test", newLogger(&logWriter{w: t.Output()}, 0))
@@ -34,6 +35,7 @@ func openTestPostgres(t *testing.T, url string) *postgres {
 	return s
 }
 
+// input returns a userInput with the fields that are not "".
 func input(name, surname, password string) userInput {
 	in := userInput{&name, &surname, &password}
 	for _, field := range []**string{&in.name, &in.surname, &in.password} {
@@ -44,6 +46,7 @@ func input(name, surname, password string) userInput {
 	return in
 }
 
+// mustCreate creates a user with a name.
 func mustCreate(t *testing.T, s store, name string) User {
 	t.Helper()
 	u, err := s.createUser(t.Context(), input(name, "Doe", "hash"), "")
@@ -53,7 +56,7 @@ func mustCreate(t *testing.T, s store, name string) User {
 	return u
 }
 
-// allPending reads the outbox, without the lead.
+// allPending returns all events of the outbox. It does not need the lease.
 func allPending(t *testing.T, s store) []event {
 	t.Helper()
 	events, err := s.pending(t.Context(), 1_000_000)
@@ -63,7 +66,8 @@ func allPending(t *testing.T, s store) []event {
 	return events
 }
 
-func TestStoreKeepsUsers(t *testing.T) {
+// TestStoreChanges checks the user and the event after a creation, an update and a deletion.
+func TestStoreChanges(t *testing.T) {
 	t.Parallel()
 	eachStoreAlone(t, func(t *testing.T, s store) {
 		ctx := withTraceID(t.Context(), "trace-1")
@@ -71,42 +75,48 @@ func TestStoreKeepsUsers(t *testing.T) {
 		if err != nil || created.ID != 1 || created.Name != "John" || created.Surname != "Doe" ||
 			created.Version != 1 || !created.CreatedAt.Equal(created.UpdatedAt.Time) ||
 			time.Since(created.CreatedAt.Time).Abs() > time.Minute {
-			t.Fatalf("created %+v, %v", created, err)
+			t.Fatalf("createUser: %+v, %v, want John Doe with id 1, version 1 and current times",
+				created, err)
 		}
 		got, err := s.getUser(ctx, 1)
 		if err != nil || got.ID != 1 || !got.CreatedAt.Equal(created.CreatedAt.Time) {
-			t.Errorf("got %+v, %v", got, err)
+			t.Errorf("getUser: %+v, %v, want %+v", got, err, created)
 		}
 		updated, err := s.updateUser(ctx, 1, input("Jane", "", ""), nil)
-		if err != nil || updated.Name != "Jane" || updated.Surname != "Doe" || updated.Version != 2 ||
-			!updated.UpdatedAt.After(created.UpdatedAt.Time) {
-			t.Errorf("updated %+v, %v", updated, err)
+		if err != nil || updated.Name != "Jane" || updated.Surname != "Doe" ||
+			updated.Version != 2 || !updated.UpdatedAt.After(created.UpdatedAt.Time) {
+			t.Errorf("updateUser: %+v, %v, want Jane Doe in version 2, later than %v",
+				updated, err, created.UpdatedAt)
 		}
 		if err := s.deleteUser(ctx, 1, nil); err != nil {
 			t.Error(err)
 		}
 		if _, err := s.getUser(ctx, 1); !errors.Is(err, errNotFound) {
-			t.Errorf("got a deleted user: %v", err)
+			t.Errorf("getUser after deleteUser: error %v, want errNotFound", err)
 		}
 		events := allPending(t, s)
 		if len(events) != 3 {
-			t.Fatalf("%d events for 3 changes", len(events))
+			t.Fatalf("%d events after 3 changes, want 3", len(events))
 		}
 		for i, want := range []string{userCreated, userUpdated, userDeleted} {
 			e := events[i]
 			if e.Type != want || e.Data != (eventData{1, int64(i + 1)}) || e.TraceID != "trace-1" ||
 				len(e.ID) != 36 || e.ID[14] != '7' {
-				t.Errorf("event %d is %+v", i, e)
+				t.Errorf("event %d: %+v, want %s of version %d with trace-1 and a UUIDv7",
+					i, e, want, i+1)
 			}
 		}
 		if !events[1].OccurredAt.Equal(updated.UpdatedAt.Time) ||
 			!events[2].OccurredAt.After(updated.UpdatedAt.Time) {
-			t.Errorf("the events' times are not those of the changes: %+v", events)
+			t.Errorf("events %+v, want the times of the changes, %v and later",
+				events, updated.UpdatedAt)
 		}
 	})
 }
 
-func TestStoreRefuses(t *testing.T) {
+// TestStoreErrors checks the errors of updates and deletions, and that a failed one changes
+// nothing.
+func TestStoreErrors(t *testing.T) {
 	t.Parallel()
 	eachStoreAlone(t, func(t *testing.T, s store) {
 		mustCreate(t, s, "John")
@@ -114,30 +124,35 @@ func TestStoreRefuses(t *testing.T) {
 		_, stale := s.updateUser(t.Context(), 1, input("Jane", "", ""), []int64{2, 3})
 		_, unchanged := s.updateUser(t.Context(), 1, input("John", "", ""), []int64{})
 		for name, test := range map[string]struct{ got, want error }{
-			"update of a missing user":           {missing, errNotFound},
-			"update of another version":          {stale, errVersionMismatch},
-			"no-op update of another version":    {unchanged, errVersionMismatch},
-			"delete of a missing user":           {s.deleteUser(t.Context(), 9, nil), errNotFound},
-			"delete of another version":          {s.deleteUser(t.Context(), 1, []int64{2}), errVersionMismatch},
-			"delete with a match of no versions": {s.deleteUser(t.Context(), 1, []int64{}), errVersionMismatch},
+			"update of a missing user":                 {missing, errNotFound},
+			"update of another version":                {stale, errVersionMismatch},
+			"update without change of another version": {unchanged, errVersionMismatch},
+			"deletion of a missing user": {
+				s.deleteUser(t.Context(), 9, nil), errNotFound},
+			"deletion of another version": {
+				s.deleteUser(t.Context(), 1, []int64{2}), errVersionMismatch},
+			"deletion of no version": {
+				s.deleteUser(t.Context(), 1, []int64{}), errVersionMismatch},
 		} {
 			if !errors.Is(test.got, test.want) {
-				t.Errorf("%s: %v", name, test.got)
+				t.Errorf("%s: error %v, want %v", name, test.got, test.want)
 			}
 		}
 		if u, err := s.getUser(t.Context(), 1); err != nil || u.Version != 1 {
-			t.Errorf("a refused change changed something: %+v, %v", u, err)
+			t.Errorf("user after failed changes: %+v, %v, want version 1", u, err)
 		}
 		if n := len(allPending(t, s)); n != 1 {
-			t.Errorf("%d events for 1 change", n)
+			t.Errorf("%d events after 1 change, want 1", n)
 		}
 		if err := s.deleteUser(t.Context(), 1, []int64{5, 1}); err != nil {
-			t.Errorf("delete of a listed version: %v", err)
+			t.Errorf("deletion of a listed version: %v", err)
 		}
 	})
 }
 
-func TestStoreUpdatesWhatDiffers(t *testing.T) {
+// TestStoreUpdatesDifferences checks that an update makes a version and an event only if it changes
+// something. A password always does, because its hash is new.
+func TestStoreUpdatesDifferences(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
 		in      userInput
@@ -145,10 +160,10 @@ func TestStoreUpdatesWhatDiffers(t *testing.T) {
 	}{
 		"same name":             {input("John", "", ""), false},
 		"same name and surname": {input("John", "Doe", ""), false},
-		"another name":          {input("Jane", "", ""), true},
-		"another surname":       {input("John", "Roe", ""), true},
-		"the name in capitals":  {input("JOHN", "", ""), true},
-		"a password":            {input("John", "Doe", "hash2"), true},
+		"other name":            {input("Jane", "", ""), true},
+		"other surname":         {input("John", "Roe", ""), true},
+		"name in upper case":    {input("JOHN", "", ""), true},
+		"password":              {input("John", "Doe", "hash2"), true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -161,16 +176,19 @@ func TestStoreUpdatesWhatDiffers(t *testing.T) {
 				changed := u.Version == 2 && u.UpdatedAt.After(before.UpdatedAt.Time)
 				same := u.Version == 1 && u.UpdatedAt.Equal(before.UpdatedAt.Time)
 				if test.changes && !changed || !test.changes && !same {
-					t.Errorf("the update made %+v of %+v", u, before)
+					t.Errorf("the update made %+v of %+v, want a change: %t",
+						u, before, test.changes)
 				}
 				if got := len(allPending(t, s)); (got == 2) != test.changes {
-					t.Errorf("%d events", got)
+					t.Errorf("%d events, want 2: %t", got, test.changes)
 				}
 			})
 		})
 	}
 }
 
+// TestStoreRehashesOnce checks that a hash is only replaced if it is still stored, and that this
+// changes nothing else.
 func TestStoreRehashesOnce(t *testing.T) {
 	t.Parallel()
 	eachStoreAlone(t, func(t *testing.T, s store) {
@@ -185,21 +203,23 @@ func TestStoreRehashesOnce(t *testing.T) {
 				t.Fatal(err)
 			}
 			if got, err := s.passwordHash(t.Context(), u.ID); err != nil || got != test.want {
-				t.Errorf("%s -> %s: %s, %v", test.old, test.hash, got, err)
+				t.Errorf("hash after replacing %s by %s: %s, %v, want %s",
+					test.old, test.hash, got, err, test.want)
 			}
 		}
 		if err := s.rehashPassword(t.Context(), 999, "old", "new"); err != nil {
-			t.Errorf("a missing user: %v", err)
+			t.Errorf("rehashPassword of a missing user: %v", err)
 		}
 		if _, err := s.passwordHash(t.Context(), 999); !errors.Is(err, errNotFound) {
-			t.Errorf("a missing user: %v", err)
+			t.Errorf("passwordHash of a missing user: error %v, want errNotFound", err)
 		}
 		if again, _ := s.getUser(t.Context(), u.ID); again != u {
-			t.Errorf("%+v became %+v", u, again)
+			t.Errorf("user %+v after the rehash, want %+v", again, u)
 		}
 	})
 }
 
+// TestStoreListsInOrder checks the pages of a list with gaps between the ids.
 func TestStoreListsInOrder(t *testing.T) {
 	t.Parallel()
 	eachStoreAlone(t, func(t *testing.T, s store) {
@@ -215,32 +235,32 @@ func TestStoreListsInOrder(t *testing.T) {
 			after, offset, limit int64
 			want                 []int64
 		}{
-			"from the start":       {0, 0, 4, []int64{2, 3, 4, 6}},
-			"with an offset":       {0, 3, 4, []int64{6, 7, 8, 9}},
-			"the rest":             {0, 7, 100, []int64{10, 11}},
-			"past the end":         {0, 9, 5, nil},
+			"first page":           {0, 0, 4, []int64{2, 3, 4, 6}},
+			"offset":               {0, 3, 4, []int64{6, 7, 8, 9}},
+			"rest":                 {0, 7, 100, []int64{10, 11}},
+			"offset past the end":  {0, 9, 5, nil},
 			"after a user":         {4, 0, 3, []int64{6, 7, 8}},
 			"after a deleted user": {5, 0, 3, []int64{6, 7, 8}},
 			"after the last":       {11, 0, 3, nil},
-			"after any id":         {1<<63 - 1, 0, 3, nil},
+			"after the maximum id": {1<<63 - 1, 0, 3, nil},
 		} {
 			users, total, err := s.listUsers(t.Context(), test.after, test.offset, test.limit)
 			if err != nil || total != 9 {
-				t.Errorf("%s: total %d, %v", name, total, err)
+				t.Errorf("%s: total %d, %v, want 9", name, total, err)
 			}
 			var got []int64
 			for _, u := range users {
 				got = append(got, u.ID)
 			}
 			if !slices.Equal(got, test.want) {
-				t.Errorf("%s: %v, not %v", name, got, test.want)
+				t.Errorf("%s: ids %v, want %v", name, got, test.want)
 			}
 		}
 	})
 }
 
-// TestStoreKeepsOrder changes few users from many sides at once. Whatever happens, the
-// events of a user are its versions without a gap, and the outbox has them in order.
+// TestStoreKeepsOrder changes a few users concurrently, and checks that the outbox has the events
+// of each user in the order of versions and times, without a gap.
 func TestStoreKeepsOrder(t *testing.T) {
 	t.Parallel()
 	eachStoreAlone(t, func(t *testing.T, s store) {
@@ -265,12 +285,12 @@ func TestStoreKeepsOrder(t *testing.T) {
 		times := make(map[int64]time.Time)
 		for _, e := range allPending(t, s) {
 			if e.Data.Version != versions[e.Data.UserID]+1 {
-				t.Errorf("version %d of user %d follows %d",
-					e.Data.Version, e.Data.UserID, versions[e.Data.UserID])
+				t.Errorf("user %d: event of version %d after version %d",
+					e.Data.UserID, e.Data.Version, versions[e.Data.UserID])
 			}
 			if !e.OccurredAt.After(times[e.Data.UserID]) {
-				t.Errorf("version %d of user %d is not later than the one before",
-					e.Data.Version, e.Data.UserID)
+				t.Errorf("user %d: the time of version %d is not later than that before",
+					e.Data.UserID, e.Data.Version)
 			}
 			versions[e.Data.UserID] = e.Data.Version
 			times[e.Data.UserID] = e.OccurredAt.Time
@@ -279,16 +299,18 @@ func TestStoreKeepsOrder(t *testing.T) {
 		for id, version := range versions {
 			sum += version
 			if u, err := s.getUser(t.Context(), id); err != nil || u.Version != version {
-				t.Errorf("user %d has version %d, its last event %d (%v)", id, u.Version, version, err)
+				t.Errorf("user %d: version %d, %v, want %d as in the last event",
+					id, u.Version, err, version)
 			}
 		}
 		if sum != users+clients*rounds {
-			t.Errorf("%d events for %d changes", sum, users+clients*rounds)
+			t.Errorf("%d events, want %d", sum, users+clients*rounds)
 		}
 	})
 }
 
-// TestStoreMatchesOnce lets clients compete for one version: one of them wins.
+// TestStoreMatchesOnce checks that exactly one of several concurrent updates of one version
+// succeeds.
 func TestStoreMatchesOnce(t *testing.T) {
 	t.Parallel()
 	eachStoreAlone(t, func(t *testing.T, s store) {
@@ -302,23 +324,23 @@ func TestStoreMatchesOnce(t *testing.T) {
 					errs <- err
 				}()
 			}
-			won := 0
+			succeeded := 0
 			for range cap(errs) {
 				if err := <-errs; err == nil {
-					won++
+					succeeded++
 				} else if !errors.Is(err, errVersionMismatch) {
 					t.Error(err)
 				}
 			}
-			if won != 1 {
-				t.Errorf("%d clients changed version %d", won, version)
+			if succeeded != 1 {
+				t.Errorf("%d updates of version %d succeeded, want 1", succeeded, version)
 			}
 		}
 	})
 }
 
-// TestStoreCountsExactly adds and removes users from many sides at once.
-func TestStoreCountsExactly(t *testing.T) {
+// TestStoreCountsUsers checks the total after concurrent creations and deletions.
+func TestStoreCountsUsers(t *testing.T) {
 	t.Parallel()
 	eachStoreAlone(t, func(t *testing.T, s store) {
 		var group sync.WaitGroup
@@ -338,13 +360,13 @@ func TestStoreCountsExactly(t *testing.T) {
 		group.Wait()
 		users, total, err := s.listUsers(t.Context(), 0, 0, 1000)
 		if err != nil || total != int64(len(users)) || total != 160-160/3 {
-			t.Errorf("total %d of %d users, %v", total, len(users), err)
+			t.Errorf("total %d, %d users, %v, want %d", total, len(users), err, 160-160/3)
 		}
 	})
 }
 
-// TestPostgresCountsForeignRows changes the table behind the service's back.
-func TestPostgresCountsForeignRows(t *testing.T) {
+// TestPostgresCountsAllWriters checks the total after changes of the table by other writers.
+func TestPostgresCountsAllWriters(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
 	s, conn := openTestPostgres(t, url), connect(t, url)
@@ -352,17 +374,17 @@ func TestPostgresCountsForeignRows(t *testing.T) {
 		sql  string
 		want int64
 	}{
-		{"INSERT INTO users (name, surname, password) SELECT 'a', 'b', 'c' FROM generate_series(1, 1000)", 1000},
+		{`INSERT INTO users (name, surname, password)
+			SELECT 'a', 'b', 'c' FROM generate_series(1, 1000)`, 1000},
 		{"DELETE FROM users WHERE id % 2 = 0", 500},
 		{"DELETE FROM users WHERE id = -1", 500},
 		{"UPDATE users SET name = 'd'", 500},
 		{"TRUNCATE users", 0},
 	} {
-		if _, err := conn.Exec(t.Context(), step.sql); err != nil {
-			t.Fatal(err)
-		}
-		if _, total, err := s.listUsers(t.Context(), 0, 0, 1); err != nil || total != step.want {
-			t.Errorf("after %q the total is %d, not %d (%v)", step.sql, total, step.want, err)
+		execute(t, conn, step.sql)
+		_, total, err := s.listUsers(t.Context(), 0, 0, 1)
+		if err != nil || total != step.want {
+			t.Errorf("total after %q: %d, %v, want %d", step.sql, total, err, step.want)
 		}
 	}
 }
