@@ -22,6 +22,7 @@ type onceRecorder struct {
 	written bool
 }
 
+// WriteHeader records a status and fails the test if there is one already.
 func (r *onceRecorder) WriteHeader(status int) {
 	if r.written {
 		r.t.Errorf("a second status was written: %d", status)
@@ -30,6 +31,7 @@ func (r *onceRecorder) WriteHeader(status int) {
 	r.ResponseRecorder.WriteHeader(status)
 }
 
+// jsonHeader is a header line of requestSeeds.
 const jsonHeader = "Content-Type: application/json\r\n"
 
 // requestSeeds are the seeds of FuzzRequest. headers are lines that end with CRLF.

@@ -456,7 +456,7 @@ func TestLockedTable(t *testing.T) {
 	impatient.Close()
 	a := s.do("PUT", "/users/1", `{"name": "Jane"}`, "X-Request-Id: patient")
 	if a.status != http.StatusServiceUnavailable || a.header.Get("Retry-After") == "" {
-		t.Errorf("PUT beside a lock: status %d, Retry-After %q, want 503 with Retry-After: %s",
+		t.Errorf("PUT during a lock: status %d, Retry-After %q, want 503 with Retry-After: %s",
 			a.status, a.header.Get("Retry-After"), a.body)
 	}
 	s.waitForLine("Request completed", "trace_id", "patient", "status", 503, "level", "INFO")

@@ -192,7 +192,7 @@ func TestListsLeaveConnections(t *testing.T) {
 			WHERE datname = current_database() AND wait_event_type = 'Lock'`) == lists
 	})
 	if _, _, err := s.creationUnder(t.Context(), "key"); !errors.Is(err, errNotFound) {
-		t.Errorf("creationUnder beside the lists: error %v, want errNotFound", err)
+		t.Errorf("creationUnder while lists wait: error %v, want errNotFound", err)
 	}
 	leave() // lists without a connection fail immediately
 	for range 2*maxPoolSize - lists {

@@ -51,6 +51,7 @@ func (p page) check(t *testing.T, s *service) {
 	}
 }
 
+// linkPattern matches a link of the Link header. Its groups are the target and the relation.
 var linkPattern = regexp.MustCompile(`^<([^>]*)>; rel="([a-z]+)"$`)
 
 // links returns the targets in the Link header of an answer by relation.
@@ -228,7 +229,7 @@ func checkEvenList(t *testing.T, query string, q listQuery, total int64) {
 	if n := int64(len(list.Users)); n > q.perPage || q.offset() < 0 || q.offset() > 100_000 {
 		t.Fatalf("%q: %d users after an offset of %d", query, n, q.offset())
 	}
-	last := max(0, total-1)/q.perPage + 1 // page
+	last := max(0, total-1)/q.perPage + 1 // the number of the last page
 	want := map[string]listQuery{}
 	if q.page > 0 {
 		want["first"] = listQuery{page: 1, perPage: q.perPage}

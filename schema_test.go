@@ -271,6 +271,7 @@ const resetWriters = `
 	DELETE FROM outbox;
 	SELECT setval(pg_get_serial_sequence('users', 'id'), 10);`
 
+// usersText and eventsText are queries that return the columns users and events of writers.
 const (
 	usersText = `SELECT coalesce(string_agg(format('%s %s %s%s', id, name, version,
 			CASE WHEN updated_at > '2021-01-01' THEN '*' END), ', ' ORDER BY id), '')

@@ -34,9 +34,9 @@ func TestCreateSkipsUsedIDs(t *testing.T) {
 	}
 }
 
-// TestCreateBesideImport checks that a creation does not wait for an open transaction that has
+// TestCreateDuringImport checks that a creation does not wait for an open transaction that has
 // inserted the next ids.
-func TestCreateBesideImport(t *testing.T) {
+func TestCreateDuringImport(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
 	s := openTestPostgres(t, url)

@@ -11,6 +11,7 @@ import (
 	"time"
 )
 
+// uuidV4 and uuidV7 match UUIDs of these versions (RFC 9562).
 var (
 	uuidV4 = regexp.MustCompile(
 		`^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`)

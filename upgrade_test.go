@@ -435,7 +435,7 @@ func TestUpgradeDoesNotBlock(t *testing.T) {
 	old := previousRelease{connect(t, url)}
 	execute(t, old.conn, "SET lock_timeout = '5s'")
 	for i := 0; len(log.lines("Waiting for the database")) < 2; i++ {
-		old.create(t, "", fmt.Sprint("beside-", i))
+		old.create(t, "", fmt.Sprint("during-", i))
 	}
 	select {
 	case err := <-opened:
