@@ -39,8 +39,8 @@ func asSuperuser(t *testing.T, databaseURL string) string {
 	return own.String()
 }
 
-// newRole returns a role that only this test uses. Call it before newDatabase, so that the role is
-// dropped after the database in which it has rights.
+// newRole returns a role that only this test has. Call it before newDatabase, so that the role
+// is dropped after the database in which it has rights.
 func newRole(t *testing.T) string {
 	t.Helper()
 	role := uniqueName()
@@ -56,7 +56,7 @@ func newRole(t *testing.T) string {
 	return role
 }
 
-// emptyDatabase returns the URL of a database without the schema. options are those of CREATE
+// emptyDatabase returns the URL of a database without the schema. Options are those of CREATE
 // DATABASE.
 func emptyDatabase(t *testing.T, options string) string {
 	t.Helper()
