@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// TestMixedTraffic checks that the traffic is mixed from the first request other than POST on.
-// While it is mixed, one core does not hash passwords.
+// TestMixedTraffic checks that the first request other than POST makes the traffic mixed, and that
+// a later POST does not change that.
 func TestMixedTraffic(t *testing.T) {
 	t.Parallel()
 	log := slog.New(slog.DiscardHandler)

@@ -444,7 +444,7 @@ func lockUsers(s *service) (waitBlocked, unlock func()) {
 }
 
 // TestLockedTable checks that a request that waits too long for a lock is answered with 503, and
-// that the client of another one may leave before.
+// that one whose client leaves meanwhile is logged with 499.
 func TestLockedTable(t *testing.T) {
 	t.Parallel()
 	s := startService(t, postgresSettings(t))

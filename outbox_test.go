@@ -9,9 +9,8 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// TestOneLeader checks that one replica leads until it resigns or its lease expires, and that a
-// restore that has added rows to the lease or removed them leads neither to two leaders nor to
-// none.
+// TestOneLeader checks that exactly one replica leads until it resigns or its lease expires, also
+// after a restore has added rows to the lease or removed them.
 func TestOneLeader(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)

@@ -429,8 +429,8 @@ func TestMismatchedQueue(t *testing.T) {
 	svc.waitForLine("Received event user.created with user_id=2")
 }
 
-// TestPublishCountsReturns checks that publish stops before an event that the broker returns
-// because no queue is bound to its routing key, and that the metric counts it.
+// TestPublishCountsReturns checks that publish counts only the events before one that the broker
+// returns because no queue is bound to its routing key, and that the metric counts returned events.
 func TestPublishCountsReturns(t *testing.T) {
 	t.Parallel()
 	b := newRabbitMQ(settings{rabbitURL: testRabbitURL, exchange: newExchange(t), appName: "test"},

@@ -121,8 +121,8 @@ var repairs = []struct {
 		sql: "ALTER TABLE users ALTER id RESTART"},
 }
 
-// TestStartRepairs checks that the service starts after each change in repairs, that it works, and
-// that a second start has nothing to repair.
+// TestStartRepairs makes each of the changes in repairs and starts the service. It checks that the
+// service works and that a second start has nothing to repair.
 func TestStartRepairs(t *testing.T) {
 	t.Parallel()
 	for _, test := range repairs {

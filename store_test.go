@@ -151,7 +151,7 @@ func TestStoreErrors(t *testing.T) {
 }
 
 // TestStoreUpdatesDifferences checks that an update makes a version and an event only if it changes
-// something. A password always does, because its hash is new.
+// something. A password always counts as a change, because its hash is new.
 func TestStoreUpdatesDifferences(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
@@ -180,7 +180,8 @@ func TestStoreUpdatesDifferences(t *testing.T) {
 						u, before, test.changes)
 				}
 				if got := len(allPending(t, s)); (got == 2) != test.changes {
-					t.Errorf("%d events, want 2: %t", got, test.changes)
+					t.Errorf("%d events, want 1, or 2 if the update changes something (%t)",
+						got, test.changes)
 				}
 			})
 		})
