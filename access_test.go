@@ -339,7 +339,8 @@ func TestCrossOrigin(t *testing.T) {
 func TestSlowClients(t *testing.T) {
 	t.Parallel()
 	eachStore(t, func(t *testing.T, s *service) {
-		for range 20 {
+		const users = 3
+		for range users {
 			s.createUser("John", "Doe")
 		}
 		const slow = 150
@@ -359,12 +360,14 @@ func TestSlowClients(t *testing.T) {
 				}
 			}
 		}
-		for id := range 20 {
-			if a := s.do("GET", fmt.Sprintf("/users/%d", id+1), ""); a.status != 200 {
-				t.Errorf("beside slow clients: %d %s", a.status, a.body)
+		for i := range 20 {
+			path := fmt.Sprint("/users/", i%users+1)
+			if a := s.do("GET", path, ""); a.status != 200 {
+				t.Errorf("GET %s: got %d %s, want 200", path, a.status, a.body)
 			}
-			if a := s.do("PUT", fmt.Sprintf("/users/%d", id+1), `{"name": "Jane"}`); a.status != 200 {
-				t.Errorf("beside slow clients: %d %s", a.status, a.body)
+			body := fmt.Sprintf(`{"name": "Jane %d"}`, i)
+			if a := s.do("PUT", path, body); a.status != 200 {
+				t.Errorf("PUT %s: got %d %s, want 200", path, a.status, a.body)
 			}
 		}
 	})

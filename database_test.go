@@ -4,10 +4,12 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"github.com/jackc/pgx/v5"
 	"net/url"
 	"strings"
 	"sync"
 	"testing"
+
 )
 
 // withParameter adds a parameter to the URL of a database.
@@ -37,33 +39,31 @@ func userBody(t *testing.T, name, surname string) string {
 	return string(body)
 }
 
-// conform goes once through all that the service does with users, and checks what it answers.
+// conform checks every operation of a service with these settings.
 func conform(t *testing.T, s settings) {
 	t.Helper()
 	svc := startService(t, s)
-	conformCreating(t, svc)
-	conformChanging(t, svc)
-	conformSharing(t, svc)
 	conn := connect(t, s.databaseURL)
+	checkCreating(t, svc)
+	checkChanging(t, svc)
+	checkConcurrentChanges(t, svc, conn)
 	stored := queryValue[string](t, conn,
 		"SELECT encode(convert_to(name, 'UTF8'), 'hex') FROM users WHERE id = 2")
 	if want := hex.EncodeToString([]byte(strangeName)); stored != want {
-		t.Errorf("the table has the name %s, not %s", stored, want)
+		t.Errorf("stored name: got %s, want %s", stored, want)
 	}
 	checkTotal(t, conn)
-	eventually(t, "an empty outbox", func() bool {
-		return queryValue[int](t, conn, "SELECT count(*) FROM outbox") == 0
-	})
+	waitForEmptyOutbox(t, conn)
 	for _, line := range svc.log.lines("") {
 		switch line["event"] {
 		case "Database maintenance failed", "Event connection lost":
-			t.Errorf("the log has %v", line)
+			t.Errorf("unexpected log line: %v", line)
 		}
 	}
 }
 
-// conformCreating leaves the users 1 and 2.
-func conformCreating(t *testing.T, svc *service) {
+// checkCreating leaves the users 1 and 2.
+func checkCreating(t *testing.T, svc *service) {
 	t.Helper()
 	body := userBody(t, strangeName, "Doe")
 	first := svc.do("POST", "/users", body, "X-Request-Id: create-1")
@@ -92,8 +92,8 @@ func conformCreating(t *testing.T, svc *service) {
 	}
 }
 
-// conformChanging changes user 1, and deletes it.
-func conformChanging(t *testing.T, svc *service) {
+// checkChanging changes user 1, and deletes it.
+func checkChanging(t *testing.T, svc *service) {
 	t.Helper()
 	name := strangeName + " II"
 	put := userBody(t, name, "Roe")
@@ -134,12 +134,18 @@ func conformChanging(t *testing.T, svc *service) {
 	}
 }
 
-// conformSharing has four users changed by many clients at once.
-func conformSharing(t *testing.T, svc *service) {
+// checkConcurrentChanges changes four new users from many clients.
+func checkConcurrentChanges(t *testing.T, svc *service, conn *pgx.Conn) {
 	t.Helper()
+	execute(t, conn, `INSERT INTO users (name, surname, password)
+		SELECT 'John', 'Doe', 'x' FROM generate_series(1, 4)`)
 	var ids []int64
-	for range 4 {
-		ids = append(ids, svc.createUser("John", "Doe"))
+	rows, err := conn.Query(t.Context(), "SELECT id FROM users WHERE id > 2")
+	if err == nil {
+		ids, err = pgx.CollectRows(rows, pgx.RowTo[int64])
+	}
+	if err != nil || len(ids) != 4 {
+		t.Fatalf("new users: got %v, %v, want 4", ids, err)
 	}
 	var group sync.WaitGroup
 	const clients, rounds = 12, 4
@@ -149,7 +155,7 @@ func conformSharing(t *testing.T, svc *service) {
 				body := fmt.Sprintf(`{"name": "name %d %d"}`, c, i)
 				a := svc.do("PUT", fmt.Sprint("/users/", ids[c%len(ids)]), body)
 				if a.status != 200 || !strings.Contains(a.body, fmt.Sprintf(`"name %d %d"`, c, i)) {
-					t.Errorf("PUT: %d %s", a.status, a.body)
+					t.Errorf("PUT %s: got %d %s", body, a.status, a.body)
 				}
 			}
 		})

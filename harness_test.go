@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -12,6 +14,8 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
+	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -21,6 +25,7 @@ import (
 	"github.com/VictoriaMetrics/metrics"
 	"github.com/jackc/pgx/v5"
 	amqp "github.com/rabbitmq/amqp091-go"
+	"golang.org/x/sync/errgroup"
 )
 
 // secret is in every password that a test sends, so that the harness can look for it in
@@ -67,14 +72,101 @@ var template struct {
 	err  error
 }
 
+// parallelTests is how many tests run at the same time: most of them wait for a server or a timeout,
+// so that one test a core would leave the machine idle. The flag -parallel overrides it.
+const parallelTests = 12
+
 func TestMain(m *testing.M) {
+	flag.Parse()
+	given := false
+	flag.Visit(func(f *flag.Flag) { given = given || f.Name == "test.parallel" })
+	if !given {
+		flag.Set("test.parallel", strconv.Itoa(max(parallelTests, runtime.GOMAXPROCS(0))))
+	}
 	code := m.Run()
 	os.RemoveAll(executable.dir)
-	if template.name != "" {
-		dropDatabase(template.name)
-		admin(context.Background(), "DROP ROLE "+template.role)
+	if err := leftovers.finish(); err != nil {
+		fmt.Fprintln(os.Stderr, "cleaning up:", err)
+		code = max(code, 1)
 	}
 	os.Exit(code)
+}
+
+// leftovers is what tests have created on the servers. A test does not wait for its removal: DROP
+// DATABASE waits for a checkpoint of the whole server, and exchanges need a pause first.
+var leftovers = cleanup{dropping: make(chan struct{}, 12)}
+
+type cleanup struct {
+	drops    errgroup.Group // of databases that no test uses any more
+	dropping chan struct{}  // limits concurrent drops
+
+	mu        sync.Mutex
+	roles     []string
+	exchanges []string
+}
+
+// dropDatabase drops a database in the background. Concurrent drops share checkpoints.
+func (c *cleanup) dropDatabase(name string) {
+	c.drops.Go(func() error {
+		c.dropping <- struct{}{}
+		defer func() { <-c.dropping }()
+		return admin(context.Background(), "DROP DATABASE IF EXISTS "+name+" WITH (FORCE)")
+	})
+}
+
+// dropRole drops a role after all databases, in which it may have rights.
+func (c *cleanup) dropRole(name string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.roles = append(c.roles, name)
+}
+
+func (c *cleanup) deleteExchange(name string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.exchanges = append(c.exchanges, name)
+}
+
+// finish returns when everything is removed. No test may run any more.
+func (c *cleanup) finish() error {
+	if template.name != "" {
+		c.dropDatabase(template.name)
+	}
+	err := errors.Join(deleteExchanges(c.exchanges), c.drops.Wait())
+	for _, name := range c.roles {
+		err = errors.Join(err, admin(context.Background(), "DROP ROLE IF EXISTS "+name))
+	}
+	return err
+}
+
+// deleteExchanges deletes exchanges and what the service derives from them. RabbitMQ 3.10 loses its
+// supervisor of at-least-once dead letters, for all queues and until it is restarted, when such a
+// queue is deleted within milliseconds of its declaration; hence the pause.
+func deleteExchanges(names []string) error {
+	if len(names) == 0 {
+		return nil
+	}
+	time.Sleep(300 * time.Millisecond)
+	conn, err := amqp.Dial(testRabbitURL)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	ch, err := conn.Channel()
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		b := &rabbitMQ{exchange: name}
+		for _, queue := range []string{b.queue(), b.deadLetterQueue()} {
+			_, deleted := ch.QueueDelete(queue, false, false, false)
+			err = errors.Join(err, deleted)
+		}
+		for _, exchange := range []string{b.exchange, b.deadLetterExchange()} {
+			err = errors.Join(err, ch.ExchangeDelete(exchange, false, false))
+		}
+	}
+	return err
 }
 
 // admin runs statements on the server of the tests, outside any transaction.
@@ -90,10 +182,6 @@ func admin(ctx context.Context, statements ...string) error {
 		}
 	}
 	return nil
-}
-
-func dropDatabase(name string) error {
-	return admin(context.Background(), "DROP DATABASE IF EXISTS "+name+" WITH (FORCE)")
 }
 
 // databaseURL is the URL of a database on the tests' server as its owner, who is no
@@ -113,6 +201,7 @@ func makeTemplate() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
 	template.role, template.name = uniqueName(), uniqueName()
+	leftovers.dropRole(template.role)
 	err := admin(ctx,
 		fmt.Sprintf("CREATE ROLE %s LOGIN PASSWORD '%s'", template.role, template.role),
 		fmt.Sprintf("CREATE DATABASE %s OWNER %s", template.name, template.role))
@@ -127,24 +216,38 @@ func makeTemplate() error {
 	return nil
 }
 
-// newDatabase returns the URL of a database with the schema that only this test has.
+// newDatabase returns the URL of a database with the schema that only this test uses.
 func newDatabase(t *testing.T) string {
+	t.Helper()
+	return createDatabase(t, "TEMPLATE "+templateDatabase(t))
+}
+
+// emptyDatabase returns the URL of a database without the schema. Options are those of CREATE
+// DATABASE.
+func emptyDatabase(t *testing.T, options string) string {
+	t.Helper()
+	templateDatabase(t) // its role owns every database
+	return createDatabase(t, options)
+}
+
+// templateDatabase returns the name of the database with the schema that others are cloned from.
+func templateDatabase(t *testing.T) string {
 	t.Helper()
 	template.once.Do(func() { template.err = makeTemplate() })
 	if template.err != nil {
 		missing(t, "PostgreSQL", template.err)
 	}
+	return template.name
+}
+
+func createDatabase(t *testing.T, options string) string {
+	t.Helper()
 	name := uniqueName()
-	err := admin(t.Context(), fmt.Sprintf("CREATE DATABASE %s TEMPLATE %s OWNER %s",
-		name, template.name, template.role))
-	if err != nil {
+	t.Cleanup(func() { leftovers.dropDatabase(name) })
+	create := fmt.Sprintf("CREATE DATABASE %s OWNER %s %s", name, template.role, options)
+	if err := admin(t.Context(), create); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if err := dropDatabase(name); err != nil {
-			t.Error(err)
-		}
-	})
 	return databaseURL(name)
 }
 
@@ -169,6 +272,14 @@ func queryValue[T any](t *testing.T, conn *pgx.Conn, sql string, args ...any) T 
 	return value
 }
 
+// waitForEmptyOutbox waits until the relay has published every event.
+func waitForEmptyOutbox(t *testing.T, conn *pgx.Conn) {
+	t.Helper()
+	eventually(t, "an empty outbox", func() bool {
+		return queryValue[int](t, conn, "SELECT count(*) FROM outbox") == 0
+	})
+}
+
 // dialRabbit opens a connection to the tests' broker.
 func dialRabbit(t *testing.T) *amqp.Connection {
 	t.Helper()
@@ -180,34 +291,12 @@ func dialRabbit(t *testing.T) *amqp.Connection {
 	return conn
 }
 
-// newExchange returns the name of an exchange that only this test has, and removes it
-// and all that the service derives from it afterwards.
+// newExchange returns the name of an exchange that only this test uses.
 func newExchange(t *testing.T) string {
 	t.Helper()
 	dialRabbit(t)
 	name := uniqueName()
-	t.Cleanup(func() {
-		conn, err := amqp.Dial(testRabbitURL)
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		defer conn.Close()
-		b := &rabbitMQ{exchange: name}
-		ch, err := conn.Channel()
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		// RabbitMQ 3.10 loses its supervisor of at-least-once dead letters, for all queues
-		// and until it is started again, when such a queue is deleted within milliseconds of
-		// its declaration.
-		time.Sleep(300 * time.Millisecond)
-		ch.QueueDelete(b.queue(), false, false, false)
-		ch.QueueDelete(b.deadLetterQueue(), false, false, false)
-		ch.ExchangeDelete(b.exchange, false, false)
-		ch.ExchangeDelete(b.deadLetterExchange(), false, false)
-	})
+	leftovers.deleteExchange(name)
 	return name
 }
 

@@ -344,10 +344,11 @@ func TestStartRefuses(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			role := newRole(t)
-			url := newDatabase(t)
+			create := newDatabase
 			if test.empty {
-				url = emptyDatabase(t, "")
+				create = func(t *testing.T) string { return emptyDatabase(t, "") }
 			}
+			url := create(t)
 			opened, conn := url, connect(t, url)
 			if test.other {
 				opened = asRole(t, url, role)
@@ -436,13 +437,9 @@ func TestStartGivesUp(t *testing.T) {
 // TestStartWaitsForADatabase creates a missing database while the service waits.
 func TestStartWaitsForADatabase(t *testing.T) {
 	t.Parallel()
-	newDatabase(t) // for the role
+	templateDatabase(t) // for the role
 	name := uniqueName()
-	t.Cleanup(func() {
-		if err := dropDatabase(name); err != nil {
-			t.Error(err)
-		}
-	})
+	t.Cleanup(func() { leftovers.dropDatabase(name) })
 	log := &logBuffer{}
 	opened := make(chan error)
 	go func() {
