@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -300,13 +301,14 @@ func newExchange(t *testing.T) string {
 	return name
 }
 
-// service is one that runs in this process, as run runs it, and that a test talks to.
+// service is a running service and the test that sends requests to it.
 type service struct {
 	t        *testing.T
 	settings settings
 	url      string
+	client   *http.Client // nil: the client that all tests share
 	log      *logBuffer
-	stop     func() error // ends the service and returns what run returned; once
+	stop     func() error // stops the service, once, and returns the error of run
 }
 
 // memorySettings are the defaults of `go run .`, on a free port.
@@ -370,17 +372,22 @@ func (s faultyStore) deleteUser(context.Context, int64, []int64) error          
 func (s faultyStore) size(context.Context) (int64, time.Duration, error)          { return 0, 0, s.err }
 func (s faultyStore) ready(context.Context) state                                 { return s.state }
 
-// ask sends a request to a handler in this process.
-func ask(h http.Handler, method, target string, body io.Reader, headers ...string) answer {
-	request := httptest.NewRequest(method, target, body)
-	request.Header.Set("Content-Type", "application/json")
-	for _, header := range headers {
-		name, value, _ := strings.Cut(header, ": ")
-		request.Header.Set(name, value)
-	}
+// serveInProcess returns a service whose requests go to h directly, without a connection. Clients have
+// the address 192.0.2.1. It works in a synctest bubble.
+func serveInProcess(t *testing.T, h http.Handler) *service {
+	direct := &http.Client{CheckRedirect: client.CheckRedirect, Transport: handlerTransport{h}}
+	return &service{t: t, url: "http://example.com", log: &logBuffer{}, client: direct}
+}
+
+// handlerTransport is an http.RoundTripper that answers requests with a handler.
+type handlerTransport struct{ handler http.Handler }
+
+func (h handlerTransport) RoundTrip(r *http.Request) (*http.Response, error) {
+	received := httptest.NewRequestWithContext(r.Context(), r.Method, r.URL.RequestURI(), r.Body)
+	received.Header, received.ContentLength = r.Header, r.ContentLength
 	recorder := httptest.NewRecorder()
-	h.ServeHTTP(recorder, request)
-	return answer{recorder.Code, recorder.Header(), recorder.Body.String()}
+	h.handler.ServeHTTP(recorder, received)
+	return recorder.Result(), nil
 }
 
 // startService runs a service until the test ends. Then its log is checked.
@@ -461,7 +468,7 @@ func (s *service) do(method, path, body string, headers ...string) answer {
 			request.Header.Add(name, value)
 		}
 	}
-	response, err := client.Do(request)
+	response, err := cmp.Or(s.client, client).Do(request)
 	if err != nil {
 		s.t.Fatalf("%s %s: %v", method, path, err)
 	}

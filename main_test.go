@@ -608,6 +608,45 @@ func TestShutDownBeforeServeReturns(t *testing.T) {
 	}
 }
 
+// TestSlowClients checks that requests are answered while other clients never finish sending their
+// headers or body, or reading their answers.
+func TestSlowClients(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *service) {
+		const users = 3
+		for range users {
+			s.createUser("John", "Doe")
+		}
+		const slow = 150
+		for range slow {
+			for _, head := range []string{
+				"GET /users HTTP/1.1\r\nHost: slow\r\n",
+				"POST /users HTTP/1.1\r\nHost: slow\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{",
+				strings.Repeat("GET /users?per_page=100 HTTP/1.1\r\nHost: slow\r\n\r\n", 20),
+			} {
+				conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				if _, err := conn.Write([]byte(head)); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		for i := range 20 {
+			path := fmt.Sprint("/users/", i%users+1)
+			if a := s.do("GET", path, ""); a.status != 200 {
+				t.Errorf("GET %s: got %d %s, want 200", path, a.status, a.body)
+			}
+			body := fmt.Sprintf(`{"name": "Jane %d"}`, i)
+			if a := s.do("PUT", path, body); a.status != 200 {
+				t.Errorf("PUT %s: got %d %s, want 200", path, a.status, a.body)
+			}
+		}
+	})
+}
+
 func TestHealthcheck(t *testing.T) {
 	t.Parallel()
 	failing := httptest.NewServer(http.NotFoundHandler())
