@@ -1102,7 +1102,7 @@ func TestVerifyPasswordHasItsLimit(t *testing.T) {
 			if try >= maxVerifications {
 				want = 429
 			}
-			got := serveInProcess(t, server).do("POST", path, `{"password": "x"}`)
+			got := ask(server, "POST", path, strings.NewReader(`{"password": "x"}`))
 			if got.status != want || (got.header.Get("Retry-After") != "") != (want == 429) {
 				t.Errorf("%s, try %d: %d, Retry-After %q", path, try, got.status, got.header.Get("Retry-After"))
 			}
@@ -1120,7 +1120,7 @@ func TestVerifyPasswordHashesForNobody(t *testing.T) {
 	if !a.hasher.lanes.queue.TryAcquire(int64(d.limits.hashQueue)) {
 		t.Fatal("the queue is in use")
 	}
-	got := serveInProcess(t, server).do("POST", "/users/999/password/verify", `{"password": "x"}`)
+	got := ask(server, "POST", "/users/999/password/verify", strings.NewReader(`{"password": "x"}`))
 	if got.status != 503 {
 		t.Errorf("without a hash: %d %s", got.status, got.body)
 	}
