@@ -177,16 +177,6 @@ func (p *program) beginPost() (finish func() int) {
 	}
 }
 
-// goDo sends a request and does not wait for its answer.
-func (p *program) goDo(method, path, body string) <-chan answer {
-	answered := make(chan answer, 1)
-	go func() {
-		defer close(answered) // also where do ends the goroutine
-		answered <- p.do(method, path, body)
-	}()
-	return answered
-}
-
 // occupiedPort is one that takes connections until the test ends, and never says a word.
 func occupiedPort(t *testing.T) int {
 	t.Helper()
