@@ -391,15 +391,6 @@ func (h handlerTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	return recorder.Result(), nil
 }
 
-// ask sends a request to a handler. New tests use serveInProcess.
-func ask(h http.Handler, method, target string, body io.Reader) answer {
-	recorder := httptest.NewRecorder()
-	request := httptest.NewRequest(method, target, body)
-	request.Header.Set("Content-Type", "application/json")
-	h.ServeHTTP(recorder, request)
-	return answer{recorder.Code, recorder.Header(), recorder.Body.String()}
-}
-
 // startService runs a service until the test ends, and then checks its log.
 func startService(t *testing.T, s settings) *service {
 	t.Helper()

@@ -1,44 +1,40 @@
 package main
 
 import (
-	"context"
 	"encoding/base64"
-	"errors"
 	"fmt"
-	"io"
-	"math"
 	"net/http"
 	"reflect"
 	"regexp"
 	"strings"
-	"sync"
 	"testing"
-	"testing/synctest"
-	"time"
 
 	"golang.org/x/crypto/argon2"
 )
 
+// phcFormat matches new hashes. Its groups are the salt and the key.
 var phcFormat = regexp.MustCompile(
 	`^\$argon2id\$v=19\$m=7168,t=5,p=1\$([A-Za-z0-9+/]{22})\$([A-Za-z0-9+/]{43})$`)
 
-// verifies says whether hash is the PHC string of exactly these bytes.
+// verifies reports whether hash is the PHC string of exactly these bytes.
 func verifies(t *testing.T, hash, password string) bool {
 	t.Helper()
 	fields := phcFormat.FindStringSubmatch(hash)
 	if fields == nil {
-		t.Fatalf("no PHC string: %s", hash)
+		t.Fatalf("the hash is not a PHC string of the current parameters: %s", hash)
 	}
 	salt, err := base64.RawStdEncoding.Strict().DecodeString(fields[1])
 	if err != nil || len(salt) != 16 {
-		t.Fatalf("the salt has %d bytes: %v", len(salt), err)
+		t.Fatalf("salt of %d bytes, want 16: %v", len(salt), err)
 	}
 	key := argon2.IDKey([]byte(password), salt, 5, 7168, 1, 32)
 	return fields[2] == base64.RawStdEncoding.EncodeToString(key)
 }
 
+// newTestHasher returns a hasher with the limits of the tests.
 func newTestHasher() *hasher { return &hasher{newHashLanes(testLimits, &traffic{})} }
 
+// mustHash returns a hash of password.
 func mustHash(t *testing.T, password string) string {
 	t.Helper()
 	hash, err := newTestHasher().hash(t.Context(), password)
@@ -46,6 +42,92 @@ func mustHash(t *testing.T, password string) string {
 		t.Fatal(err)
 	}
 	return hash
+}
+
+// TestPasswordRules checks the length of passwords, in code points, and the characters in them.
+func TestPasswordRules(t *testing.T) {
+	t.Parallel()
+	tests := map[string]struct {
+		password string
+		accepted bool
+	}{
+		"8 characters":                  {"8letters", true},
+		"8 characters of four bytes":    {strings.Repeat("😀", 8), true},
+		"8 code points of 4 letters":    {strings.Repeat("e\u0301", 4), true},
+		"128 characters":                {strings.Repeat("x", 128), true},
+		"128 characters of four bytes":  {strings.Repeat("😀", 128), true},
+		"8 spaces":                      {"        ", true},
+		"spaces at both ends":           {" 6chars ", true},
+		"control characters":            {"\x01\t\n\x1b\x7f\u0085\u009f\u2028", true},
+		"7 characters":                  {"7letter", false},
+		"7 characters of four bytes":    {strings.Repeat("😀", 7), false},
+		"129 characters":                {strings.Repeat("x", 129), false},
+		"129 characters of four bytes":  {strings.Repeat("😀", 129), false},
+		"128 characters and a space":    {strings.Repeat("x", 128) + " ", false},
+		"130 code points of 65 letters": {strings.Repeat("e\u0301", 65), false},
+		"empty":                         {"", false},
+		"NUL":                           {"8letters\x00", false},
+		"NUL between other characters":  {secret + "\x00" + secret, false},
+	}
+	eachStore(t, func(t *testing.T, s *service) {
+		s.createUser("John", "Doe")
+		for what, test := range tests {
+			a := s.do("PATCH", "/users/1", `{"password": `+quote(test.password)+`}`)
+			if !test.accepted {
+				checkBadRequest(t, what, a, "#/password")
+			} else if a.status != http.StatusOK {
+				t.Errorf("%s: status %d, want 200: %s", what, a.status, a.body)
+			}
+		}
+	})
+}
+
+// TestPasswordMinLength checks that PASSWORD_MIN_LENGTH applies to new passwords.
+func TestPasswordMinLength(t *testing.T) {
+	t.Parallel()
+	settings := memorySettings()
+	settings.passwordMinLength = 12
+	s := startService(t, settings)
+	for password, want := range map[string]int{
+		"11 letters.":  http.StatusBadRequest,
+		"12 letters..": http.StatusCreated,
+	} {
+		body := fmt.Sprintf(`{"name": "John", "surname": "Doe", "password": %q}`, password)
+		a := s.do("POST", "/users", body)
+		if a.status != want {
+			t.Errorf("password %q: status %d, want %d: %s", password, a.status, want, a.body)
+		}
+	}
+}
+
+// TestPasswordBlocklist checks that PASSWORD_BLOCKLIST=on refuses common passwords in any case,
+// that they are accepted by default, and that the list is in lower case.
+func TestPasswordBlocklist(t *testing.T) {
+	t.Parallel()
+	set := memorySettings()
+	set.passwordBlocklist = true
+	s := startService(t, set)
+	for password, want := range map[string]int{
+		"password": 400, "PassWord": 400, "1q2w3e4r": 400, "iloveyou": 400,
+		"password ": 201, secret: 201,
+	} {
+		body := fmt.Sprintf(`{"name": "Ann", "surname": "Lee", "password": %q}`, password)
+		a := s.do("POST", "/users", body)
+		if a.status != want || (want == 400) != strings.Contains(a.body, "one of the most common") {
+			t.Errorf("password %q: status %d, want %d: %s", password, a.status, want, a.body)
+		}
+	}
+	open := startService(t, memorySettings())
+	a := open.do("POST", "/users", `{"name": "Ann", "surname": "Lee", "password": "password"}`)
+	if a.status != 201 {
+		t.Errorf("without the list: status %d, want 201: %s", a.status, a.body)
+	}
+	for password := range strings.Lines(commonPasswords) {
+		trimmed := strings.TrimSpace(password)
+		if trimmed != strings.ToLower(trimmed) || trimmed+"\n" != password {
+			t.Errorf("the line %q of the list is not a password in lower case", password)
+		}
+	}
 }
 
 // TestVerify checks that verify accepts the hashed password only, and refuses hashes that are malformed or
@@ -71,6 +153,8 @@ func TestVerify(t *testing.T) {
 	}
 }
 
+// TestPasswordHash checks which bytes a hash verifies: those of the NFC form of the password. Each
+// hash has a salt of its own.
 func TestPasswordHash(t *testing.T) {
 	t.Parallel()
 	const composed, decomposed = "caf\u00e9 " + secret, "cafe\u0301 " + secret
@@ -78,26 +162,26 @@ func TestPasswordHash(t *testing.T) {
 		password, verified string
 		want               bool
 	}{
-		"the same":         {secret, secret, true},
-		"another":          {secret, secret + "!", false},
-		"another case":     {secret, strings.ToUpper(secret), false},
-		"white space":      {" " + secret + " ", secret, false},
-		"composed":         {composed, composed, true},
-		"decomposed":       {decomposed, composed, true},
-		"not decomposed":   {composed, decomposed, false},
-		"compatible (NFC)": {"\ufb01" + secret, "fi" + secret, false},
-		"128 characters":   {strings.Repeat("𝄞", 128), strings.Repeat("𝄞", 128), true},
+		"same password":      {secret, secret, true},
+		"other password":     {secret, secret + "!", false},
+		"other case":         {secret, strings.ToUpper(secret), false},
+		"white space":        {" " + secret + " ", secret, false},
+		"composed":           {composed, composed, true},
+		"decomposed":         {decomposed, composed, true},
+		"not decomposed":     {composed, decomposed, false},
+		"compatibility form": {"\ufb01" + secret, "fi" + secret, false},
+		"128 characters":     {strings.Repeat("𝄞", 128), strings.Repeat("𝄞", 128), true},
 	} {
 		if got := verifies(t, mustHash(t, test.password), test.verified); got != test.want {
-			t.Errorf("%s: verifies %v", name, got)
+			t.Errorf("%s: verified %t, want %t", name, got, test.want)
 		}
 	}
 	if first, second := mustHash(t, secret), mustHash(t, secret); first == second {
-		t.Error("two hashes have the same salt")
+		t.Error("two hashes of one password are equal")
 	}
 }
 
-// TestPasswordIsStoredHashed follows a password from the request to the row.
+// TestPasswordIsStoredHashed checks that the row of a user has the hash of the password in NFC.
 func TestPasswordIsStoredHashed(t *testing.T) {
 	t.Parallel()
 	s := startService(t, postgresSettings(t))
@@ -105,32 +189,53 @@ func TestPasswordIsStoredHashed(t *testing.T) {
 	stored := func() string { return queryValue[string](t, conn, "SELECT password FROM users") }
 	s.createUser("John", "Doe")
 	if !verifies(t, stored(), secret) {
-		t.Error("POST stored another password")
+		t.Error("the hash after POST does not verify the password")
 	}
 	s.do("PATCH", "/users/1", `{"password": " e\u0301 `+secret+`"}`)
 	if !verifies(t, stored(), " é "+secret) {
-		t.Error("PATCH stored another password")
+		t.Error("the hash after PATCH does not verify the password")
 	}
 }
 
-// FuzzPHC holds parsePHC against scanPHC, which spells a string again to see whether it is
-// the one spelling. What is refused must not be computed.
+// TestPasswordIsNotTrimmed checks that white space, upper case and control characters of a password
+// are part of it.
+func TestPasswordIsNotTrimmed(t *testing.T) {
+	t.Parallel()
+	s := startService(t, postgresSettings(t))
+	conn := connect(t, s.settings.databaseURL)
+	password := " \u3000\u0130" + strings.ToUpper(secret) + "\x1b\u0085 "
+	for _, target := range []string{"POST /users", "PUT /users/1", "PATCH /users/1"} {
+		method, path, _ := strings.Cut(target, " ")
+		body := `{"name": "John", "surname": "Doe", "password": ` + quote(password) + `}`
+		if a := s.do(method, path, body); a.status/100 != 2 {
+			t.Fatalf("%s: status %d, want 200 or 201: %s", target, a.status, a.body)
+		}
+		stored := queryValue[string](t, conn, "SELECT password FROM users")
+		if !verifies(t, stored, password) {
+			t.Errorf("the hash after %s does not verify the password", target)
+		}
+		password += target // a new password for the next request
+	}
+}
+
+// FuzzPHC compares parsePHC with scanPHC, a second implementation. It also checks that a hash that
+// parsePHC refuses is not computed.
 func FuzzPHC(f *testing.F) {
 	const salt, key = "c2FsdHNhbHRzYWx0c2FsdA", "a2V5a2V5a2V5a2V5a2V5a2V5a2V5a2V5a2V5a2V5a2U"
 	const head = "$argon2id$v=19$"
 	for _, phc := range []string{
 		head + "m=12288,t=3,p=1$" + salt + "$" + key,
-		head + "m=8,t=1,p=1$c2FsdHNhbHQ$a2V5cw", // the least
+		head + "m=8,t=1,p=1$c2FsdHNhbHQ$a2V5cw", // the minimum
 		head + "m=65536,t=10,p=99$" + strings.Repeat("A", 86) + "$" + strings.Repeat("A", 86),
 		head + "m=65537,t=3,p=1$" + salt + "$" + key,
 		head + "m=12288,t=11,p=1$" + salt + "$" + key,
 		head + "m=15,t=1,p=2$" + salt + "$" + key,
 		head + "m=12288,t=0,p=0$" + salt + "$" + key,
 		head + "m=012288,t=03,p=1$" + salt + "$" + key,
-		head + "m=4294979584,t=3,p=257$" + salt + "$" + key, // 12288 and 1, in few bits
+		head + "m=4294979584,t=3,p=257$" + salt + "$" + key, // 12288 and 1 after an overflow
 		head + "m=12288,t=3,p=1$" + salt + "$",
 		head + "m=12288,t=3,p=1$" + salt + "$AA",
-		head + "m=12288,t=3,p=1$" + salt[:21] + "B$" + key, // bits that no byte has
+		head + "m=12288,t=3,p=1$" + salt[:21] + "B$" + key, // bits beyond the last byte
 		head + "m=12288,t=3,p=1$" + salt + "$" + key[:42] + "V",
 		head + "m=12288,t=3,p=1$" + salt + "$" + key + "=",
 		head + "m=12288,t=3,p=1$" + salt + "$" + key + "\n",
@@ -145,19 +250,20 @@ func FuzzPHC(f *testing.F) {
 		got, err := parsePHC(phc)
 		want, ok := scanPHC(phc)
 		if (err == nil) != ok || !reflect.DeepEqual(got, want) {
-			t.Fatalf("%q is %+v (%v), not %+v", phc, got, err, want)
+			t.Fatalf("parsePHC(%q) = %+v, %v, want %+v, %t", phc, got, err, want, ok)
 		}
 		if err != nil {
-			h := &hasher{} // whose do has no place for anybody
+			h := &hasher{} // panics if it computes
 			same, got := h.verify(t.Context(), secret, phc)
 			if same || fmt.Sprint(got) != err.Error() {
-				t.Errorf("%q: verify is %t, %v, not %v", phc, same, got, err)
+				t.Errorf("verify with %q = %t, %v, want false, %v", phc, same, got, err)
 			}
 		}
 	})
 }
 
-// scanPHC is false for what argon2 does not allow, and for what would cost too much.
+// scanPHC parses a PHC string by formatting the parsed parameters and comparing the result with it.
+// ok is false if argon2 does not allow the parameters or if they are too expensive.
 func scanPHC(phc string) (h argonHash, ok bool) {
 	fields := strings.Split(phc, "$")
 	if len(fields) != 6 {
@@ -174,144 +280,4 @@ func scanPHC(phc string) (h argonHash, ok bool) {
 		return argonHash{}, false
 	}
 	return h, true
-}
-
-// TestHashLanesLimit counts how many passwords may be hashed at the same time, alone and in mixed traffic.
-func TestHashLanesLimit(t *testing.T) {
-	t.Parallel()
-	for _, test := range []struct{ cores, alone, mixed int }{
-		{1, 1, 1}, {2, 2, 1}, {3, 3, 2}, {8, 8, 7},
-	} {
-		for _, mixed := range []bool{false, true} {
-			synctest.Test(t, func(t *testing.T) {
-				l := newLimits(test.cores, math.MaxInt64)
-				h := newHashLanes(l, &traffic{})
-				want := test.alone
-				if mixed {
-					want = test.mixed
-					h.traffic.otherDone.Store(time.Now().UnixNano())
-				}
-				working := 0
-				for range l.hashQueue {
-					go func() {
-						if leave, err := h.enter(context.Background()); err == nil {
-							working++
-							time.Sleep(time.Hour)
-							leave()
-						}
-					}()
-				}
-				synctest.Wait()
-				if working != want {
-					t.Errorf("%d cores, mixed %t: %d at the same time, not %d", test.cores, mixed, working, want)
-				}
-				if _, err := h.enter(t.Context()); !errors.Is(err, errBusy) {
-					t.Errorf("%d cores: a password beyond the queue: %v", test.cores, err)
-				}
-				time.Sleep(2 * time.Hour)
-				if !h.queue.TryAcquire(int64(l.hashQueue)) {
-					t.Errorf("%d cores: places are still taken", test.cores)
-				}
-			})
-		}
-	}
-}
-
-// TestHashLanesWait has other calls take the cores.
-func TestHashLanesWait(t *testing.T) {
-	t.Parallel()
-	for name, test := range map[string]struct {
-		busy  time.Duration // how long the other calls work
-		leave time.Duration // 0: the caller stays
-		want  error
-		after time.Duration
-	}{
-		"no wait":         {},
-		"turn in time":    {busy: hashWait / 2, after: hashWait / 2},
-		"no turn in time": {busy: 2 * hashWait, want: errBusy, after: hashWait},
-		"caller leaves":   {busy: 2 * hashWait, leave: hashWait / 2, want: context.Canceled, after: hashWait / 2},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			synctest.Test(t, func(t *testing.T) {
-				h := newHashLanes(newLimits(1, math.MaxInt64), &traffic{})
-				if test.busy > 0 {
-					leave, err := h.enter(t.Context())
-					if err != nil {
-						t.Fatal(err)
-					}
-					time.AfterFunc(test.busy, leave)
-				}
-				ctx, cancel := context.WithCancel(t.Context())
-				defer cancel()
-				if test.leave > 0 {
-					time.AfterFunc(test.leave, cancel)
-				}
-				start := time.Now()
-				leave, err := h.enter(ctx)
-				if !errors.Is(err, test.want) || (err == nil) != (leave != nil) {
-					t.Errorf("enter: %v", err)
-				}
-				if waited := time.Since(start); waited != test.after {
-					t.Errorf("waited for %v, not %v", waited, test.after)
-				}
-				time.Sleep(3 * hashWait)
-			})
-		})
-	}
-}
-
-// TestPasswordFlood sends more passwords than can be hashed in time.
-func TestPasswordFlood(t *testing.T) {
-	t.Parallel()
-	const requests = 300
-	s := startService(t, memorySettings())
-	statuses := make(chan int, requests)
-	var group sync.WaitGroup
-	for range requests {
-		group.Go(func() {
-			body := `{"name": "John", "surname": "Doe", "password": "` + secret + `"}`
-			response, err := client.Post(s.url+"/users", "application/json", strings.NewReader(body))
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			io.Copy(io.Discard, response.Body)
-			response.Body.Close()
-			if response.StatusCode == http.StatusServiceUnavailable && response.Header.Get("Retry-After") == "" {
-				t.Error("503 without Retry-After")
-			}
-			statuses <- response.StatusCode
-		})
-	}
-	flood := make(chan struct{})
-	go func() {
-		group.Wait()
-		close(statuses)
-		close(flood)
-	}()
-	for over := false; !over; {
-		if a := s.do("GET", "/users", ""); a.status != http.StatusOK {
-			t.Errorf("GET during the flood: %d %s", a.status, a.body)
-		}
-		select {
-		case <-flood:
-			over = true
-		case <-time.After(10 * time.Millisecond):
-		}
-	}
-	count := make(map[int]int)
-	for status := range statuses {
-		count[status]++
-	}
-	if count[201] == 0 || count[201]+count[503] != requests {
-		t.Errorf("statuses and their number: %v", count)
-	}
-	// A machine of many cores may take them all.
-	if tooMany := 2 * testLimits.hashQueue; requests > tooMany && count[503] == 0 {
-		t.Errorf("nothing was refused: %v", count)
-	}
-	if total := s.do("GET", "/users?per_page=1", "").json(t, "total"); total != float64(count[201]) {
-		t.Errorf("%v users after %d answers 201", total, count[201])
-	}
 }

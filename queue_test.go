@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// TestQueuesKeepOrder has calls for one key come one after the other, some of which do not wait to the
-// end. The others get their turn in their order, another key is free, and nothing is kept afterwards.
+// TestQueuesKeepOrder makes several calls with one key, two of which stop waiting. It checks that
+// the others get their turn in order, that another key is free, and that no key is kept afterwards.
 func TestQueuesKeepOrder(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -44,23 +44,23 @@ func TestQueuesKeepOrder(t *testing.T) {
 		}
 		other, err := q.enter(t.Context(), 2)
 		if err != nil {
-			t.Errorf("another key: %v", err)
+			t.Errorf("call with another key: %v", err)
 		}
 		other()
 		leave()
 		if err := <-results; !errors.Is(err, context.Canceled) {
-			t.Errorf("a caller that left: %v", err)
+			t.Errorf("call whose caller left: error %v, want %v", err, context.Canceled)
 		}
 		if err := <-results; !errors.Is(err, context.DeadlineExceeded) {
-			t.Errorf("a call whose deadline has passed: %v", err)
+			t.Errorf("call past its deadline: error %v, want %v", err, context.DeadlineExceeded)
 		}
 		first()
 		synctest.Wait()
 		if want := []int{0, 2, 4, 5}; !slices.Equal(order, want) {
-			t.Errorf("the order is %v, not %v", order, want)
+			t.Errorf("order %v, want %v", order, want)
 		}
 		if len(q.keys) != 0 {
-			t.Errorf("%d keys are kept", len(q.keys))
+			t.Errorf("%d keys after all calls, want 0", len(q.keys))
 		}
 	})
 }

@@ -7,11 +7,12 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
 
-// openLogged opens the database as a start does, and closes it again.
+// openLogged opens a database as the start of the service does, and closes it. It returns the log.
 func openLogged(t *testing.T, databaseURL string) (*logBuffer, error) {
 	t.Helper()
 	log := &logBuffer{}
@@ -24,17 +25,17 @@ func openLogged(t *testing.T, databaseURL string) (*logBuffer, error) {
 	return log, err
 }
 
-// repairs are the disturbances that a start repairs. There are the users 1 to 3 before.
+// repairs are changes of a database with the users 1 to 3, after which the service must start.
 var repairs = []struct {
 	name      string
 	sql       string
 	superuser bool
-	users     int    // that are left
-	line      string // what a line of the log says; "" where nothing needs a repair
+	users     int    // after the change
+	line      string // a substring of the log of the repair, or "" if there is nothing to repair
 }{
-	{name: "no content at all",
+	{name: "all tables truncated",
 		sql: "TRUNCATE users, outbox, idempotency_keys, user_counts, relay_lease"},
-	{name: "no content, deleted", sql: `DELETE FROM users; DELETE FROM outbox;
+	{name: "all rows deleted", sql: `DELETE FROM users; DELETE FROM outbox;
 		DELETE FROM idempotency_keys; DELETE FROM user_counts; DELETE FROM relay_lease`},
 	{name: "triggers of users disabled", superuser: true, users: 5,
 		sql: `ALTER TABLE users DISABLE TRIGGER ALL;
@@ -46,7 +47,7 @@ var repairs = []struct {
 			VALUES (70, 'a', 'b', 'c'), (71, 'a', 'b', 'c');
 			ALTER TABLE users ENABLE TRIGGER ALL`,
 		line: "total"},
-	{name: "users deleted by a replica", superuser: true, users: 1,
+	{name: "users deleted with session_replication_role", superuser: true, users: 1,
 		sql: `SET session_replication_role = replica; DELETE FROM users WHERE id > 1;
 			RESET session_replication_role`,
 		line: "total"},
@@ -90,9 +91,10 @@ var repairs = []struct {
 		sql: "DROP TRIGGER user_service_adopt ON outbox"},
 	{name: "a function dropped", users: 3, sql: "DROP FUNCTION user_service_record CASCADE",
 		line: "user_service_insert"},
-	{name: "the function of ids dropped", users: 3, sql: "DROP FUNCTION user_service_uuid CASCADE",
-		line: "event_id"},
-	{name: "the version dropped", users: 3, sql: "DROP FUNCTION user_service_schema"},
+	{name: "the function of event ids dropped", users: 3, line: "event_id",
+		sql: "DROP FUNCTION user_service_uuid CASCADE"},
+	{name: "the function of the schema version dropped", users: 3,
+		sql: "DROP FUNCTION user_service_schema"},
 	{name: "a check dropped", users: 3, sql: "ALTER TABLE users DROP CONSTRAINT user_service_id",
 		line: "check"},
 	{name: "the primary key dropped", users: 3, sql: "ALTER TABLE users DROP CONSTRAINT users_pkey",
@@ -104,10 +106,12 @@ var repairs = []struct {
 	{name: "the sequence of outbox set back", users: 3, line: "outbox",
 		sql: `INSERT INTO users (name, surname, password) VALUES ('a', 'b', 'c');
 			DELETE FROM users WHERE name = 'a'; ALTER TABLE outbox ALTER id RESTART`},
-	{name: "ids copied", users: 5, sql: `INSERT INTO users (id, name, surname, password)
+	{name: "users inserted with ids", users: 5,
+		sql: `INSERT INTO users (id, name, surname, password)
 			VALUES (4, 'a', 'b', 'c'), (5, 'a', 'b', 'c')`},
-	{name: "ids copied without triggers", users: 5, superuser: true, line: "sequence",
-		sql: `SET session_replication_role = replica; INSERT INTO users (id, name, surname, password)
+	{name: "users inserted with ids, without triggers", users: 5, superuser: true, line: "sequence",
+		sql: `SET session_replication_role = replica;
+			INSERT INTO users (id, name, surname, password)
 			VALUES (4, 'a', 'b', 'c'), (5, 'a', 'b', 'c')`},
 	{name: "the highest id", users: 4, sql: `INSERT INTO users (id, name, surname, password)
 			VALUES (9223372036854775807, 'a', 'b', 'c')`},
@@ -117,8 +121,8 @@ var repairs = []struct {
 		sql: "ALTER TABLE users ALTER id RESTART"},
 }
 
-// TestStartRepairs disturbs a database and starts the service: it works, and a second start has
-// nothing to repair.
+// TestStartRepairs checks that the service starts after each change in repairs, that it works, and
+// that a second start has nothing to repair.
 func TestStartRepairs(t *testing.T) {
 	t.Parallel()
 	for _, test := range repairs {
@@ -138,7 +142,8 @@ func TestStartRepairs(t *testing.T) {
 	}
 }
 
-// checkRepaired starts the service twice on a database with so many users.
+// checkRepaired starts the service on a database with a number of users, and checks that it logs a
+// repair that contains line, that it works, and that a second start repairs nothing.
 func checkRepaired(t *testing.T, databaseURL string, users int, line string) {
 	t.Helper()
 	set := memorySettings()
@@ -149,10 +154,10 @@ func checkRepaired(t *testing.T, databaseURL string, users int, line string) {
 		repaired = append(repaired, fmt.Sprint(line["what"]))
 	}
 	if line != "" && !strings.Contains(strings.Join(repaired, "\n"), line) {
-		t.Errorf("what the log says of the repair has no %q: %q", line, repaired)
+		t.Errorf("repairs %q, want one that contains %q", repaired, line)
 	}
 	if log, err := openLogged(t, databaseURL); err != nil || len(log.lines("")) > 0 {
-		t.Errorf("a second start: %v\n%s", err, log)
+		t.Errorf("second start: error %v, want none and an empty log:\n%s", err, log)
 	}
 	checkServes(t, svc, users)
 	conn := connect(t, databaseURL)
@@ -162,39 +167,42 @@ func checkRepaired(t *testing.T, databaseURL string, users int, line string) {
 		FROM pg_attribute WHERE attrelid = 'users'::regclass AND attnum > 0 AND NOT attnotnull
 			AND NOT attisdropped`)
 	if nullable != "" {
-		t.Errorf("users may have no %s", nullable)
+		t.Errorf("columns of users that are not NOT NULL: %s", nullable)
 	}
 }
 
-// checkServes creates, changes and deletes users, beside so many others.
+// checkServes checks that the service creates, changes, deletes and lists users, and publishes
+// their events. users is the number of other users.
 func checkServes(t *testing.T, svc *service, users int) {
 	t.Helper()
 	first := svc.do("POST", "/users", john, "Idempotency-Key: repaired")
 	again := svc.do("POST", "/users", john, "Idempotency-Key: repaired")
 	if first.status != 201 || first.body != again.body {
-		t.Fatalf("POST: %d %s, then %d %s", first.status, first.body, again.status, again.body)
+		t.Fatalf("POST with one key: status %d, then %d, want 201 and the same body: %s %s",
+			first.status, again.status, first.body, again.body)
 	}
 	id := int64(first.json(t, "id").(float64))
 	second := svc.createUser("Ann", "Lee")
 	path := fmt.Sprint("/users/", id)
 	a := svc.do("PUT", path, `{"name": "Jane"}`)
 	if a.status != 200 || a.header.Get("ETag") != `"2"` {
-		t.Errorf("PUT: %d %s", a.status, a.body)
+		t.Errorf("PUT %s: status %d, ETag %s, want 200, \"2\": %s",
+			path, a.status, a.header.Get("ETag"), a.body)
 	}
 	if a := svc.do("DELETE", fmt.Sprint("/users/", second), ""); a.status != 200 {
-		t.Errorf("DELETE: %d %s", a.status, a.body)
+		t.Errorf("DELETE /users/%d: status %d, want 200: %s", second, a.status, a.body)
 	}
 	a = svc.do("GET", "/users?per_page=100", "")
 	if a.status != 200 || a.json(t, "total") != float64(users+1) ||
 		len(a.json(t, "users").([]any)) != users+1 {
-		t.Errorf("the list of %d users: %d %s", users+1, a.status, a.body)
+		t.Errorf("GET /users: status %d, want 200 with %d users: %s", a.status, users+1, a.body)
 	}
 	svc.waitForLine(fmt.Sprintf("Received event user.updated with user_id=%d", id), "version", 2)
 	svc.waitForLine(fmt.Sprintf("Received event user.deleted with user_id=%d", second),
 		"version", 2)
 }
 
-// pgDump returns what pg_dump says of a database, or "" where there is no pg_dump that can.
+// pgDump returns the output of pg_dump for a database, or "" if no pg_dump can read it.
 func pgDump(t *testing.T, databaseURL string, options ...string) string {
 	t.Helper()
 	commands, err := filepath.Glob("/usr/lib/postgresql/*/bin/pg_dump")
@@ -204,15 +212,27 @@ func pgDump(t *testing.T, databaseURL string, options ...string) string {
 	for _, command := range append([]string{"pg_dump"}, commands...) {
 		arguments := append(slices.Clone(options), databaseURL)
 		dump, err := exec.CommandContext(t.Context(), command, arguments...).Output()
-		if err == nil { // it is installed, and not older than the server
+		if err == nil { // pg_dump is installed and not older than the server
 			return withoutPsql(string(dump))
 		}
 	}
 	return ""
 }
 
-// TestStartOnDumpOfSchema restores a dump of the schema alone into an empty database.
-func TestStartOnDumpOfSchema(t *testing.T) {
+// withoutPsql removes the psql commands that newer releases of pg_dump write.
+func withoutPsql(dump string) string {
+	var sql strings.Builder
+	for line := range strings.Lines(dump) {
+		if !strings.HasPrefix(line, `\`) {
+			sql.WriteString(line)
+		}
+	}
+	return sql.String()
+}
+
+// TestStartOnSchemaDump checks the start on a database into which a dump of the schema was
+// restored.
+func TestStartOnSchemaDump(t *testing.T) {
 	t.Parallel()
 	set := postgresSettings(t)
 	startService(t, set).createUser("John", "Doe")
@@ -226,8 +246,9 @@ func TestStartOnDumpOfSchema(t *testing.T) {
 	checkRepaired(t, url, 0, "")
 }
 
-// TestStartOnDumpOfData restores data into a database that has the schema already.
-func TestStartOnDumpOfData(t *testing.T) {
+// TestStartOnDataDump checks the start on a database with the schema, into which a dump of data was
+// restored.
+func TestStartOnDataDump(t *testing.T) {
 	t.Parallel()
 	from := newDatabase(t)
 	source := openTestPostgres(t, from)
@@ -258,89 +279,88 @@ func TestStartOnDumpOfData(t *testing.T) {
 			checkRepaired(t, url, 3, "")
 			version := queryValue[int](t, conn, "SELECT version FROM public.users WHERE id = 3")
 			if version != 2 {
-				t.Errorf("a user of version 2 has version %d", version)
+				t.Errorf("user 3 has version %d after the restore, want 2", version)
 			}
 		})
 	}
 }
 
-// withoutPsql takes out the commands of psql that newer releases of pg_dump write.
-func withoutPsql(dump string) string {
-	var sql strings.Builder
-	for line := range strings.Lines(dump) {
-		if !strings.HasPrefix(line, `\`) {
-			sql.WriteString(line)
-		}
-	}
-	return sql.String()
-}
-
-// TestCreatePassesUsedIDs creates users while the sequence is behind ids in use.
-func TestCreatePassesUsedIDs(t *testing.T) {
+// TestConcurrentStarts opens an empty database concurrently, and checks that each call succeeds and
+// that a later one does not change the schema.
+func TestConcurrentStarts(t *testing.T) {
 	t.Parallel()
-	for _, key := range []string{"", "key"} {
-		t.Run("key="+key, func(t *testing.T) {
-			t.Parallel()
-			svc := startService(t, postgresSettings(t))
-			svc.createUser("John", "Doe")
-			conn := connect(t, svc.settings.databaseURL)
-			execute(t, conn, `INSERT INTO users (id, name, surname, password)
-				SELECT i, 'Copied', 'C', 'x' FROM generate_series(2, 40) AS i`)
-			var headers []string
-			if key != "" {
-				headers = []string{"Idempotency-Key: " + key}
+	url := newDatabase(t)
+	conn := connect(t, url)
+	// Before PostgreSQL 15, the owner of a database does not own its schema public.
+	if _, err := conn.Exec(t.Context(), "DROP OWNED BY CURRENT_USER"); err != nil {
+		t.Fatal(err)
+	}
+	var group sync.WaitGroup
+	for range 5 {
+		group.Go(func() {
+			log := newLogger(&logWriter{w: t.Output()}, 0)
+			s, err := openPostgres(context.Background(), url, "test", log)
+			if err != nil {
+				t.Error(err)
+				return
 			}
-			a := svc.do("POST", "/users", john, headers...)
-			if a.status != 201 || a.json(t, "id").(float64) <= 40 {
-				t.Errorf("%d %s", a.status, a.body)
-			}
-			execute(t, conn, "SELECT setval(pg_get_serial_sequence('users', 'id'), 1, false)")
-			if id := svc.createUser("Jane", "Doe"); id <= 41 {
-				t.Errorf("id %d was used before", id)
-			}
-			checkTotal(t, conn)
+			s.close()
 		})
+	}
+	group.Wait()
+	const relations = `SELECT string_agg(c.oid || c.relname || c.relfilenode, ' ' ORDER BY c.oid)
+		FROM pg_class c WHERE relnamespace = 'public'::regnamespace`
+	before := queryValue[string](t, conn, relations)
+	mustCreate(t, openTestPostgres(t, url), "John")
+	if after := queryValue[string](t, conn, relations); after != before {
+		t.Errorf("a later start changed the schema from\n%s\nto\n%s", before, after)
 	}
 }
 
-// TestStartRefuses opens databases that will never do. The error comes at once, says what was
-// found, and nothing was touched.
+// newestSchema replaces the version of the schema by one that this release cannot use.
+const newestSchema = `
+	CREATE OR REPLACE FUNCTION user_service_schema(OUT version int, OUT oldest int)
+	LANGUAGE sql IMMUTABLE AS 'SELECT 9, 9'`
+
+// unusableDatabases are databases that the service refuses to use.
+var unusableDatabases = []struct {
+	name      string
+	empty     bool     // the database has no schema
+	superuser bool     // a superuser runs sql, not the owner
+	sql       string   // $role is another role than the owner
+	other     bool     // $role opens the database, not the owner
+	says      []string // substrings of the error; | separates alternatives
+}{
+	{name: "a table users with other types", empty: true, says: []string{"public.users", "id"},
+		sql: `CREATE TABLE users (id uuid, name text, surname text, password text, version int,
+			created_at timestamptz, updated_at timestamptz)`},
+	{name: "a table users with other columns", empty: true,
+		sql:  "CREATE TABLE users (id serial PRIMARY KEY, email text, encrypted_password text)",
+		says: []string{"public.users", "name", "surname", "DATABASE_URL|database|schema"}},
+	{name: "a table outbox with other columns", empty: true,
+		sql:  "CREATE TABLE outbox (id bigint PRIMARY KEY, payload json)",
+		says: []string{"public.outbox", "event_id"}},
+	{name: "a view users", empty: true,
+		sql: `CREATE VIEW users AS SELECT 1::bigint AS id, '' AS name, '' AS surname,
+			'' AS password, 1::bigint AS version, now() AS created_at, now() AS updated_at`,
+		says: []string{"public.users"}},
+	{name: "a sequence users", empty: true, sql: "CREATE SEQUENCE users",
+		says: []string{"public.users"}},
+	{name: "a table of another role", superuser: true, other: true,
+		sql: `GRANT ALL ON ALL TABLES IN SCHEMA public TO $role;
+			GRANT ALL ON SCHEMA public TO $role`,
+		says: []string{"belongs to the role", "$role", "$owner"}},
+	{name: "a role without CREATE", empty: true, superuser: true, other: true,
+		sql:  "REVOKE CREATE ON SCHEMA public FROM PUBLIC",
+		says: []string{"public", "permission|rights"}},
+	{name: "a newer schema", sql: newestSchema, says: []string{"version 9", "2"}},
+}
+
+// TestStartRefuses checks that opening an unusable database fails without a second attempt, that
+// the error says what was found, and that nothing is changed.
 func TestStartRefuses(t *testing.T) {
 	t.Parallel()
-	const newest = `CREATE OR REPLACE FUNCTION user_service_schema(OUT version int, OUT oldest int)
-		LANGUAGE sql IMMUTABLE AS 'SELECT 9, 9'`
-	for _, test := range []struct {
-		name      string
-		empty     bool   // no schema is there before
-		superuser bool   // runs sql
-		sql       string // $role is the role that opens the database
-		other     bool   // another role than the owner of the tables opens it
-		says      []string
-	}{
-		{name: "a foreign table users with our names", empty: true, says: []string{"public.users", "id"},
-			sql: `CREATE TABLE users (id uuid, name text, surname text, password text, version int,
-				created_at timestamptz, updated_at timestamptz)`},
-		{name: "a foreign table users", empty: true,
-			sql:  "CREATE TABLE users (id serial PRIMARY KEY, email text, encrypted_password text)",
-			says: []string{"public.users", "name", "surname", "DATABASE_URL|database|schema"}},
-		{name: "a foreign table outbox", empty: true,
-			sql:  "CREATE TABLE outbox (id bigint PRIMARY KEY, payload json)",
-			says: []string{"public.outbox", "event_id"}},
-		{name: "a view users", empty: true,
-			sql: `CREATE VIEW users AS SELECT 1::bigint AS id, '' AS name, '' AS surname,
-				'' AS password, 1::bigint AS version, now() AS created_at, now() AS updated_at`,
-			says: []string{"public.users"}},
-		{name: "a sequence users", empty: true, sql: "CREATE SEQUENCE users",
-			says: []string{"public.users"}},
-		{name: "a table of another role", superuser: true, other: true,
-			sql: `GRANT ALL ON ALL TABLES IN SCHEMA public TO $role;
-				GRANT ALL ON SCHEMA public TO $role`,
-			says: []string{"belongs to the role", "$role", "$owner"}},
-		{name: "a role without CREATE", empty: true, superuser: true, other: true,
-			sql:  "REVOKE CREATE ON SCHEMA public FROM PUBLIC",
-			says: []string{"public", "permission|rights"}},
-		{name: "a newer schema", sql: newest, says: []string{"version 9", "2"}},
-	} {
+	for _, test := range unusableDatabases {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			role := newRole(t)
@@ -363,21 +383,22 @@ func TestStartRefuses(t *testing.T) {
 			before := queryValue[string](t, conn, catalog)
 			log, err := openLogged(t, opened)
 			if err == nil || len(log.lines("")) > 0 {
-				t.Fatalf("the database was not refused at once: %v\n%s", err, log)
+				t.Fatalf("error %v, want one without a line in the log:\n%s", err, log)
 			}
 			for _, text := range test.says {
 				if !containsAny(err.Error(), strings.Split(replacer.Replace(text), "|")) {
-					t.Errorf("the error has no %q: %v", text, err)
+					t.Errorf("the error does not contain %q: %v", text, err)
 				}
 			}
 			after := queryValue[string](t, conn, catalog)
 			if lines := differences(before, after); len(lines) > 0 {
-				t.Errorf("a refused database was changed: %q", lines)
+				t.Errorf("the refused database was changed: %q", lines)
 			}
 		})
 	}
 }
 
+// containsAny reports whether text contains one of the words.
 func containsAny(text string, words []string) bool {
 	for _, word := range words {
 		if strings.Contains(text, word) {
@@ -387,8 +408,8 @@ func containsAny(text string, words []string) bool {
 	return false
 }
 
-// TestStartOnNewerSchema starts on a schema that a newer release has made and that this one can
-// use: it repairs nothing, because it does not know what is right.
+// TestStartOnNewerSchema checks that the service works on the schema of a newer release that
+// supports it, and repairs nothing, because it does not know that schema.
 func TestStartOnNewerSchema(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
@@ -405,15 +426,15 @@ func TestStartOnNewerSchema(t *testing.T) {
 	svc := startService(t, set)
 	checkServes(t, svc, 0)
 	if lines := svc.log.lines("Database repaired"); len(lines) > 0 {
-		t.Errorf("a newer schema was repaired: %v", lines)
+		t.Errorf("the newer schema was repaired: %v", lines)
 	}
 	if lines := differences(before, queryValue[string](t, conn, catalog)); len(lines) > 0 {
-		t.Errorf("a newer schema was changed: %q", lines)
+		t.Errorf("the newer schema was changed: %q", lines)
 	}
 }
 
-// TestStartGivesUp opens a database that is missing, or as a role that is: that may be a matter of
-// seconds, so it is tried three times.
+// TestStartGivesUp checks that opening a database fails after three attempts if the database or the
+// role does not exist. Somebody may be creating it, so one attempt is not enough.
 func TestStartGivesUp(t *testing.T) {
 	t.Parallel()
 	existing := newDatabase(t)
@@ -425,17 +446,18 @@ func TestStartGivesUp(t *testing.T) {
 			t.Parallel()
 			log, err := openLogged(t, url)
 			if err == nil {
-				t.Fatal("opened")
+				t.Fatal("no error")
 			}
 			if n := len(log.lines("Waiting for the database")); n != 2 {
-				t.Errorf("%d lines of waiting, want 2, before %v", n, err)
+				t.Errorf("%d lines \"Waiting for the database\", want 2; error %v", n, err)
 			}
 		})
 	}
 }
 
-// TestStartWaitsForADatabase creates a missing database while the service waits.
-func TestStartWaitsForADatabase(t *testing.T) {
+// TestStartWaitsForDatabase checks that the start succeeds if the missing database is created while
+// it waits.
+func TestStartWaitsForDatabase(t *testing.T) {
 	t.Parallel()
 	templateDatabase(t) // for the role
 	name := uniqueName()
@@ -443,13 +465,14 @@ func TestStartWaitsForADatabase(t *testing.T) {
 	log := &logBuffer{}
 	opened := make(chan error)
 	go func() {
-		s, err := openPostgres(context.Background(), databaseURL(name), "test", newLogger(&logWriter{w: log}, 0))
+		logger := newLogger(&logWriter{w: log}, 0)
+		s, err := openPostgres(context.Background(), databaseURL(name), "test", logger)
 		if err == nil {
 			s.close()
 		}
 		opened <- err
 	}()
-	eventually(t, "a line of waiting", func() bool {
+	eventually(t, "a line \"Waiting for the database\"", func() bool {
 		return len(log.lines("Waiting for the database")) > 0
 	})
 	err := admin(t.Context(), fmt.Sprintf("CREATE DATABASE %s OWNER %s", name, template.role))

@@ -1,237 +1,134 @@
 package main
 
 import (
-	"bytes"
-	"encoding/json"
+	"errors"
 	"fmt"
-	"log/slog"
-	"maps"
-	"mime"
+	"math/big"
 	"net/http"
-	"net/http/httptest"
-	"net/url"
-	"reflect"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
-	"unicode/utf16"
-	"unicode/utf8"
 )
 
-func TestBodyNamesWhatIsWrong(t *testing.T) {
-	t.Parallel()
-	s := startService(t, memorySettings())
-	const rest = `, "surname": "Doe", "password": "` + secret + `"}`
-	for body, want := range map[string][]string{
-		`{}`:                                  {"#/name", "#/password", "#/surname"},
-		`{"name": "John"}`:                    {"#/password", "#/surname"},
-		`{"name": null` + rest:                {"#/name"},
-		`{"name": 5` + rest:                   {"#/name"},
-		`{"name": -1.5e3` + rest:              {"#/name"},
-		`{"name": true` + rest:                {"#/name"},
-		`{"name": ["John"]` + rest:            {"#/name"},
-		`{"name": {"name": "John"}` + rest:    {"#/name"},
-		`{"name": "John", "age": 5` + rest:    {"#/age"},
-		`{"name": "John", "id": null` + rest:  {"#/id"},
-		`{"NAME": "John"` + rest:              {"#/NAME", "#/name"},
-		`{"Name": "John"` + rest:              {"#/Name", "#/name"},
-		`{"name ": "John"` + rest:             {"#/name", "#/name%20"},
-		`{"ſurname": "a", "name": "b"` + rest: {"#/%C5%BFurname"}, // folds to surname
-
-		`{"name": "a", "name": "a"` + rest:      {"#/name"},
-		`{"name": "a", "n\u0061me": "b"` + rest: {"#/name"},
-		`{"\u006eame": "a"` + rest:              nil,
-
-		`{"name": "\ud83d\ude00"` + rest:                   nil,
-		`{"name": "\uD83D\uDE00"` + rest:                   nil,
-		`{"name": "a\ud800\udc00\udbff\udfffb"` + rest:     nil,
-		`{"name": "\\ud83d"` + rest:                        nil, // an escaped backslash
-		`{"name": "\\\\\udc00"` + rest:                     {"#/name"},
-		`{"name": "\ud83d"` + rest:                         {"#/name"},
-		`{"name": "\uD83D"` + rest:                         {"#/name"},
-		`{"name": "\uDFFF"` + rest:                         {"#/name"},
-		`{"name": "\udBfF\uDc00"` + rest:                   nil,
-		`{"name": "\ud83dx"` + rest:                        {"#/name"},
-		`{"name": "\ude00"` + rest:                         {"#/name"},
-		`{"name": "x\udfff"` + rest:                        {"#/name"},
-		`{"name": "\ude00\ud83d"` + rest:                   {"#/name"},
-		`{"name": "\ud83d\ud83d\ude00"` + rest:             {"#/name"},
-		`{"name": "\ud83d\ude00\ude00"` + rest:             {"#/name"},
-		`{"name": "\ud83dx\ude00"` + rest:                  {"#/name"},
-		`{"name": "\ud83d\n\ude00"` + rest:                 {"#/name"},
-		`{"name": "\ud83d\\ude00"` + rest:                  {"#/name"},
-		`{"name": "\ud7ff\ue000"` + rest:                   nil, // beside the surrogates
-		"{\"name\": \"\xff\"" + rest:                       {"#/name"},
-		"{\"name\": \"caf\xe9\"" + rest:                    {"#/name"}, // Latin-1
-		"{\"name\": \"\xc3\"" + rest:                       {"#/name"},
-		"{\"name\": \"\xc0\xaf\"" + rest:                   {"#/name"}, // overlong
-		"{\"name\": \"\xed\xa0\xbd\xed\xb8\x80\"" + rest:   {"#/name"}, // CESU-8
-		"{\"name\": \"\xf4\x90\x80\x80\"" + rest:           {"#/name"}, // above U+10FFFF
-		"{\"name\": \"\ufffd\"" + rest:                     nil,
-		`{"name": "\u0000"` + rest:                         {"#/name"},
-		`{"name": "a\u0000"` + rest:                        {"#/name"},
-		"{\"na\xffme\": 1, \"name\": \"a\"" + rest:         {"#/na%EF%BF%BDme"},
-		" \t\r\n{\n\"name\"\t:\r\"John\" " + rest + "\n\n": nil,
-
-		`{"name": "a", "surname": "\ud800", "password": "` + secret + `\udc00"}`: {
-			"#/password", "#/surname"},
-		"{\"name\": \"a\", \"surname\": \"\xff\", \"password\": \"" + secret + "\xff\"}": {
-			"#/password", "#/surname"},
-		`{"name": "a", "surname": [], "password": 12345678}`: {"#/password", "#/surname"},
-		`{"name": null, "surname": null, "password": null}`:  {"#/name", "#/password", "#/surname"},
-		`{"name": "", "surname": 5, "password": "short", "x": 1, "y": 2}`: {
-			"#/name", "#/password", "#/surname", "#/x", "#/y"},
-		`{"surname": "a", "surname": "b", "NAME": "c", "password": "` + secret + `\u0000"}`: {
-			"#/NAME", "#/name", "#/password", "#/surname"},
+// FuzzUserID compares userID with the rule that an id is a decimal int64 of 0 or more, without
+// leading zeros.
+func FuzzUserID(f *testing.F) {
+	for _, text := range []string{
+		"0", "1", "9223372036854775807", "9223372036854775808", "18446744073709551617", "00", "01",
+		"-0", "-1", "+1", " 1", "1 ", "", "1_0", "0x1", "1e0", "1.0", "\u0661", "\uff11", "1\x00",
 	} {
-		a := s.do("POST", "/users", body)
-		if want == nil {
-			if a.status != http.StatusCreated {
-				t.Errorf("%q: %d %s", body, a.status, a.body)
+		f.Add(text)
+	}
+	digits := regexp.MustCompile(`^(0|[1-9][0-9]{0,18})$`)
+	f.Fuzz(func(t *testing.T, text string) {
+		r := &http.Request{}
+		r.SetPathValue("id", text)
+		id, err := userID(r)
+		n, isNumber := new(big.Int).SetString(text, 10)
+		if isNumber && digits.MatchString(text) && n.IsInt64() {
+			if err != nil || id != n.Int64() {
+				t.Errorf("id %q: %d, %v, want %d", text, id, err, n)
 			}
-			continue
+		} else if !errors.Is(err, errNoRoute) || id != 0 {
+			t.Errorf("id %q: %d, %v, want errNoRoute", text, id, err)
 		}
-		checkBadRequest(t, quote(body), a, want...)
-		if n := len(want); n > 1 && a.json(t, "detail") != fmt.Sprint(n, " fields are not valid") {
-			t.Errorf("%q: %s", body, a.body)
-		}
-	}
+	})
 }
 
-// TestUpdateNamesWhatIsWrong sends what a POST would refuse too, and what only an update
-// takes or refuses.
-func TestUpdateNamesWhatIsWrong(t *testing.T) {
+// TestUserIDs checks the 404 for an id without a user, and for a path whose id is not valid.
+func TestUserIDs(t *testing.T) {
 	t.Parallel()
-	s := startService(t, memorySettings())
-	s.createUser("John", "Doe")
-	for _, how := range []struct{ method, contentType string }{
-		{"PUT", "application/json"},
-		{"PATCH", "application/json"},
-		{"PATCH", "application/merge-patch+json"},
-	} {
-		for body, want := range map[string][]string{
-			`{"name": null}`:                      {"#/name"},
-			`{"name": "Jane", "password": null}`:  {"#/password"},
-			`{"name": "Jane", "version": 1}`:      {"#/version"},
-			`{"Name": "Jane"}`:                    {"#/Name"},
-			`{"id": 1}`:                           {"#/id"},
-			`{"name": "Jane", "name": "Jane"}`:    {"#/name"},
-			`{"name": "", "surname": "", "x": 1}`: {"#/name", "#/surname", "#/x"},
-			`{}`:                                  nil,
-			` { } `:                               nil,
+	eachStore(t, func(t *testing.T, s *service) {
+		s.createUser("John", "Doe")
+		for id, want := range map[string]string{ // the detail of the 404
+			"1":                    "",
+			"%31":                  "",
+			"2":                    "User with id 2 not found",
+			"%37":                  "User with id 7 not found",
+			"1%30":                 "User with id 10 not found",
+			"9223372036854775807":  "User with id 9223372036854775807 not found",
+			"01":                   "No resource has this path",
+			"00":                   "No resource has this path",
+			"%301":                 "No resource has this path",
+			"+1":                   "No resource has this path",
+			"%2B1":                 "No resource has this path",
+			"-1":                   "No resource has this path",
+			"-0":                   "No resource has this path",
+			"1.0":                  "No resource has this path",
+			"1e0":                  "No resource has this path",
+			"0x1":                  "No resource has this path",
+			"1_0":                  "No resource has this path",
+			"one":                  "No resource has this path",
+			"9223372036854775808":  "No resource has this path",
+			"9999999999999999999":  "No resource has this path",
+			"18446744073709551617": "No resource has this path",
+			"00000000000000000001": "No resource has this path",
+			"%201":                 "No resource has this path",
+			"1%20":                 "No resource has this path",
+			"1%00":                 "No resource has this path",
+			"1%0A":                 "No resource has this path",
+			"%D9%A1":               "No resource has this path", // an Arabic-Indic 1
+			"%EF%BC%91":            "No resource has this path", // a fullwidth 1
+			"1%2F":                 "No resource has this path",
+			"1%2F2":                "No resource has this path",
+			"%2F1":                 "No resource has this path",
+			"1/":                   "No resource has this path",
+			"1/2":                  "No resource has this path",
+			"%2531":                "No resource has this path",
 		} {
-			a := s.do(how.method, "/users/1", body, "Content-Type: "+how.contentType)
-			checkBadRequest(t, fmt.Sprint(how, body), a, want...)
-		}
-	}
-	if a := s.do("GET", "/users/1", ""); a.header.Get("ETag") != `"1"` {
-		t.Errorf("a refused update changed something: %s", a.body)
-	}
-}
-
-func TestBodyIsOneObject(t *testing.T) {
-	t.Parallel()
-	s := startService(t, memorySettings())
-	s.createUser("John", "Doe")
-	for name, body := range map[string]string{
-		"empty":                      "",
-		"white space":                " \t\r\n",
-		"an array":                   "[]",
-		"an array of one":            "[" + john + "]",
-		"a string":                   `"name"`,
-		"a number":                   "5",
-		"null":                       "null",
-		"true":                       "true",
-		"half a word":                "nul",
-		"no JSON":                    "name=John&surname=Doe",
-		"two objects":                john + " {}",
-		"two objects on lines":       john + "\n" + john,
-		"an object and a brace":      john + "}",
-		"an object and a comma":      john + ",",
-		"an object and a NUL":        john + "\x00",
-		"an object and a no-break":   john + "\u00a0",
-		"an object and a comment":    john + " // John",
-		"only the start":             "{",
-		"without its end":            strings.TrimSuffix(john, "}"),
-		"cut in a string":            john[:len(john)-3],
-		"cut behind a name":          `{"name"`,
-		"cut behind a colon":         `{"name":`,
-		"cut behind a comma":         `{"name": "John",`,
-		"a byte order mark":          "\ufeff" + john,
-		"UTF-16":                     "{\x00\"\x00n\x00",
-		"a comma too much":           `{"name": "John",}`,
-		"a comma in front":           `{,"name": "John"}`,
-		"two commas":                 `{"name": "John",,"surname": "Doe"}`,
-		"no comma":                   `{"name": "John" "surname": "Doe"}`,
-		"no colon":                   `{"name" "John"}`,
-		"no value":                   `{"name": }`,
-		"no name":                    `{"John"}`,
-		"a name without quotes":      `{name: "John"}`,
-		"a number as a name":         `{1: "John"}`,
-		"null as a name":             `{null: "John"}`,
-		"single quotes":              `{'name': 'John'}`,
-		"the wrong end":              `{"name": "John"]`,
-		"an open array in it":        `{"name": [}`,
-		"a number with a zero":       `{"name": 01}`,
-		"not a number":               `{"name": NaN}`,
-		"an unknown escape":          `{"name": "\x41"}`,
-		"a short escape":             `{"name": "\u41"}`,
-		"a line feed in a string":    "{\"name\": \"Jo\nhn\"}",
-		"a NUL in a string":          "{\"name\": \"Jo\x00hn\"}",
-		"invalid UTF-8 in no string": "{\xff\"name\": \"John\"}",
-	} {
-		for _, target := range []struct{ method, path string }{
-			{"POST", "/users"}, {"PUT", "/users/1"}, {"PATCH", "/users/1"},
-		} {
-			a := s.do(target.method, target.path, body, "Content-Type: application/json")
-			if a.status != http.StatusBadRequest ||
-				!strings.Contains(fmt.Sprint(a.json(t, "detail")), "JSON object") ||
-				slices.Contains(keys(a.body), "errors") {
-				t.Errorf("%s of %s: %d %s", target.method, name, a.status, a.body)
+			a := s.do("GET", "/users/"+id, "")
+			if want == "" {
+				if a.status != http.StatusOK || a.json(t, "id") != 1.0 {
+					t.Errorf("GET /users/%s: status %d, want 200 with user 1: %s",
+						id, a.status, a.body)
+				}
+			} else if a.status != http.StatusNotFound || a.json(t, "detail") != want {
+				t.Errorf("GET /users/%s: status %d, want 404 with %q: %s",
+					id, a.status, want, a.body)
 			}
 		}
-	}
+		if a := s.do("GET", "/users/0", ""); a.status != http.StatusNotFound {
+			t.Errorf("GET /users/0: status %d, want 404: %s", a.status, a.body)
+		}
+	})
 }
 
-// TestPointers has the examples of RFC 6901, section 6, and more.
-func TestPointers(t *testing.T) {
-	t.Parallel()
-	s := startService(t, memorySettings())
-	for name, want := range map[string]string{
-		"":      "#/",
-		"a/b":   "#/a~1b",
-		"c%d":   "#/c%25d",
-		"e^f":   "#/e%5Ef",
-		"g|h":   "#/g%7Ch",
-		`i\j`:   "#/i%5Cj",
-		`k"l`:   "#/k%22l",
-		" ":     "#/%20",
-		"m~n":   "#/m~0n",
-		"~1":    "#/~01",
-		"~":     "#/~0",
-		"/":     "#/~1",
-		"//~~":  "#/~1~1~0~0",
-		"#":     "#/%23",
-		"é":     "#/%C3%A9",
-		"😀":     "#/%F0%9F%98%80",
-		"name/": "#/name~1",
-		"\n":    "#/%0A",
-		"\x00":  "#/%00",
-		"a.b":   "#/a.b",
-		"0":     "#/0",
-	} {
-		body := strings.Replace(john, "{", "{"+quote(name)+": 1, ", 1)
-		checkBadRequest(t, quote(name), s.do("POST", "/users", body), want)
-	}
+// contentTypes are values of Content-Type, and the methods that accept them.
+var contentTypes = map[string]string{
+	"application/json":                                "POST PUT PATCH",
+	"Application/JSON":                                "POST PUT PATCH",
+	"application/json; charset=utf-8":                 "POST PUT PATCH",
+	`application/json;charset="UTF-8"`:                "POST PUT PATCH",
+	"application/json ; Charset=Utf-8":                "POST PUT PATCH",
+	"application/json; profile=x":                     "POST PUT PATCH",
+	"application/merge-patch+json":                    "PATCH",
+	"Application/Merge-Patch+JSON":                    "PATCH",
+	"application/merge-patch+json; charset=utf-8":     "PATCH",
+	"application/merge-patch+json; charset=utf-16":    "",
+	"application/json; charset=latin1":                "",
+	"application/json; charset=us-ascii":              "",
+	"application/json; charset=":                      "",
+	`application/json; charset=""`:                    "",
+	"application/json; charset=utf-8; charset=latin1": "",
+	"application/json, application/json":              "",
+	"text/plain":                                      "",
+	"text/json":                                       "",
+	"application/x-www-form-urlencoded":               "",
+	"application/json5":                               "",
+	"application/vnd.api+json":                        "",
+	"application/json-patch+json":                     "",
+	"application/*":                                   "",
+	"*/*":                                             "",
+	"json":                                            "",
+	"":                                                "", // no header
 }
 
+// TestContentType checks which media types and parameters each method accepts.
 func TestContentType(t *testing.T) {
 	t.Parallel()
 	s := startService(t, memorySettings())
 	s.createUser("John", "Doe")
-	const plain, mergePatch = "application/json", "application/merge-patch+json"
 	targets := []struct {
 		method, path string
 		success      int
@@ -240,34 +137,7 @@ func TestContentType(t *testing.T) {
 		{"PUT", "/users/1", http.StatusOK},
 		{"PATCH", "/users/1", http.StatusOK},
 	}
-	for contentType, methods := range map[string]string{ // that take it
-		plain:                                     "POST PUT PATCH",
-		"Application/JSON":                        "POST PUT PATCH",
-		plain + "; charset=utf-8":                 "POST PUT PATCH",
-		plain + `;charset="UTF-8"`:                "POST PUT PATCH",
-		plain + " ; Charset=Utf-8":                "POST PUT PATCH",
-		plain + "; profile=x":                     "POST PUT PATCH",
-		mergePatch:                                "PATCH",
-		"Application/Merge-Patch+JSON":            "PATCH",
-		mergePatch + "; charset=utf-8":            "PATCH",
-		mergePatch + "; charset=utf-16":           "",
-		plain + "; charset=latin1":                "",
-		plain + "; charset=us-ascii":              "",
-		plain + "; charset=":                      "",
-		plain + `; charset=""`:                    "",
-		plain + "; charset=utf-8; charset=latin1": "",
-		plain + ", " + plain:                      "",
-		"text/plain":                              "",
-		"text/json":                               "",
-		"application/x-www-form-urlencoded":       "",
-		"application/json5":                       "",
-		"application/vnd.api+json":                "",
-		"application/json-patch+json":             "",
-		"application/*":                           "",
-		"*/*":                                     "",
-		"json":                                    "",
-		"":                                        "", // no such field
-	} {
+	for contentType, methods := range contentTypes {
 		for _, target := range targets {
 			want := http.StatusUnsupportedMediaType
 			if slices.Contains(strings.Fields(methods), target.method) {
@@ -275,31 +145,36 @@ func TestContentType(t *testing.T) {
 			}
 			a := s.do(target.method, target.path, john, "Content-Type: "+contentType)
 			if a.status != want {
-				t.Errorf("%s as %q: %d %s", target.method, contentType, a.status, a.body)
+				t.Errorf("%s as %q: status %d, want %d: %s",
+					target.method, contentType, a.status, want, a.body)
 			}
 		}
 	}
 	for name, fields := range map[string]string{
-		"two":             "Content-Type: application/json\r\nContent-Type: application/json\r\n",
-		"one and nothing": "Content-Type: application/json\r\nContent-Type:\r\n",
-		"nothing":         "Content-Type:\r\n",
+		"two headers": "Content-Type: application/json\r\n" +
+			"Content-Type: application/json\r\n",
+		"a header and an empty one": "Content-Type: application/json\r\nContent-Type:\r\n",
+		"an empty header":           "Content-Type:\r\n",
 	} {
 		for _, target := range targets {
-			a := s.send(fmt.Sprintf("%s %s HTTP/1.1\r\nHost: test\r\n%sContent-Length: %d\r\n\r\n%s",
+			a := s.send(fmt.Sprintf(
+				"%s %s HTTP/1.1\r\nHost: test\r\n%sContent-Length: %d\r\n\r\n%s",
 				target.method, target.path, fields, len(john), john))
 			if a.status != http.StatusUnsupportedMediaType {
-				t.Errorf("%s with %s as content type: %d %s", target.method, name, a.status, a.body)
+				t.Errorf("%s with %s: status %d, want 415: %s",
+					target.method, name, a.status, a.body)
 			}
 		}
 	}
-	for _, target := range targets { // also where there is no body that it could be of
+	for _, target := range targets {
 		if a := s.do(target.method, target.path, ""); a.status != http.StatusUnsupportedMediaType {
-			t.Errorf("%s of nothing: %d %s", target.method, a.status, a.body)
+			t.Errorf("%s without a body: status %d, want 415: %s", target.method, a.status, a.body)
 		}
 	}
 }
 
-// TestBodySize sends bodies with their length in front and in chunks.
+// TestBodySize checks the limit on the size of a body, with Content-Length and in chunks. A body
+// that is too large need not be complete.
 func TestBodySize(t *testing.T) {
 	t.Parallel()
 	s := startService(t, memorySettings())
@@ -312,25 +187,30 @@ func TestBodySize(t *testing.T) {
 		head := target.method + " " + target.path +
 			" HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
 		for name, test := range map[string]struct {
-			rest string
+			rest string // of the request, after the Content-Type
 			fits bool
 		}{
-			"as large as may be":      {fmt.Sprintf("Content-Length: %d\r\n\r\n%s", limit, padded(limit)), true},
-			"too large, and not sent": {fmt.Sprintf("Content-Length: %d\r\n\r\n", limit+1), false},
-			"far too large":           {"Content-Length: 1099511627776\r\n\r\n{", false},
-			"in chunks":               {chunked(padded(limit)), true},
-			"in too many chunks":      {chunked(padded(limit + 1)), false},
-			"in chunks without end":   {strings.TrimSuffix(chunked(padded(limit+1)), "0\r\n\r\n"), false},
+			"maximum size": {
+				fmt.Sprintf("Content-Length: %d\r\n\r\n%s", limit, padded(limit)), true},
+			"too large by a byte, not sent": {
+				fmt.Sprintf("Content-Length: %d\r\n\r\n", limit+1), false},
+			"1 TiB":                      {"Content-Length: 1099511627776\r\n\r\n{", false},
+			"chunks of the maximum size": {chunked(padded(limit)), true},
+			"chunks too large by a byte": {chunked(padded(limit + 1)), false},
+			"chunks too large, without end": {
+				strings.TrimSuffix(chunked(padded(limit+1)), "0\r\n\r\n"), false},
 		} {
 			a := s.send(head + test.rest)
-			if test.fits && a.status/100 != 2 || !test.fits && a.status != http.StatusRequestEntityTooLarge {
-				t.Errorf("%s %s: %d %s", target.method, name, a.status, a.body)
+			if test.fits && a.status/100 != 2 ||
+				!test.fits && a.status != http.StatusRequestEntityTooLarge {
+				t.Errorf("%s, %s: status %d, want 413 unless it fits (%t): %s",
+					target.method, name, a.status, test.fits, a.body)
 			}
 		}
 	}
 }
 
-// chunked is the rest of a request from its field Transfer-Encoding on.
+// chunked returns the header Transfer-Encoding and the body in chunks.
 func chunked(body string) string {
 	rest := "Transfer-Encoding: chunked\r\n\r\n"
 	for chunk := range slices.Chunk([]byte(body), 5000) {
@@ -339,8 +219,9 @@ func chunked(body string) string {
 	return rest + "0\r\n\r\n"
 }
 
-// TestOrderOfRefusals makes one more thing right in each request.
-func TestOrderOfRefusals(t *testing.T) {
+// TestErrorPrecedence checks which error is answered if a request has several: 404 for the path,
+// 405, 415, 413, 400, 404 for the user, 412.
+func TestErrorPrecedence(t *testing.T) {
 	t.Parallel()
 	const text, stale = "Content-Type: text/plain", `If-Match: "9"`
 	huge := `{"x": "` + strings.Repeat("x", 64<<10) + `"}`
@@ -372,281 +253,9 @@ func TestOrderOfRefusals(t *testing.T) {
 		} {
 			a := s.do(test.method, test.path, test.body, test.headers...)
 			if a.status != test.want {
-				t.Errorf("%s %s %.20s %v: %d %s", test.method, test.path, test.body, test.headers, a.status, a.body)
+				t.Errorf("%s %s %.20s %v: status %d, want %d: %s",
+					test.method, test.path, test.body, test.headers, a.status, test.want, a.body)
 			}
 		}
 	})
-}
-
-// FuzzParseObject holds parseObject against encoding/json, which keeps the last of
-// members with one name.
-func FuzzParseObject(f *testing.F) {
-	for _, body := range []string{
-		``, ` `, `{}`, ` { } `, john, `{"a": 1, "a": [2, {"b": null}], "\u0061": "\ud800"}`, `{"a": 1,}`,
-		`{"a"}`, `{"a":}`, `{"a" 1}`, `{1: 2}`, `{`, `{"a": 1`, `{} {}`, `{}x`, `{}]`, `[]`, `[{}]`, `null`,
-		`"a"`, `5`, "\ufeff{}", "{\"\xff\": \"\xff\"}", `{"a": 1]`, `{"a": 01}`, `{"a": "\x"}`,
-		"{\"a\": \"\n\"}",
-	} {
-		f.Add([]byte(body))
-	}
-	f.Fuzz(func(t *testing.T, body []byte) {
-		members, err := parseObject(body)
-		var want map[string]json.RawMessage
-		isObject := json.Unmarshal(body, &want) == nil && want != nil // nil is null
-		if (err == nil) != isObject {
-			t.Fatalf("%q is an object: %t, but the error is %v", body, isObject, err)
-		}
-		if err != nil {
-			if p, ok := err.(*problem); !ok || p.Status != http.StatusBadRequest || p.Errors != nil {
-				t.Errorf("%q: not the problem of a body: %v", body, err)
-			}
-			return
-		}
-		got := make(map[string]json.RawMessage)
-		for _, m := range members {
-			got[m.name] = m.value
-		}
-		if !maps.EqualFunc(got, want, func(a, b json.RawMessage) bool { return bytes.Equal(a, b) }) {
-			t.Errorf("%q has the members %s, not %s", body, got, want)
-		}
-		if n := countMembers(body); len(members) != n {
-			t.Errorf("%q has %d members, not %d", body, len(members), n)
-		}
-	})
-}
-
-// countMembers counts the colons of a JSON object that are not inside of a value or a name.
-func countMembers(object []byte) int {
-	count, depth, quoted := 0, 0, false
-	for i := 0; i < len(object); i++ {
-		switch c := object[i]; {
-		case quoted && c == '\\':
-			i++
-		case c == '"':
-			quoted = !quoted
-		case quoted:
-		case c == '{', c == '[':
-			depth++
-		case c == '}', c == ']':
-			depth--
-		case c == ':' && depth == 1:
-			count++
-		}
-	}
-	return count
-}
-
-// FuzzParseString holds parseString against encoding/json, and what that would replace by
-// U+FFFD against decodeUTF16.
-func FuzzParseString(f *testing.F) {
-	for _, value := range []string{
-		`"John"`, `""`, `null`, `5`, `{}`, `"\u0000"`, `"\ud83d\ude00"`, `"\ud83d"`, `"\ude00\ud83d"`,
-		`"\\ud83d"`, `"\ud83d\\ude00"`, `"\ud83d\ud83d\ude00"`, `"\ufffd"`, `"\uD83D\n\uDE00"`,
-		`"\\\udc00"`, `"\ud83d\ude00\udE00"`, `"\udc00\udc00"`,
-		`"\uD7ff\uE000"`, `" \u0000"`, "\"\\u005cud83d\ufffd\"",
-		`"\"\/\b\f\n\r\t"`, "\"\xff\"", "\"\xed\xa0\xbd\"", "\"\xed\xa0\xbd\\ude00\"",
-	} {
-		f.Add([]byte(value))
-	}
-	f.Fuzz(func(t *testing.T, value []byte) {
-		value = bytes.Trim(value, " \t\r\n") // as parseObject does
-		if !json.Valid(value) {
-			return
-		}
-		text, err := parseString(value)
-		var want *string
-		isString := json.Unmarshal(value, &want) == nil && want != nil && utf8.Valid(value) &&
-			*want == decodeUTF16(value) && !strings.Contains(*want, "\x00")
-		if isString != (err == nil) {
-			t.Fatalf("%q is a string: %t, but the error is %v", value, isString, err)
-		}
-		if !isString {
-			return
-		}
-		if text != *want || !utf8.ValidString(text) {
-			t.Errorf("%q is %q, not %q", value, text, *want)
-		}
-		if again, err := parseString(json.RawMessage(quote(text))); err != nil || again != text {
-			t.Errorf("%q is %q, and then %q (%v)", value, text, again, err)
-		}
-	})
-}
-
-// decodeUTF16 reads a valid JSON string as RFC 8259, section 7 has it, in code units of 16
-// bits. Half a surrogate pair becomes a byte that is no UTF-8.
-func decodeUTF16(literal []byte) string {
-	var units []uint16
-	inner := literal[1 : len(literal)-1]
-	for len(inner) > 0 {
-		c, size := utf8.DecodeRune(inner)
-		if c == '\\' {
-			c, size = rune(inner[1]), 2
-			if i := strings.IndexRune("bfnrt", c); i >= 0 {
-				c = rune("\b\f\n\r\t"[i])
-			}
-			if c == 'u' {
-				unit, _ := strconv.ParseUint(string(inner[2:6]), 16, 16)
-				units, inner = append(units, uint16(unit)), inner[6:]
-				continue
-			}
-		}
-		units, inner = utf16.AppendRune(units, c), inner[size:]
-	}
-	var text []byte
-	for i := 0; i < len(units); i++ {
-		c := rune(units[i])
-		if utf16.IsSurrogate(c) && i+1 < len(units) {
-			if pair := utf16.DecodeRune(c, rune(units[i+1])); pair != utf8.RuneError {
-				c = pair
-				i++
-			}
-		}
-		if utf16.IsSurrogate(c) {
-			text = append(text, 0xff)
-		} else {
-			text = utf8.AppendRune(text, c)
-		}
-	}
-	return string(text)
-}
-
-// FuzzReadUser holds the reading of a whole body against wantUser, which says it with the
-// words of encoding/json. What is accepted must be accepted again as it was understood, and
-// what is refused must be refused by name.
-func FuzzReadUser(f *testing.F) {
-	for _, body := range []string{
-		``, `{}`, `[]`, `null`, john, john + "{}", `{"name": "Jane"}`, `{"name": " Jane\u00a0"}`,
-		`{"password": " ` + secret + `\u0001 "}`, `{"password": "7 chars"}`, `{"password": "8letters"}`,
-		`{"name": "a", "n\u0061me": "a"}`, `{"NAME": "a"}`, `{"\u017furname": "a"}`,
-		`{"a/b~c%": 1, "": 2}`,
-		`{"name": null, "surname": 5, "password": []}`, `{"name": "\ud83d", "surname": "\u0000"}`,
-		`{"name": "\u0085", "surname": "\u200b"}`, "{\"name\": \"\xff\", \"\xff\": 1}",
-		`{"surname": "` + strings.Repeat("é", 255) + `"}`,
-		`{"surname": "` + strings.Repeat("x", 256) + `"}`,
-		`{"password": "` + strings.Repeat("😀", 128) + `"}`,
-		`{"password": "` + strings.Repeat("x", 129) + `"}`,
-	} {
-		f.Add([]byte(body), "application/json", true)
-		f.Add([]byte(body), "application/json", false)
-	}
-	f.Add([]byte(john), `Application/JSON; charset="UTF-8"`, true)
-	f.Add([]byte(john), "application/json; charset=latin1", true)
-	f.Add([]byte(john), "application/json, application/json", true)
-	f.Add([]byte(strings.Repeat(" ", maxBodyBytes)+"{}"), "application/json", true)
-	fragment := regexp.MustCompile(`^#/[!-~]*$`)
-	f.Fuzz(func(t *testing.T, body []byte, contentType string, creates bool) {
-		var required []string
-		if creates {
-			required = []string{"name", "surname", "password"}
-		}
-		a := newAPI(testDependencies(memorySettings(), nil, slog.New(slog.DiscardHandler)), &traffic{})
-		read := func(body []byte) (userInput, error) {
-			r := httptest.NewRequest("POST", "/users", bytes.NewReader(body))
-			r.Header.Set("Content-Type", contentType)
-			fields, err := readFields(httptest.NewRecorder(), r, a.rules, required, "application/json")
-			return inputOf(fields), err
-		}
-		in, err := read(body)
-		want, status, wrong := wantUser(body, contentType, required)
-		if err == nil {
-			if status != http.StatusOK || !reflect.DeepEqual(in, want) {
-				t.Fatalf("%q is accepted as %s, not %s (%d)", body, userJSON(in), userJSON(want), status)
-			}
-			if again, err := read(userJSON(in)); err != nil || !reflect.DeepEqual(again, in) {
-				t.Errorf("%q is %s, and then %s (%v)", body, userJSON(in), userJSON(again), err)
-			}
-			return
-		}
-		p, ok := err.(*problem)
-		if !ok || p.Status != status || !reflect.DeepEqual(in, userInput{}) {
-			t.Fatalf("%q: %+v is not the problem %d", body, err, status)
-		}
-		got := make(map[string]bool)
-		for _, e := range p.Errors {
-			got[e.Pointer] = true
-			if !fragment.MatchString(e.Pointer) || e.Detail == "" {
-				t.Errorf("%q: %+v", body, e)
-			}
-		}
-		if !maps.Equal(got, wrong) {
-			t.Errorf("%q: the wrong members are %v, not %v", body, got, wrong)
-		}
-	})
-}
-
-// userJSON is a body that says what in says.
-func userJSON(in userInput) []byte {
-	members := make(map[string]string)
-	for name, text := range map[string]*string{
-		"name": in.name, "surname": in.surname, "password": in.password,
-	} {
-		if text != nil {
-			members[name] = *text
-		}
-	}
-	body, _ := json.Marshal(members)
-	return body
-}
-
-// wantUser says what a body must be read as, or the status of its refusal and the pointers
-// to what is wrong in it.
-func wantUser(body []byte, contentType string, required []string) (in userInput, status int,
-	wrong map[string]bool) {
-	mediaType, parameters, err := mime.ParseMediaType(contentType)
-	charset, given := parameters["charset"]
-	var values map[string]json.RawMessage
-	switch {
-	case err != nil, mediaType != "application/json", given && !strings.EqualFold(charset, "utf-8"):
-		return in, http.StatusUnsupportedMediaType, nil
-	case len(body) > 65536:
-		return in, http.StatusRequestEntityTooLarge, nil
-	case json.Unmarshal(body, &values) != nil, values == nil, len(values) == 0 && required == nil:
-		return in, http.StatusBadRequest, nil
-	}
-	wrong = make(map[string]bool)
-	members, _ := parseObject(body) // which has a target of its own
-	count := make(map[string]int)
-	for _, m := range members {
-		count[m.name]++
-		text, ok := wantText(m)
-		if !ok || count[m.name] > 1 {
-			u := url.URL{Fragment: strings.ReplaceAll(strings.ReplaceAll(m.name, "~", "~0"), "/", "~1")}
-			wrong["#/"+u.EscapedFragment()] = true
-		}
-		switch m.name {
-		case "name":
-			in.name = &text
-		case "surname":
-			in.surname = &text
-		case "password":
-			in.password = &text
-		}
-	}
-	for _, name := range required {
-		if _, given := values[name]; !given {
-			wrong["#/"+name] = true
-		}
-	}
-	if len(wrong) > 0 {
-		return userInput{}, http.StatusBadRequest, wrong
-	}
-	return in, http.StatusOK, nil
-}
-
-// wantText is what a member of a user must be read as.
-func wantText(m member) (text string, ok bool) {
-	if json.Unmarshal(m.value, &text) != nil || string(m.value) == "null" || !utf8.Valid(m.value) ||
-		text != decodeUTF16(m.value) || strings.Contains(text, "\x00") {
-		return "", false
-	}
-	switch m.name {
-	case "name", "surname":
-		text = strings.TrimSpace(text)
-		n := len([]rune(text))
-		return text, n >= 1 && n <= 255 && !regexp.MustCompile(`\p{Cc}`).MatchString(text)
-	case "password":
-		n := len([]rune(text))
-		return text, n >= 8 && n <= 128
-	}
-	return "", false
 }

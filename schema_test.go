@@ -6,7 +6,6 @@ import (
 	"math"
 	"net/url"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -51,7 +50,7 @@ func newRole(t *testing.T) string {
 	return role
 }
 
-// execute runs statements, with arguments a single one.
+// execute runs statements, or a single one if there are arguments.
 func execute(t *testing.T, conn *pgx.Conn, sql string, args ...any) {
 	t.Helper()
 	if _, err := conn.Exec(t.Context(), sql, args...); err != nil {
@@ -59,23 +58,23 @@ func execute(t *testing.T, conn *pgx.Conn, sql string, args ...any) {
 	}
 }
 
-// checkTotal compares the total with the number of users.
+// checkTotal checks that the total equals the number of users.
 func checkTotal(t *testing.T, conn *pgx.Conn) {
 	t.Helper()
 	total := queryValue[int](t, conn, "SELECT coalesce(sum(n), -1) FROM user_counts")
 	if n := queryValue[int](t, conn, "SELECT count(*) FROM users"); n != total {
-		t.Errorf("the total is %d, of %d users", total, n)
+		t.Errorf("total %d, want %d", total, n)
 	}
 }
 
-// writers are the ways in which somebody changes users. Each begins with the users 1 Ann in
-// version 1, 2 Bob in version 5 and 3 Cid in version 1, and the next id is 11.
+// writers are changes of users in SQL. Each begins with the users 1 Ann in version 1, 2 Bob in
+// version 5 and 3 Cid in version 1, and the next id is 11.
 var writers = []struct {
 	name   string
 	sql    string
-	users  string // id, name and version; * where updated_at is new
+	users  string // id, name and version, and * if updated_at is new
 	events string // type, id and version
-	since  int    // the version of PostgreSQL that the statement needs
+	since  int    // the minimum server_version_num
 }{
 	{
 		name:   "INSERT of one row",
@@ -138,12 +137,12 @@ var writers = []struct {
 		events: "updated 2/6, updated 3/2",
 	},
 	{
-		name:  "UPDATE of version and updated_at alone",
+		name:  "UPDATE of only version and updated_at",
 		sql:   "UPDATE users SET version = 50, updated_at = now() + interval '1 day'",
 		users: "1 Ann 1, 2 Bob 5, 3 Cid 1",
 	},
 	{
-		name: "UPDATE of a version beside a name",
+		name: "UPDATE of a version and a name",
 		sql: `UPDATE users SET version = 1, name = 'Eve', updated_at = '2001-01-01'
 			WHERE id = 2`,
 		users:  "1 Ann 1, 2 Eve 6*, 3 Cid 1",
@@ -235,7 +234,7 @@ var writers = []struct {
 	},
 }
 
-// resetWriters gives users the content that writers begin with.
+// resetWriters replaces the users by those that writers begin with.
 const resetWriters = `
 	DELETE FROM users;
 	INSERT INTO users (id, name, surname, password, version, created_at, updated_at) VALUES
@@ -245,6 +244,7 @@ const resetWriters = `
 	DELETE FROM outbox;
 	SELECT setval(pg_get_serial_sequence('users', 'id'), 10);`
 
+// usersText and eventsText are queries that return the columns users and events of writers.
 const (
 	usersText = `SELECT coalesce(string_agg(format('%s %s %s%s', id, name, version,
 			CASE WHEN updated_at > '2021-01-01' THEN '*' END), ', ' ORDER BY id), '')
@@ -254,8 +254,9 @@ const (
 		FROM outbox`
 )
 
-// TestTriggersFollowEveryWriter has users changed in every way that SQL knows.
-func TestTriggersFollowEveryWriter(t *testing.T) {
+// TestTriggers checks the versions, the events and the total after each of writers, by the owner of
+// the tables and by a role with an empty search_path.
+func TestTriggers(t *testing.T) {
 	t.Parallel()
 	role := newRole(t)
 	direct := newDatabase(t)
@@ -291,8 +292,8 @@ func TestTriggersFollowEveryWriter(t *testing.T) {
 	}
 }
 
-// checkEvents checks what holds for each event of a change, and that the newest one of a user
-// has the time of the user.
+// checkEvents checks what holds for each event: its ids, its time, which is that of the user in the
+// same version, and its order.
 func checkEvents(t *testing.T, conn *pgx.Conn) {
 	t.Helper()
 	rows, _ := conn.Query(t.Context(), `
@@ -306,20 +307,21 @@ func checkEvents(t *testing.T, conn *pgx.Conn) {
 			return err
 		}
 		if binary[6]>>4 != 7 || binary[8]>>6 != 2 {
-			t.Errorf("%s is no UUID v7", eventID)
+			t.Errorf("event id %s, want a UUIDv7", eventID)
 		}
 		var milliseconds int64
 		for _, b := range binary[:6] {
 			milliseconds = milliseconds<<8 | int64(b)
 		}
 		if age := time.Since(time.UnixMilli(milliseconds)); age.Abs() > time.Minute {
-			t.Errorf("the time of the event id %s is %v ago", eventID, age)
+			t.Errorf("event id %s: its time is %v ago, want less than a minute", eventID, age)
 		}
 		if !requestIDPattern.MatchString(traceID) {
-			t.Errorf("the trace id of a change is %q", traceID)
+			t.Errorf("trace id %q is not valid", traceID)
 		}
 		if occurred.Before(updated) || time.Since(occurred) > time.Minute {
-			t.Errorf("occurred_at is %v, updated_at is %v", occurred, updated)
+			t.Errorf("occurred_at %v, want a time of this minute, not before updated_at %v",
+				occurred, updated)
 		}
 		return nil
 	})
@@ -330,15 +332,16 @@ func checkEvents(t *testing.T, conn *pgx.Conn) {
 		SELECT count(*) FROM outbox a JOIN outbox b USING (user_id)
 		WHERE a.id < b.id AND a.version >= b.version`)
 	if disorder > 0 {
-		t.Errorf("%d pairs of events are not in the order of their versions", disorder)
+		t.Errorf("%d pairs of events of one user are not in the order of versions", disorder)
 	}
 }
 
-// TestTruncateKeepsIDs truncates users in both ways: the next user has an id that nobody had.
+// TestTruncateKeepsIDs checks that the first user after TRUNCATE has an id that was not used
+// before.
 func TestTruncateKeepsIDs(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct{ name, before, truncate string }{
-		{name: "as it is", truncate: "TRUNCATE users"},
+		{name: "continued", truncate: "TRUNCATE users"},
 		{name: "restarted", truncate: "TRUNCATE users RESTART IDENTITY"},
 		{name: "restarted, with the last user deleted", before: "DELETE FROM users WHERE id > 5",
 			truncate: "TRUNCATE users RESTART IDENTITY"},
@@ -357,14 +360,15 @@ func TestTruncateKeepsIDs(t *testing.T) {
 			id := queryValue[int64](t, conn, `INSERT INTO users (name, surname, password)
 				VALUES ('John', 'Doe', 'x') RETURNING id`)
 			if id <= 10 {
-				t.Errorf("the id %d was used before", id)
+				t.Errorf("id %d, want more than 10", id)
 			}
 			checkTotal(t, conn)
 		})
 	}
 }
 
-func TestTriggersFollowCopy(t *testing.T) {
+// TestTriggersOnCopy checks the versions, the events and the total after COPY.
+func TestTriggersOnCopy(t *testing.T) {
 	t.Parallel()
 	conn := connect(t, newDatabase(t))
 	execute(t, conn, resetWriters)
@@ -391,8 +395,7 @@ func TestTriggersFollowCopy(t *testing.T) {
 	checkEvents(t, conn)
 }
 
-// TestTriggersReturnRows has an update that changes nothing return its row, as one that changes
-// something does.
+// TestTriggersReturnRows checks that an update returns its row whether or not it changes something.
 func TestTriggersReturnRows(t *testing.T) {
 	t.Parallel()
 	conn := connect(t, newDatabase(t))
@@ -403,13 +406,14 @@ func TestTriggersReturnRows(t *testing.T) {
 		got := queryValue[int64](t, conn,
 			"UPDATE users SET name = $1 WHERE id = 1 RETURNING version", name)
 		if got != want {
-			t.Errorf("the name %s: version %d, want %d", name, got, want)
+			t.Errorf("update to %s: version %d, want %d", name, got, want)
 		}
 	}
 }
 
-// TestTraceIDOfAWriter sets user_service.trace_id in a session.
-func TestTraceIDOfAWriter(t *testing.T) {
+// TestTraceIDSetting checks that events have the trace id in the setting user_service.trace_id if
+// it is valid, else a UUIDv4.
+func TestTraceIDSetting(t *testing.T) {
 	t.Parallel()
 	conn := connect(t, newDatabase(t))
 	const uuid = `^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`
@@ -431,72 +435,14 @@ func TestTraceIDOfAWriter(t *testing.T) {
 		execute(t, conn, "UPDATE users SET name = 'Old'; DELETE FROM users")
 		n := queryValue[int](t, conn, "SELECT count(*) FROM outbox WHERE trace_id ~ $1", test.want)
 		if n != 3 {
-			t.Errorf("%s: %d of 3 events have a trace id such as %s", test.name, n, test.want)
+			t.Errorf("%s: %d trace ids match %s, want 3", test.name, n, test.want)
 		}
 	}
 }
 
-// TestTraceIDsOfABatch changes users at once, each with a trace id of its own.
-func TestTraceIDsOfABatch(t *testing.T) {
-	t.Parallel()
-	svc := startService(t, postgresSettings(t))
-	conn := connect(t, svc.settings.databaseURL)
-	const users = 48
-	execute(t, conn, `INSERT INTO users (name, surname, password)
-		SELECT 'John', 'Doe', 'x' FROM generate_series(1, $1)`, users)
-	for _, method := range []string{"PUT", "DELETE"} {
-		var group sync.WaitGroup
-		for id := 1; id <= users; id++ {
-			group.Go(func() {
-				body := map[string]string{"PUT": `{"name": "Jane"}`}[method]
-				a := svc.do(method, fmt.Sprintf("/users/%d", id), body,
-					fmt.Sprintf("X-Request-Id: %s-%d", method, id))
-				if a.status != 200 {
-					t.Errorf("%d %s", a.status, a.body)
-				}
-			})
-		}
-		group.Wait()
-	}
-	for id := 1; id <= users; id++ {
-		svc.waitForLine(fmt.Sprintf("Received event user.updated with user_id=%d", id),
-			"trace_id", fmt.Sprintf("PUT-%d", id), "version", 2)
-		svc.waitForLine(fmt.Sprintf("Received event user.deleted with user_id=%d", id),
-			"trace_id", fmt.Sprintf("DELETE-%d", id), "version", 3)
-	}
-	if n := strings.Count(svc.log.String(), `"Received event `); n != 3*users {
-		t.Errorf("%d events of %d changes", n, 3*users)
-	}
-}
-
-// TestTraceIDsOfAUser changes one user from many sides: each change has the trace id of its own
-// request.
-func TestTraceIDsOfAUser(t *testing.T) {
-	t.Parallel()
-	svc := startService(t, postgresSettings(t))
-	id := svc.createUser("John", "Doe")
-	const changes = 24
-	versions := make([]string, changes)
-	var group sync.WaitGroup
-	for i := range changes {
-		group.Go(func() {
-			a := svc.do("PUT", fmt.Sprint("/users/", id), fmt.Sprintf(`{"name": "name %d"}`, i),
-				fmt.Sprint("X-Request-Id: change-", i))
-			if a.status != 200 {
-				t.Errorf("%d %s", a.status, a.body)
-			}
-			versions[i] = strings.Trim(a.header.Get("ETag"), `"`)
-		})
-	}
-	group.Wait()
-	for i, version := range versions {
-		svc.waitForLine(fmt.Sprintf("Received event user.updated with user_id=%d", id),
-			"trace_id", fmt.Sprint("change-", i), "version", version)
-	}
-}
-
-// TestTableRefuses writes what no answer could show.
-func TestTableRefuses(t *testing.T) {
+// TestConstraints checks that the table refuses values that an answer cannot have, changes of ids,
+// and duplicates. It accepts the limits.
+func TestConstraints(t *testing.T) {
 	t.Parallel()
 	conn := connect(t, newDatabase(t))
 	execute(t, conn, resetWriters)
@@ -528,17 +474,18 @@ func TestTableRefuses(t *testing.T) {
 	} {
 		_, err := conn.Exec(t.Context(), test.sql)
 		if code := sqlState(err); code != test.code {
-			t.Errorf("%s: %q (%v), want %s", test.sql, code, err, test.code)
+			t.Errorf("%s: SQLSTATE %q (%v), want %s", test.sql, code, err, test.code)
 		}
 	}
 	if after := queryValue[string](t, conn, usersText); after != before {
-		t.Errorf("a refused statement changed %s to %s", before, after)
+		t.Errorf("users %s after refused statements, want %s", after, before)
 	}
 	if events := queryValue[string](t, conn, eventsText); events != "" {
-		t.Errorf("refused statements have the events %s", events)
+		t.Errorf("events %s after refused statements, want none", events)
 	}
 	for _, sql := range []string{
-		insert("id, version", fmt.Sprintf("%d, %d", int64(math.MaxInt64), int64(math.MaxInt64-1))),
+		insert("id, version", fmt.Sprintf("%d, %d",
+			int64(math.MaxInt64), int64(math.MaxInt64-1))),
 		insert("created_at", "'0001-01-01 00:00Z'"),
 		insert("created_at", "'9999-12-31 23:59:59.999999Z'"),
 	} {
@@ -546,8 +493,9 @@ func TestTableRefuses(t *testing.T) {
 	}
 }
 
-// TestTriggersTakeManyRows updates many rows after the session has planned for single ones.
-func TestTriggersTakeManyRows(t *testing.T) {
+// TestTriggersOnManyRows checks that the triggers handle a statement of many rows in time although
+// the session has cached plans for single rows.
+func TestTriggersOnManyRows(t *testing.T) {
 	t.Parallel()
 	conn := connect(t, newDatabase(t))
 	const rows = 20_000
@@ -560,7 +508,7 @@ func TestTriggersTakeManyRows(t *testing.T) {
 	execute(t, conn, "UPDATE users SET name = 'all'")
 	execute(t, conn, "DELETE FROM users")
 	if n := queryValue[int](t, conn, "SELECT count(*) FROM outbox"); n != 3*rows+20 {
-		t.Errorf("%d events of %d changes", n, 3*rows+20)
+		t.Errorf("%d events, want %d", n, 3*rows+20)
 	}
 	checkTotal(t, conn)
 }

@@ -17,7 +17,7 @@ import (
 //go:embed testdata/schema-c223611.sql
 var previousSchema string
 
-// The statements of the release of commit c223611, whose SQL follows word for word.
+// The SQL statements of the release of commit c223611, word for word.
 const (
 	previousColumns = "id, name, surname, version, created_at, updated_at"
 	previousCreate  = `
@@ -91,10 +91,10 @@ type previousUserChange struct {
 	TraceID  string  `json:"trace_id"`
 }
 
-// previousRelease makes changes as the release of commit c223611 does.
+// previousRelease changes users with the statements of the release of commit c223611.
 type previousRelease struct{ conn *pgx.Conn }
 
-// create returns the new user, or one of id 0 where the key was used before.
+// create returns the new user, or one with the id 0 if the key was used before.
 func (r previousRelease) create(t *testing.T, key, traceID string) (u User) {
 	t.Helper()
 	rows, _ := r.conn.Query(t.Context(), previousCreate, "John", "Doe", "hash", newUUIDv7(),
@@ -105,7 +105,8 @@ func (r previousRelease) create(t *testing.T, key, traceID string) (u User) {
 	return u
 }
 
-// change returns the users, and which of them were changed.
+// change runs previousUpdate or previousDelete. It returns the users and which of them were
+// changed.
 func (r previousRelease) change(t *testing.T, sql string, changes ...previousUserChange) (
 	users map[int64]User, done map[int64]bool) {
 	t.Helper()
@@ -126,12 +127,13 @@ func (r previousRelease) change(t *testing.T, sql string, changes ...previousUse
 	return users, done
 }
 
+// eventsWithTraces returns the type, user, version and trace id of each event in the outbox.
 const eventsWithTraces = `SELECT coalesce(string_agg(format('%s %s/%s %s', substr(event_type, 6),
 	user_id, version, trace_id), ', ' ORDER BY user_id, version), '') FROM outbox`
 
-// TestPreviousReleaseRunsBeside sends the statements of the previous release to the new schema:
-// each version has one event, with the trace id that the statement says.
-func TestPreviousReleaseRunsBeside(t *testing.T) {
+// TestPreviousReleaseStatements runs the statements of the previous release on the new schema, and
+// checks that each version has exactly one event, with the trace id of the statement.
+func TestPreviousReleaseStatements(t *testing.T) {
 	t.Parallel()
 	conn := connect(t, newDatabase(t))
 	old := previousRelease{conn}
@@ -139,13 +141,14 @@ func TestPreviousReleaseRunsBeside(t *testing.T) {
 	for i, key := range []string{"", "key", "other", "", "key"} {
 		u := old.create(t, key, fmt.Sprint("create-", i+1))
 		if (u.ID == 0) != (i == 4) || u.ID != 0 && u.Version != 1 {
-			t.Errorf("creation %d with the key %q: %+v", i, key, u)
+			t.Errorf("creation %d with the key %q: %+v, want version 1 unless the key is used",
+				i, key, u)
 		}
 	}
 	const created = "created 1/1 create-1, created 2/1 create-2, created 3/1 create-3, " +
 		"created 4/1 create-4"
 	if got := queryValue[string](t, conn, eventsWithTraces); got != created {
-		t.Errorf("creations: %s, want %s", got, created)
+		t.Errorf("events of creations: %s, want %s", got, created)
 	}
 
 	execute(t, conn, "DELETE FROM outbox")
@@ -156,14 +159,14 @@ func TestPreviousReleaseRunsBeside(t *testing.T) {
 		previousUserChange{ID: 4, Surname: &jane, Match: []int64{1}, TraceID: "update-4"},
 		previousUserChange{ID: 99, Name: &jane, TraceID: "update-99"})
 	if !done[1] || done[2] || done[3] || !done[4] || len(done) != 4 {
-		t.Errorf("the updates done are %v", done)
+		t.Errorf("updates done: %v, want those of the users 1 and 4", done)
 	}
 	if users[1].Version != 2 || users[2].Version != 1 || users[4].Version != 2 {
-		t.Errorf("updated users: %+v", users)
+		t.Errorf("users after the updates: %+v, want the versions 2, 1 and 2 of 1, 2 and 4", users)
 	}
 	const updated = "updated 1/2 update-1, updated 4/2 update-4"
 	if got := queryValue[string](t, conn, eventsWithTraces); got != updated {
-		t.Errorf("updates: %s, want %s", got, updated)
+		t.Errorf("events of updates: %s, want %s", got, updated)
 	}
 
 	execute(t, conn, "DELETE FROM outbox")
@@ -172,17 +175,18 @@ func TestPreviousReleaseRunsBeside(t *testing.T) {
 		previousUserChange{ID: 2, Match: []int64{7}, TraceID: "delete-2"},
 		previousUserChange{ID: 3, Match: []int64{1}, TraceID: "delete-3"})
 	if !done[1] || done[2] || !done[3] || len(done) != 3 {
-		t.Errorf("the deletions done are %v", done)
+		t.Errorf("deletions done: %v, want those of the users 1 and 3", done)
 	}
 	const deleted = "deleted 1/3 delete-1, deleted 3/2 delete-3"
 	if got := queryValue[string](t, conn, eventsWithTraces); got != deleted {
-		t.Errorf("deletions: %s, want %s", got, deleted)
+		t.Errorf("events of deletions: %s, want %s", got, deleted)
 	}
 	checkTotal(t, conn)
 	checkEvents(t, conn)
 }
 
-// TestReleasesShareUsers has both releases change the same users at once.
+// TestReleasesShareUsers changes the same users with both releases concurrently, and checks that
+// each version and each change has one event.
 func TestReleasesShareUsers(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
@@ -217,8 +221,8 @@ func TestReleasesShareUsers(t *testing.T) {
 	versions, traces := make(map[int64]int64), make(map[string]bool)
 	for _, e := range allPending(t, s) {
 		if e.Data.Version != versions[e.Data.UserID]+1 {
-			t.Errorf("version %d of user %d follows %d", e.Data.Version, e.Data.UserID,
-				versions[e.Data.UserID])
+			t.Errorf("user %d: event of version %d after version %d",
+				e.Data.UserID, e.Data.Version, versions[e.Data.UserID])
 		}
 		versions[e.Data.UserID] = e.Data.Version
 		traces[e.TraceID] = true
@@ -227,15 +231,15 @@ func TestReleasesShareUsers(t *testing.T) {
 		for i := range rounds {
 			for _, release := range []string{"old", "new"} {
 				if trace := fmt.Sprintf("%s-%d-%d", release, c, i); !traces[trace] {
-					t.Errorf("no event has the trace id %s", trace)
+					t.Errorf("no event with the trace id %s", trace)
 				}
 			}
 		}
 	}
 }
 
-// previousDatabase returns a database of the previous release with users, one of them in an open
-// past and one in a far future, and two events that were not sent.
+// previousDatabase returns a database of the previous release with five users and two pending
+// events. User 4 was created at -infinity, and user 5 was changed in the year 20000.
 func previousDatabase(t *testing.T) string {
 	t.Helper()
 	url := emptyDatabase(t, "")
@@ -254,8 +258,7 @@ func previousDatabase(t *testing.T) string {
 	return url
 }
 
-// catalog is all that a start could change in the catalog and in the tables, except the rows of
-// relay_lease and of a total that is folded.
+// catalog is a query that returns a description of all objects that a start could change.
 const catalog = `
 	SELECT string_agg(item, E'\n' ORDER BY item) FROM (
 		SELECT format('relation %s %s %s %s %s', oid, relname, relfilenode, xmin, relchecks)
@@ -271,7 +274,7 @@ const catalog = `
 		WHERE nspname !~ '^pg_(toast_)?temp'
 	) AS items (item)`
 
-// differences returns the lines that one text has and the other has not.
+// differences returns the lines that only one of two texts has.
 func differences(before, after string) (lines []string) {
 	old, new := strings.Split(before, "\n"), strings.Split(after, "\n")
 	for _, line := range old {
@@ -287,7 +290,8 @@ func differences(before, after string) (lines []string) {
 	return lines
 }
 
-// TestUpgrade opens a database of the previous release, and then starts that release again.
+// TestUpgrade checks that the upgrade of a database keeps its content, and that the previous
+// release can start on the upgraded database and use it.
 func TestUpgrade(t *testing.T) {
 	t.Parallel()
 	url := previousDatabase(t)
@@ -301,11 +305,11 @@ func TestUpgrade(t *testing.T) {
 	before := content()
 	s := openTestPostgres(t, url)
 	if after := content(); after != before {
-		t.Errorf("the upgrade changed %s to %s", before, after)
+		t.Errorf("content after the upgrade:\n%s\nwant\n%s", after, before)
 	}
 	_, total, err := s.listUsers(t.Context(), 0, 0, 1)
 	if err != nil || total != 5 {
-		t.Errorf("the total is %d, %v", total, err)
+		t.Errorf("total %d, %v, want 5", total, err)
 	}
 	s.close()
 	checkSchemaVersion(t, conn)
@@ -314,21 +318,22 @@ func TestUpgrade(t *testing.T) {
 	execute(t, conn, previousSchema)
 	openTestPostgres(t, url).close()
 	if lines := differences(upgraded, queryValue[string](t, conn, catalog)); len(lines) > 0 {
-		t.Errorf("a start of the previous release changed %q", lines)
+		t.Errorf("the start of the previous release changed the catalog: %q", lines)
 	}
 	if after := content(); after != before {
-		t.Errorf("a start of the previous release changed %s to %s", before, after)
+		t.Errorf("content after the start of the previous release:\n%s\nwant\n%s", after, before)
 	}
 	old := previousRelease{conn}
 	if u := old.create(t, "key-2", "trace"); u.ID != 0 {
-		t.Errorf("a key that was used makes %+v", u)
+		t.Errorf("creation with a used key: %+v, want none", u)
 	}
 	if u := old.create(t, "key-9", "trace"); u.ID <= 5 || u.Version != 1 {
-		t.Errorf("a new key makes %+v", u)
+		t.Errorf("creation with a new key: %+v, want version 1 and an id above 5", u)
 	}
 	checkTotal(t, conn)
 }
 
+// checkSchemaVersion checks the version and the triggers of the schema.
 func checkSchemaVersion(t *testing.T, conn *pgx.Conn) {
 	t.Helper()
 	version := queryValue[int](t, conn, "SELECT version FROM user_service_schema()")
@@ -337,28 +342,28 @@ func checkSchemaVersion(t *testing.T, conn *pgx.Conn) {
 	const want = "user_service_adopt user_service_delete user_service_insert " +
 		"user_service_keep_ids user_service_stamp user_service_truncate user_service_update"
 	if version != 2 || triggers != want {
-		t.Errorf("version %d, the triggers are %s, want %s", version, triggers, want)
+		t.Errorf("version %d with the triggers %s, want 2, %s", version, triggers, want)
 	}
 	old := queryValue[int](t, conn, "SELECT count(*) FROM pg_proc WHERE proname = 'count_users'")
 	if old != 0 {
-		t.Error("the function of the old triggers is still there")
+		t.Error("the function of the old triggers was not dropped")
 	}
 }
 
-// TestUpgradeServesOldRows reads and changes what the previous release has written, times that
-// JSON cannot show included.
-func TestUpgradeServesOldRows(t *testing.T) {
+// TestUpgradedRows checks that the service publishes the pending events of the previous release,
+// and reads and deletes its users, including those whose times JSON cannot represent.
+func TestUpgradedRows(t *testing.T) {
 	t.Parallel()
 	set := memorySettings()
 	set.databaseURL = previousDatabase(t)
 	svc := startService(t, set)
-	for id := 2; id <= 3; id++ { // their events were in the outbox
+	for id := 2; id <= 3; id++ { // with events in the outbox
 		svc.waitForLine(fmt.Sprintf("Received event user.created with user_id=%d", id),
 			"trace_id", fmt.Sprint("create-", id), "version", 1)
 	}
 	if a := svc.do("GET", "/users", ""); a.status != 200 || a.json(t, "total") != 5.0 ||
 		len(a.json(t, "users").([]any)) != 5 {
-		t.Errorf("the list: %d %s", a.status, a.body)
+		t.Errorf("GET /users: status %d, want 200 with 5 users: %s", a.status, a.body)
 	}
 	for id, want := range map[int][2]string{
 		4: {"created_at", "0001-01-01T00:00:00.000000Z"},
@@ -366,26 +371,26 @@ func TestUpgradeServesOldRows(t *testing.T) {
 	} {
 		path := fmt.Sprint("/users/", id)
 		if a := svc.do("GET", path, ""); a.status != 200 || a.json(t, want[0]) != want[1] {
-			t.Errorf("%s: %d %s, want %s", path, a.status, a.body, want)
+			t.Errorf("GET %s: status %d, want 200 with %s: %s", path, a.status, want, a.body)
 		}
 	}
 	for id := 1; id <= 5; id++ {
 		path := fmt.Sprint("/users/", id)
 		if a := svc.do("DELETE", path, ""); a.status != 200 {
-			t.Errorf("DELETE %s: %d %s", path, a.status, a.body)
+			t.Errorf("DELETE %s: status %d, want 200: %s", path, a.status, a.body)
 		}
 		svc.waitForLine(fmt.Sprintf("Received event user.deleted with user_id=%d", id),
 			"version", 2)
 	}
 	if a := svc.do("GET", "/users", ""); a.json(t, "total") != 0.0 {
-		t.Errorf("the list of no users: %s", a.body)
+		t.Errorf("GET /users after the deletions: want the total 0: %s", a.body)
 	}
 	svc.createUser("John", "Doe")
 }
 
-// TestUpgradeKeepsOldRowsApart updates rows whose times no new row may have: that may be refused,
-// and is no trouble for others.
-func TestUpgradeKeepsOldRowsApart(t *testing.T) {
+// TestUpgradedRowsDoNotAffectBatch checks that updates of users whose times no new row may have,
+// which may be refused, do not affect concurrent updates of other users.
+func TestUpgradedRowsDoNotAffectBatch(t *testing.T) {
 	t.Parallel()
 	set := memorySettings()
 	set.databaseURL = previousDatabase(t)
@@ -396,16 +401,18 @@ func TestUpgradeKeepsOldRowsApart(t *testing.T) {
 		group.Go(func() {
 			a := svc.do("PUT", fmt.Sprint("/users/", id), fmt.Sprintf(`{"name": "name %d"}`, i))
 			if a.status != 200 && (id <= 3 || a.status != 409) {
-				t.Errorf("user %d: %d %s", id, a.status, a.body)
+				t.Errorf("PUT /users/%d: status %d, want 200, or 409 for the users 4 and 5: %s",
+					id, a.status, a.body)
 			}
 		})
 	}
 	group.Wait()
 }
 
-// TestUpgradeHoldsUpNobody upgrades a database beside an open transaction that has read users:
-// other requests go on, and the upgrade is made when the transaction has ended.
-func TestUpgradeHoldsUpNobody(t *testing.T) {
+// TestUpgradeDoesNotBlock upgrades a database while a transaction that has read users is open. It
+// checks that other statements succeed meanwhile, and that the upgrade succeeds after the
+// transaction.
+func TestUpgradeDoesNotBlock(t *testing.T) {
 	t.Parallel()
 	url := previousDatabase(t)
 	tx, err := connect(t, url).Begin(t.Context())
@@ -418,7 +425,8 @@ func TestUpgradeHoldsUpNobody(t *testing.T) {
 	log := &logBuffer{}
 	opened := make(chan error)
 	go func() {
-		s, err := openPostgres(context.Background(), url, "upgrade", newLogger(&logWriter{w: log}, 0))
+		logger := newLogger(&logWriter{w: log}, 0)
+		s, err := openPostgres(context.Background(), url, "upgrade", logger)
 		if err == nil {
 			s.close()
 		}
@@ -427,11 +435,11 @@ func TestUpgradeHoldsUpNobody(t *testing.T) {
 	old := previousRelease{connect(t, url)}
 	execute(t, old.conn, "SET lock_timeout = '5s'")
 	for i := 0; len(log.lines("Waiting for the database")) < 2; i++ {
-		old.create(t, "", fmt.Sprint("beside-", i))
+		old.create(t, "", fmt.Sprint("during-", i))
 	}
 	select {
 	case err := <-opened:
-		t.Errorf("the upgrade did not wait: %v", err)
+		t.Errorf("the upgrade did not wait for the transaction: %v", err)
 		return
 	default:
 	}
@@ -449,14 +457,16 @@ func TestUpgradeHoldsUpNobody(t *testing.T) {
 	checkTotal(t, old.conn)
 }
 
-// TestForeignCountUsers has a function of the site that is called like that of the previous release.
-func TestForeignCountUsers(t *testing.T) {
+// TestUpgradeKeepsOtherFunction checks that a function of the site is kept although it has the name
+// of one of the previous release.
+func TestUpgradeKeepsOtherFunction(t *testing.T) {
 	t.Parallel()
 	url := emptyDatabase(t, "")
 	conn := connect(t, url)
-	execute(t, conn, "CREATE FUNCTION count_users() RETURNS bigint LANGUAGE sql AS 'SELECT 7::bigint'")
+	execute(t, conn,
+		"CREATE FUNCTION count_users() RETURNS bigint LANGUAGE sql AS 'SELECT 7::bigint'")
 	openTestPostgres(t, url)
 	if n := queryValue[int64](t, conn, "SELECT count_users()"); n != 7 {
-		t.Errorf("the site's function returns %d", n)
+		t.Errorf("the function of the site returns %d, want 7", n)
 	}
 }
