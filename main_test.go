@@ -401,7 +401,7 @@ func TestProgramWithoutRabbitMQ(t *testing.T) {
 // SHUTDOWN_DELAY.
 func TestProgramShutdownDelay(t *testing.T) {
 	t.Parallel()
-	p := startProgram(t, "SHUTDOWN_DELAY=2s")
+	p := startProgram(t, "SHUTDOWN_DELAY=4s")
 	begin := time.Now()
 	p.signal(syscall.SIGTERM)
 	var readiness answer
@@ -419,8 +419,8 @@ func TestProgramShutdownDelay(t *testing.T) {
 		t.Error("the port is closed during the delay")
 	}
 	p.checkEnd()
-	if took := time.Since(begin); took < 2*time.Second {
-		t.Errorf("the program ended after %v, want at least 2 s", took)
+	if took := time.Since(begin); took < 4*time.Second {
+		t.Errorf("the program ended after %v, want at least 4 s", took)
 	}
 }
 
