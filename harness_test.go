@@ -76,7 +76,7 @@ var template struct {
 
 // parallelTests is how many tests run at the same time: most of them wait for a server or a timeout,
 // so that one test a core would leave the machine idle. The flag -parallel overrides it.
-const parallelTests = 12
+const parallelTests = 8
 
 func TestMain(m *testing.M) {
 	flag.Parse()
@@ -96,7 +96,7 @@ func TestMain(m *testing.M) {
 
 // leftovers is what tests have created on the servers. A test does not wait for its removal: DROP
 // DATABASE waits for a checkpoint of the whole server, and exchanges need a pause first.
-var leftovers = cleanup{dropping: make(chan struct{}, 12)}
+var leftovers = cleanup{dropping: make(chan struct{}, parallelTests)}
 
 type cleanup struct {
 	drops    errgroup.Group // of databases that no test uses any more
