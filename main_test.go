@@ -616,7 +616,7 @@ func TestSlowClients(t *testing.T) {
 		for range users {
 			s.createUser("John", "Doe")
 		}
-		const slow = 150
+		const slow = 60
 		for range slow {
 			for _, head := range []string{
 				"GET /users HTTP/1.1\r\nHost: slow\r\n",
