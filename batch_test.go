@@ -11,7 +11,8 @@ import (
 	"time"
 )
 
-// slowGroup answers each key with its text, a second later, and notes the batches.
+// slowGroup returns a Group that returns the text of each positive key after a second, and fails for
+// negative keys. It appends the keys of each batch to batches.
 func slowGroup(batches *[][]int) *Group[int, string] {
 	return &Group[int, string]{
 		budget: time.Minute, batchLimits: batchLimits{1, 1},
@@ -32,7 +33,8 @@ func slowGroup(batches *[][]int) *Group[int, string] {
 	}
 }
 
-func TestGroupSharesTheNextBatch(t *testing.T) {
+// TestGroupSharesNextBatch checks that calls during a batch share the next one.
+func TestGroupSharesNextBatch(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var batches [][]int
@@ -42,24 +44,24 @@ func TestGroupSharesTheNextBatch(t *testing.T) {
 			callers.Go(func() {
 				value, ok, err := g.Do(t.Context(), key)
 				if err != nil || ok != (key != 0) || ok && value != fmt.Sprint(key) {
-					t.Errorf("key %d: %q, %t, %v", key, value, ok, err)
+					t.Errorf("Do(%d): got %q, %t, %v", key, value, ok, err)
 				}
 			})
 			synctest.Wait() // so that the calls come in this order
 		}
 		callers.Wait()
-		if got := fmt.Sprint(batches); got != "[[7] [1 2 2 0 3]]" {
-			t.Errorf("the batches are %s", got)
+		if got, want := fmt.Sprint(batches), "[[7] [1 2 2 0 3]]"; got != want {
+			t.Errorf("batches: got %s, want %s", got, want)
 		}
 		if g.Do(t.Context(), 8); len(batches) != 3 {
-			t.Errorf("a lone call made %d batches of 2", len(batches))
+			t.Errorf("batches after another call: got %d, want 3", len(batches))
 		}
 	})
 }
 
-// TestGroupRunsAFewAlone has calls come one by one: two run alone, the rest shares, and while
-// that batch runs nobody runs alone.
-func TestGroupRunsAFewAlone(t *testing.T) {
+// TestGroupRunsCallsAlone checks that the first two calls run alone, that later calls share a batch, and
+// that no call runs alone while a shared batch runs.
+func TestGroupRunsCallsAlone(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var batches [][]int
@@ -72,15 +74,15 @@ func TestGroupRunsAFewAlone(t *testing.T) {
 			time.Sleep(300 * time.Millisecond)
 		}
 		callers.Wait()
-		if got := fmt.Sprint(batches); got != "[[1] [2] [3 4] [5 6 7]]" {
-			t.Errorf("the batches are %s", got)
+		if got, want := fmt.Sprint(batches), "[[1] [2] [3 4] [5 6 7]]"; got != want {
+			t.Errorf("batches: got %s, want %s", got, want)
 		}
 	})
 }
 
-// TestGroupKeepsToItsLimit has calls come while two batches run: they share the third, which
-// begins when the first of the two ends.
-func TestGroupKeepsToItsLimit(t *testing.T) {
+// TestGroupLimitsBatches checks that calls during two batches share a third one, which begins when the
+// first of the two ends.
+func TestGroupLimitsBatches(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var batches [][]int
@@ -98,15 +100,15 @@ func TestGroupKeepsToItsLimit(t *testing.T) {
 			time.Sleep(100 * time.Millisecond)
 		}
 		callers.Wait()
-		if got := fmt.Sprint(batches, took); got != "[[1] [2] [3 4 5]] [1s 1.1s 2s 2s 2s]" {
-			t.Errorf("the batches and their ends are %s", got)
+		const want = "[[1] [2] [3 4 5]] [1s 1.1s 2s 2s 2s]"
+		if got := fmt.Sprint(batches, took); got != want {
+			t.Errorf("batches and the time of each answer: got %s, want %s", got, want)
 		}
 	})
 }
 
-// TestGroupReadsNothingStale asks again while a batch runs: the answer must not come from
-// that one.
-func TestGroupReadsNothingStale(t *testing.T) {
+// TestGroupReturnsNewState checks that a call does not get the result of a batch that began before it.
+func TestGroupReturnsNewState(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		state := "old"
@@ -120,45 +122,46 @@ func TestGroupReadsNothingStale(t *testing.T) {
 		synctest.Wait()
 		state = "new"
 		if value, _, _ := g.Do(t.Context(), 1); value != "new" {
-			t.Errorf("a call got what was %s before it was made", value)
+			t.Errorf("Do: got the %s state, want the new one", value)
 		}
 	})
 }
 
-// TestGroupLetsCallersGo has one caller leave, one run out of time, and the others answered.
-func TestGroupLetsCallersGo(t *testing.T) {
+// TestGroupCallerContext checks that a call returns when its context is canceled or times out, and that
+// the other calls of its batch are answered.
+func TestGroupCallerContext(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var batches [][]int
 		g := slowGroup(&batches)
 		go g.Do(t.Context(), 1)
 		synctest.Wait()
-		ctx, leave := context.WithCancel(t.Context())
-		left := make(chan error, 1)
+		ctx, cancel := context.WithCancel(t.Context())
+		canceled := make(chan error, 1)
 		go func() {
 			_, _, err := g.Do(ctx, 2)
-			left <- err
+			canceled <- err
 		}()
 		synctest.Wait()
-		leave()
+		cancel()
 		synctest.Wait()
-		if err := <-left; !errors.Is(err, context.Canceled) {
-			t.Errorf("the caller that left got %v", err)
+		if err := <-canceled; !errors.Is(err, context.Canceled) {
+			t.Errorf("canceled call: got %v, want context.Canceled", err)
 		}
-		impatient, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		ctx, cancel = context.WithTimeout(t.Context(), time.Millisecond)
 		defer cancel()
-		if _, _, err := g.Do(impatient, 3); !errors.Is(err, context.DeadlineExceeded) {
-			t.Errorf("the impatient caller got %v", err)
+		if _, _, err := g.Do(ctx, 3); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("timed-out call: got %v, want context.DeadlineExceeded", err)
 		}
 		if value, ok, err := g.Do(t.Context(), 4); value != "4" || !ok || err != nil {
-			t.Errorf("the patient caller got %q, %t, %v", value, ok, err)
+			t.Errorf("other call: got %q, %t, %v, want 4", value, ok, err)
 		}
 	})
 }
 
-// TestGroupKeepsToItsBudget has batches that never end by themselves: each caller is answered
-// when the budget of its batch ends, which began with the batch's first call.
-func TestGroupKeepsToItsBudget(t *testing.T) {
+// TestGroupBudget checks that calls fail when the budget of their batch ends. The budget begins with the
+// first call of the batch.
+func TestGroupBudget(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		g := &Group[int, string]{budget: 4 * time.Second, batchLimits: batchLimits{1, 1}}
@@ -172,7 +175,7 @@ func TestGroupKeepsToItsBudget(t *testing.T) {
 		for i := range took {
 			callers.Go(func() {
 				if _, _, err := g.Do(t.Context(), i); !errors.Is(err, context.DeadlineExceeded) {
-					t.Errorf("caller %d got %v", i, err)
+					t.Errorf("Do(%d): got %v, want context.DeadlineExceeded", i, err)
 				}
 				took[i] = time.Since(start)
 			})
@@ -180,15 +183,15 @@ func TestGroupKeepsToItsBudget(t *testing.T) {
 			time.Sleep(time.Second)
 		}
 		callers.Wait()
-		if got := fmt.Sprint(took); got != "[4s 5s 5s 5s]" {
-			t.Errorf("callers were answered after %s", got)
+		if got, want := fmt.Sprint(took), "[4s 5s 5s 5s]"; got != want {
+			t.Errorf("times of the answers: got %s, want %s", got, want)
 		}
 	})
 }
 
-// TestGroupSurvivesFailures has batches fail and panic, the first alone and the second
-// shared: their callers are told, and the next batch runs.
-func TestGroupSurvivesFailures(t *testing.T) {
+// TestGroupFailures checks that calls return the error or panic of their batch, alone or shared, and that
+// the next batch runs.
+func TestGroupFailures(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		g := &Group[string, int]{budget: time.Minute, batchLimits: batchLimits{1, 1}}
@@ -209,14 +212,14 @@ func TestGroupSurvivesFailures(t *testing.T) {
 					_, ok, err := g.Do(t.Context(), key)
 					_, panicked := errors.AsType[*panicError](err)
 					if ok || err == nil || panicked != (key == "panic") {
-						t.Errorf("%s: %t, %v", key, ok, err)
+						t.Errorf("Do(%s): got %t, %v", key, ok, err)
 					}
 				})
 				synctest.Wait()
 			}
 			callers.Wait()
 			if value, ok, err := g.Do(t.Context(), "ok"); value != 1 || !ok || err != nil {
-				t.Errorf("after %v: %d, %t, %v", keys[:2], value, ok, err)
+				t.Errorf("Do after %v: got %d, %t, %v, want 1", keys[:2], value, ok, err)
 			}
 		}
 	})

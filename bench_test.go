@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/http/httptest"
 	"testing"
+	"time"
 )
 
 func BenchmarkGetUser(b *testing.B) {
@@ -34,13 +35,34 @@ func BenchmarkParseObject(b *testing.B) {
 }
 
 func BenchmarkGroup(b *testing.B) {
-	g := Group[int, int]{batchLimits: batchLimits{4, 1}, run: func(_ context.Context, keys []int) (map[int]int, error) {
+	g := Group[int, int]{batchLimits: batchLimits{4, 1}}
+	g.run = func(_ context.Context, keys []int) (map[int]int, error) {
 		return map[int]int{keys[0]: 1}, nil
-	}}
+	}
 	b.ReportAllocs()
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
 			g.Do(b.Context(), 1)
 		}
 	})
+}
+
+func BenchmarkUserJSON(b *testing.B) {
+	u := User{ID: 7, Name: "John", Surname: "Doe", CreatedAt: timestamp{time.Now()}, UpdatedAt: timestamp{time.Now()}}
+	buffer := make([]byte, 0, 256)
+	b.ReportAllocs()
+	for b.Loop() {
+		u.appendJSON(buffer)
+	}
+}
+
+func BenchmarkLogLine(b *testing.B) {
+	log := newLogger(&logWriter{w: io.Discard}, slog.LevelInfo)
+	ctx := withTraceID(context.Background(), newUUIDv4())
+	b.ReportAllocs()
+	for b.Loop() {
+		log.LogAttrs(ctx, slog.LevelInfo, "Request completed", slog.String("method", "GET"),
+			slog.String("path", "/users/7"), slog.Int("status", 200),
+			slog.Float64("duration_ms", 0.123), slog.Int64("bytes", 151))
+	}
 }

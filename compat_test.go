@@ -8,7 +8,7 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// TestPostgresVersion logs which PostgreSQL the tests run on.
+// TestPostgresVersion logs the version of PostgreSQL that the tests use.
 func TestPostgresVersion(t *testing.T) {
 	conn, err := pgx.Connect(t.Context(), testDatabaseURL)
 	if err != nil {
@@ -18,8 +18,8 @@ func TestPostgresVersion(t *testing.T) {
 	postgresVersion(t, conn)
 }
 
-// postgresVersion logs and returns the version that a server reports, without what a
-// distribution adds to it. The test fails if it is not TEST_POSTGRES_VERSION.
+// postgresVersion logs and returns the version of a server, without the suffix of a distribution. The
+// test fails if TEST_POSTGRES_VERSION is set and differs.
 func postgresVersion(t *testing.T, conn *pgx.Conn) string {
 	t.Helper()
 	var reported string
@@ -29,7 +29,7 @@ func postgresVersion(t *testing.T, conn *pgx.Conn) string {
 	version, _, _ := strings.Cut(reported, " ")
 	t.Logf("the server reports PostgreSQL %s", version)
 	if want := os.Getenv("TEST_POSTGRES_VERSION"); want != "" && version != want {
-		t.Errorf("the tests were to run on PostgreSQL %s", want)
+		t.Errorf("PostgreSQL version: got %s, want %s", version, want)
 	}
 	return version
 }

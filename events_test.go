@@ -20,6 +20,7 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
+// newEvent returns an event with a new id, the trace id trace-1 and a fixed time.
 func newEvent(eventType string, userID, version int64) event {
 	return event{
 		ID:         newUUIDv7(),
@@ -39,6 +40,7 @@ func encode(t *testing.T, e event) []byte {
 	return body
 }
 
+// TestEventJSON checks the JSON of an event, which other services read.
 func TestEventJSON(t *testing.T) {
 	t.Parallel()
 	e := newEvent(userCreated, 7, 1)
@@ -46,10 +48,11 @@ func TestEventJSON(t *testing.T) {
 	const want = `{"event_id":"01890a5d-ac96-774b-bcce-b302099a8057","event_type":"user.created",` +
 		`"data":{"user_id":7,"version":1},"trace_id":"trace-1","occurred_at":"2026-01-01T12:00:00.123456Z"}`
 	if got := string(encode(t, e)); got != want {
-		t.Errorf("%s\nnot\n%s", got, want)
+		t.Errorf("got  %s\nwant %s", got, want)
 	}
 }
 
+// TestParseEvent checks which messages are readable.
 func TestParseEvent(t *testing.T) {
 	t.Parallel()
 	good := string(encode(t, newEvent(userCreated, 7, 1)))
@@ -65,29 +68,29 @@ func TestParseEvent(t *testing.T) {
 		"no id":               {replace("event_id", "id"), false},
 		"no user":             {replace("user_id", "id"), false},
 		"a version of 0":      {replace(`"version":1`, `"version":0`), false},
-		"a version in words":  {replace(`"version":1`, `"version":"1"`), false},
-		"no JSON":             {"not JSON", false},
+		"a version as text":   {replace(`"version":1`, `"version":"1"`), false},
+		"invalid JSON":        {"not JSON", false},
 		"an empty body":       {"", false},
-		"another value":       {"[]", false},
+		"an array":            {"[]", false},
 		"an empty object":     {"{}", false},
 		"a truncated body":    {good[:len(good)-1], false},
 		"the largest body":    {good + strings.Repeat(" ", maxEventBytes-len(good)), true},
-		"one byte over it":    {good + strings.Repeat(" ", maxEventBytes-len(good)+1), false},
-		"a strange trace id":  {replace("trace-1", `\u0000\n`), true},
+		"one byte more":       {good + strings.Repeat(" ", maxEventBytes-len(good)+1), false},
+		"control characters":  {replace("trace-1", `\u0000\n`), true},
 		"an invalid time":     {replace("2026-01-01T", "2026-13-01T"), false},
 		"two events in a row": {good + good, false},
 	} {
 		_, err := parseEvent([]byte(test.body))
 		if (err == nil) != test.ok || err != nil && !errors.Is(err, errUnreadable) {
-			t.Errorf("%s: %v", name, err)
+			t.Errorf("%s: got error %v, want ok %t", name, err, test.ok)
 		}
 	}
 }
 
-// fakeBroker takes what its verdict says: how many events of a window, and with what error.
+// fakeBroker is a broker and its publisher. verdict returns the result of publish for a number of events.
 type fakeBroker struct {
 	mu        sync.Mutex
-	published []string // "user/version" of every event that was sent
+	published []string // "user/version" of every event passed to publish
 	verdict   func(sent int) (int, error)
 }
 
@@ -108,9 +111,9 @@ func (b *fakeBroker) publish(_ context.Context, events []event) (int, error) {
 	return b.verdict(len(events))
 }
 
-// TestRelayRemovesWhatTheBrokerHas refuses the third event once: what came before it is
-// gone for good, and the rest is sent again from there on.
-func TestRelayRemovesWhatTheBrokerHas(t *testing.T) {
+// TestRelayRemovesConfirmedEvents checks that, after the broker has refused the third event once, the
+// relay removes the first two and publishes the others again, in order.
+func TestRelayRemovesConfirmedEvents(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		m := newMemory()
@@ -133,23 +136,25 @@ func TestRelayRemovesWhatTheBrokerHas(t *testing.T) {
 		synctest.Wait()
 		want := []string{"1/1", "2/1", "3/1", "4/1", "5/1", "3/1", "4/1", "5/1"}
 		if !slices.Equal(b.published, want) {
-			t.Errorf("published %v, not %v", b.published, want)
+			t.Errorf("published: got %v, want %v", b.published, want)
 		}
 		if n := len(m.events); n != 0 {
-			t.Errorf("%d events are left", n)
+			t.Errorf("outbox: got %d events, want none", n)
 		}
 		if r.published.Get() != 5 {
-			t.Errorf("events_published_total is %d", r.published.Get())
+			t.Errorf("events_published_total: got %d, want 5", r.published.Get())
 		}
-		if lost, back := log.lines("Event connection lost"), log.lines("Event connection restored"); len(lost) != 1 ||
-			len(back) != 1 || lost[0]["level"] != "WARN" {
-			t.Errorf("one loss is not told once:\n%s", log)
+		lost, restored := log.lines("Event connection lost"), log.lines("Event connection restored")
+		if len(lost) != 1 || len(restored) != 1 || lost[0]["level"] != "WARN" {
+			t.Errorf("got %d lost and %d restored connections, want one each, the loss at WARN:\n%s",
+				len(lost), len(restored), log)
 		}
 	})
 }
 
-// TestRelayTellsALongLossOnce lets the broker be away for an hour.
-func TestRelayTellsALongLossOnce(t *testing.T) {
+// TestRelayLongOutage checks that the relay logs one warning while the broker fails for an hour, and
+// publishes soon after.
+func TestRelayLongOutage(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		m := newMemory()
@@ -158,7 +163,7 @@ func TestRelayTellsALongLossOnce(t *testing.T) {
 		attempts := 0
 		b := &fakeBroker{verdict: func(sent int) (int, error) {
 			if attempts++; time.Since(start) < time.Hour {
-				return 0, errors.New("away")
+				return 0, errors.New("unreachable")
 			}
 			return sent, nil
 		}}
@@ -169,10 +174,10 @@ func TestRelayTellsALongLossOnce(t *testing.T) {
 		cancel()
 		synctest.Wait()
 		if len(m.events) != 0 {
-			t.Error("the event was not sent within 11 s after the broker was back")
+			t.Error("the event was not published within 11 s after the outage")
 		}
 		if attempts < 360 || attempts > 3600 {
-			t.Errorf("%d attempts in an hour", attempts)
+			t.Errorf("attempts in an hour: got %d, want 360 to 3600", attempts)
 		}
 		warnings := 0
 		for _, line := range log.lines("") {
@@ -181,12 +186,12 @@ func TestRelayTellsALongLossOnce(t *testing.T) {
 			}
 		}
 		if warnings != 1 {
-			t.Errorf("%d warnings for one loss", warnings)
+			t.Errorf("warnings: got %d, want 1", warnings)
 		}
 	})
 }
 
-// TestRelayDrains ends the relay while events are pending: they are sent first.
+// TestRelayDrains checks that the relay publishes the pending events before it stops.
 func TestRelayDrains(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -201,7 +206,8 @@ func TestRelayDrains(t *testing.T) {
 		}}
 		newRelay(m, b, newLogger(&logWriter{w: t.Output()}, 0), metrics.NewSet()).run(ctx)
 		if len(m.events) != 0 || len(b.published) != 3*relayWindow+1 {
-			t.Errorf("%d events are left, %d were sent", len(m.events), len(b.published))
+			t.Errorf("got %d events pending and %d published, want none and %d", len(m.events),
+				len(b.published), 3*relayWindow+1)
 		}
 	})
 }
@@ -211,6 +217,7 @@ func newTestConsumer(log *logBuffer) *consumer {
 	return newConsumer(newLogger(out, slog.LevelDebug), out, metrics.NewSet())
 }
 
+// TestConsumerSkipsDuplicates checks that the consumer logs repeated and older versions at DEBUG only.
 func TestConsumerSkipsDuplicates(t *testing.T) {
 	t.Parallel()
 	log := &logBuffer{}
@@ -220,8 +227,9 @@ func TestConsumerSkipsDuplicates(t *testing.T) {
 		if _, again := sent[d]; !again {
 			sent[d] = newEvent(userUpdated, d.UserID, d.Version)
 		}
-		if unreadable, err := c.handle(t.Context(), [][]byte{encode(t, sent[d])}); err != nil || unreadable != nil {
-			t.Error(unreadable, err)
+		unreadable, err := c.handle(t.Context(), [][]byte{encode(t, sent[d])})
+		if err != nil || unreadable != nil {
+			t.Errorf("handle %v: got unreadable messages %v, error %v", d, unreadable, err)
 		}
 	}
 	var received, skipped []string
@@ -233,19 +241,20 @@ func TestConsumerSkipsDuplicates(t *testing.T) {
 			skipped = append(skipped, text)
 		}
 	}
-	if want := []string{"1/1 INFO", "2/1 INFO", "1/2 INFO", "1/3 INFO", "2/2 INFO"}; !slices.Equal(received, want) {
-		t.Errorf("received %v, not %v", received, want)
+	want := []string{"1/1 INFO", "2/1 INFO", "1/2 INFO", "1/3 INFO", "2/2 INFO"}
+	if !slices.Equal(received, want) {
+		t.Errorf("received: got %v, want %v", received, want)
 	}
 	if want := []string{"1/1 DEBUG", "1/1 DEBUG"}; !slices.Equal(skipped, want) {
-		t.Errorf("skipped %v, not %v", skipped, want)
+		t.Errorf("skipped: got %v, want %v", skipped, want)
 	}
 	if c.consumed.Get() != 5 || c.skipped.Get() != 2 {
-		t.Errorf("consumed %d, skipped %d", c.consumed.Get(), c.skipped.Get())
+		t.Errorf("got %d consumed, %d skipped, want 5, 2", c.consumed.Get(), c.skipped.Get())
 	}
 }
 
-// TestConsumerReportsConflicts gives it another event of a version that it has: the database was
-// restored, or failed over with a loss.
+// TestConsumerReportsConflicts checks the warning about two events with the same version of a user, as
+// after the database was restored or lost changes in a failover.
 func TestConsumerReportsConflicts(t *testing.T) {
 	t.Parallel()
 	log := &logBuffer{}
@@ -253,7 +262,7 @@ func TestConsumerReportsConflicts(t *testing.T) {
 	for _, version := range []int64{1, 2, 2, 1, 3} {
 		body := encode(t, newEvent(userUpdated, 7, version))
 		if unreadable, err := c.handle(t.Context(), [][]byte{body}); err != nil || unreadable != nil {
-			t.Error(unreadable, err)
+			t.Errorf("handle version %d: got unreadable messages %v, error %v", version, unreadable, err)
 		}
 	}
 	var conflicts []logLine
@@ -263,30 +272,14 @@ func TestConsumerReportsConflicts(t *testing.T) {
 		}
 	}
 	if len(conflicts) != 1 || conflicts[0]["user_id"] != 7.0 || conflicts[0]["version"] != 2.0 {
-		t.Errorf("one conflict was reported as %v", conflicts)
+		t.Errorf("warnings: got %v, want one for user 7, version 2", conflicts)
 	}
 	if c.consumed.Get() != 3 || c.skipped.Get() != 2 {
-		t.Errorf("consumed %d, skipped %d", c.consumed.Get(), c.skipped.Get())
+		t.Errorf("got %d consumed, %d skipped, want 3, 2", c.consumed.Get(), c.skipped.Get())
 	}
 }
 
-func TestVersionsStayBounded(t *testing.T) {
-	t.Parallel()
-	v := recent[int64, int64]{max: maxVersions}
-	for id := range int64(3 * maxVersions) {
-		v.put(id+1, 1)
-		if len(v.newer)+len(v.older) > maxVersions {
-			t.Fatalf("%d versions after %d users", len(v.newer)+len(v.older), id)
-		}
-	}
-	for id := int64(3*maxVersions - maxVersions/2 + 1); id <= 3*maxVersions; id++ {
-		if version, ok := v.get(id); !ok || version != 1 {
-			t.Fatalf("user %d is forgotten", id)
-		}
-	}
-}
-
-// connState says whether a connection is closed.
+// connState is a connection that is closed or open.
 type connState bool
 
 func (c connState) IsClosed() bool { return bool(c) }
@@ -295,16 +288,16 @@ type brokenWriter struct{}
 
 func (brokenWriter) Write([]byte) (int, error) { return 0, errors.New("disk full") }
 
-// TestConsumerKeepsWhatItCannotLog gives the consumer a log that cannot be written: its
-// events must come again, not be acknowledged.
-func TestConsumerKeepsWhatItCannotLog(t *testing.T) {
+// TestConsumerKeepsEventsOnLogFailure checks that events are not acknowledged while the log cannot be
+// written.
+func TestConsumerKeepsEventsOnLogFailure(t *testing.T) {
 	t.Parallel()
 	writer := &logWriter{w: brokenWriter{}}
 	c := newConsumer(newLogger(writer, 0), writer, metrics.NewSet())
 	for version := range int64(2) {
 		e := newEvent(userCreated, 1, version+1)
 		if n, err := (inProcess{c, c.log}).publish(t.Context(), []event{e}); err == nil || n != 0 {
-			t.Errorf("%d events whose lines were not written are acknowledged: %v", n, err)
+			t.Errorf("publish: got %d, %v, want 0 and an error", n, err)
 		}
 		e = newEvent(userCreated, 2, version+1)
 		var acks acknowledger
@@ -312,15 +305,16 @@ func TestConsumerKeepsWhatItCannotLog(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 		defer cancel()
 		b := &rabbitMQ{log: c.log}
-		if err := b.settle(ctx, connState(false), []amqp.Delivery{d}, c); err == nil || len(acks) > 0 {
-			t.Errorf("an event whose line was not written: %v, %v", acks, err)
+		err := b.settle(ctx, connState(false), []amqp.Delivery{d}, c)
+		if err == nil || len(acks) > 0 {
+			t.Errorf("settle: got acknowledgements %v, error %v, want none and an error", acks, err)
 		}
 	}
 }
 
-// TestConsumerTriesAgain fills a log that cannot be written until a line is lost: when it can
-// be written again, the event comes again and gets its line.
-func TestConsumerTriesAgain(t *testing.T) {
+// TestConsumerRecoversFromLogFailure checks that an event whose line was dropped, because the log was full
+// and could not be written, is logged once when it is delivered again.
+func TestConsumerRecoversFromLogFailure(t *testing.T) {
 	t.Parallel()
 	log := &logBuffer{}
 	out := &switchedWriter{to: log}
@@ -329,30 +323,31 @@ func TestConsumerTriesAgain(t *testing.T) {
 	logger := newLogger(writer, slog.LevelDebug)
 	c := newConsumer(logger, writer, metrics.NewSet())
 	for range logCapacity / 100 {
-		logger.Info("A line that makes the buffer full", "text", strings.Repeat("x", 100))
+		logger.Info("A line that fills the buffer", "text", strings.Repeat("x", 100))
 	}
 	events := []event{newEvent(userCreated, 1, 1)}
 	if n, err := (inProcess{c, c.log}).publish(t.Context(), events); err == nil || n != 0 {
-		t.Errorf("%d events are acknowledged: %v", n, err)
+		t.Errorf("publish with a broken log: got %d, %v, want 0 and an error", n, err)
 	}
-	c.logEvent(t.Context(), events[0]) // this line is lost, and the next flush says so
+	c.logEvent(t.Context(), events[0]) // drops the line, which the next flush reports
 	out.broken.Store(false)
-	for healed := range 2 {
-		if _, err := c.handle(t.Context(), nil); (err == nil) != (healed == 1) {
-			t.Errorf("flush %d: %v", healed, err)
-		}
+	if _, err := c.handle(t.Context(), nil); err == nil {
+		t.Error("first flush: got no error, want one for the dropped line")
+	}
+	if _, err := c.handle(t.Context(), nil); err != nil {
+		t.Errorf("second flush: got %v, want no error", err)
 	}
 	if n, err := (inProcess{c, c.log}).publish(t.Context(), events); err != nil || n != 1 {
-		t.Errorf("%d events are acknowledged: %v", n, err)
+		t.Errorf("publish with a working log: got %d, %v, want 1", n, err)
 	}
 	if n := len(log.lines("Received event user.created with user_id=1")); n != 1 {
-		t.Errorf("%d lines of the event", n)
+		t.Errorf("lines of the event: got %d, want 1", n)
 	}
 }
 
-// TestSettleWaitsForTheLog gives the consumer good and unreadable messages while its log cannot be
-// written. It keeps them, and settles each once when the log can be written again.
-func TestSettleWaitsForTheLog(t *testing.T) {
+// TestSettleWaitsForLog checks that good and unreadable messages are not settled while the log cannot be
+// written, and that each is settled once afterwards.
+func TestSettleWaitsForLog(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		log := &logBuffer{}
@@ -375,7 +370,7 @@ func TestSettleWaitsForTheLog(t *testing.T) {
 		time.Sleep(5 * time.Minute)
 		synctest.Wait()
 		if len(acks) > 0 || len(settled) > 0 {
-			t.Errorf("settled although no line can be written: %q", acks)
+			t.Errorf("with a broken log: got %q, want nothing settled", acks)
 		}
 		out.broken.Store(false)
 		time.Sleep(maxPause)
@@ -384,20 +379,21 @@ func TestSettleWaitsForTheLog(t *testing.T) {
 			t.Error(err)
 		}
 		if want := (acknowledger{"reject 2 false", "ack 3 true"}); !slices.Equal(acks, want) {
-			t.Errorf("%q, want %q", acks, want)
+			t.Errorf("settled: got %q, want %q", acks, want)
 		}
 		for _, event := range []string{"Received event user.created with user_id=1",
 			"Received event user.updated with user_id=1"} {
 			if len(log.lines(event)) == 0 {
-				t.Errorf("no line %q", event)
+				t.Errorf("got no line %q", event)
 			}
 		}
 		if c.consumed.Get() != 2 {
-			t.Errorf("consumed %d, want 2", c.consumed.Get())
+			t.Errorf("consumed: got %d, want 2", c.consumed.Get())
 		}
 	})
 }
 
+// switchedWriter writes to another writer, or fails while it is broken.
 type switchedWriter struct {
 	to     io.Writer
 	broken atomic.Bool
@@ -410,7 +406,7 @@ func (w *switchedWriter) Write(p []byte) (int, error) {
 	return w.to.Write(p)
 }
 
-// acknowledger remembers what a broker would be told.
+// acknowledger records what is sent to the broker.
 type acknowledger []string
 
 func (a *acknowledger) Ack(tag uint64, multiple bool) error {
@@ -428,8 +424,8 @@ func (a *acknowledger) Reject(tag uint64, requeue bool) error {
 	return nil
 }
 
-// TestSettle has good, unreadable and duplicate messages wait at once: what is told to the
-// broker is one acknowledgement, after every line is written.
+// TestSettle checks that good, unreadable and duplicate messages that arrive together are acknowledged
+// with one message to the broker.
 func TestSettle(t *testing.T) {
 	t.Parallel()
 	log := &logBuffer{}
@@ -441,12 +437,17 @@ func TestSettle(t *testing.T) {
 		bodies [][]byte
 		want   acknowledger
 	}{
-		{"one", [][]byte{good(1)}, acknowledger{"ack 1 true"}},
-		{"three", [][]byte{good(2), good(3), good(4)}, acknowledger{"ack 3 true"}},
-		{"a bad one first", [][]byte{bad, good(5)}, acknowledger{"reject 1 false", "ack 2 true"}},
-		{"a bad one last", [][]byte{good(6), bad}, acknowledger{"reject 2 false", "ack 1 true"}},
-		{"bad ones only", [][]byte{bad, bad}, acknowledger{"reject 1 false", "reject 2 false"}},
-		{"a duplicate", [][]byte{good(6), good(7), good(7)}, acknowledger{"ack 3 true"}},
+		{name: "one message", bodies: [][]byte{good(1)}, want: acknowledger{"ack 1 true"}},
+		{name: "three messages", bodies: [][]byte{good(2), good(3), good(4)},
+			want: acknowledger{"ack 3 true"}},
+		{name: "an unreadable message first", bodies: [][]byte{bad, good(5)},
+			want: acknowledger{"reject 1 false", "ack 2 true"}},
+		{name: "an unreadable message last", bodies: [][]byte{good(6), bad},
+			want: acknowledger{"reject 2 false", "ack 1 true"}},
+		{name: "unreadable messages only", bodies: [][]byte{bad, bad},
+			want: acknowledger{"reject 1 false", "reject 2 false"}},
+		{name: "a duplicate", bodies: [][]byte{good(6), good(7), good(7)},
+			want: acknowledger{"ack 3 true"}},
 	} {
 		var acks acknowledger
 		deliveries := make(chan amqp.Delivery, len(test.bodies))
@@ -454,11 +455,12 @@ func TestSettle(t *testing.T) {
 			deliveries <- amqp.Delivery{Acknowledger: &acks, DeliveryTag: uint64(i + 1), Body: body}
 		}
 		b := &rabbitMQ{log: c.log}
-		if err := b.settle(t.Context(), connState(false), received(<-deliveries, deliveries), c); err != nil {
+		batch := received(<-deliveries, deliveries)
+		if err := b.settle(t.Context(), connState(false), batch, c); err != nil {
 			t.Errorf("%s: %v", test.name, err)
 		}
 		if !slices.Equal(acks, test.want) {
-			t.Errorf("%s: %q, want %q", test.name, acks, test.want)
+			t.Errorf("%s: got %q, want %q", test.name, acks, test.want)
 		}
 	}
 	received := 0
@@ -468,12 +470,12 @@ func TestSettle(t *testing.T) {
 		}
 	}
 	if received != 7 {
-		t.Errorf("%d lines, want 7", received)
+		t.Errorf("lines of received events: got %d, want 7", received)
 	}
 }
 
-// TestBrokerAndStoreCombine runs a change through every store and broker.
-func TestBrokerAndStoreCombine(t *testing.T) {
+// TestStoresAndBrokers checks the events of changes with every combination of store and broker.
+func TestStoresAndBrokers(t *testing.T) {
 	t.Parallel()
 	for _, database := range []bool{false, true} {
 		for _, rabbit := range []bool{false, true} {
@@ -487,8 +489,7 @@ func TestBrokerAndStoreCombine(t *testing.T) {
 					s.rabbitURL, s.exchange = testRabbitURL, newExchange(t)
 				}
 				svc := startService(t, s)
-				svc.do("POST", "/users", `{"name": "John", "surname": "Doe", "password": "`+secret+`"}`,
-					"X-Request-Id: trace-create")
+				svc.do("POST", "/users", john, "X-Request-Id: trace-create")
 				svc.do("PUT", "/users/1", `{"name": "Jane"}`, "X-Request-Id: trace-update")
 				svc.do("DELETE", "/users/1", "", "X-Request-Id: trace-delete")
 				for i, verb := range []string{"create", "update", "delete"} {
@@ -497,34 +498,31 @@ func TestBrokerAndStoreCombine(t *testing.T) {
 						"user_id", 1, "version", i+1)
 				}
 				if database {
-					conn := connect(t, s.databaseURL)
-					eventually(t, "an empty outbox", func() bool {
-						return queryValue[int](t, conn, "SELECT count(*) FROM outbox") == 0
-					})
+					waitForEmptyOutbox(t, connect(t, s.databaseURL))
 				}
 			})
 		}
 	}
 }
 
-// strangeEvents are rows of the outbox that no release of the service writes.
-const strangeEvents = `
+// unreadableEvents are rows of the outbox that no release of the service writes, and one valid row.
+const unreadableEvents = `
 	SET session_replication_role = replica;
 	INSERT INTO outbox (event_type, user_id, version, trace_id, occurred_at) VALUES
-		('user.renamed', 1, 1, 'strange-1', now()),
-		('x', 1, 1, 'strange-2', now()),
-		('user.updated', 0, 1, 'strange-3', now()),
+		('user.renamed', 1, 1, 'unreadable-1', now()),
+		('x', 1, 1, 'unreadable-2', now()),
+		('user.updated', 0, 1, 'unreadable-3', now()),
 		('user.updated', 1, 2, repeat('x', 300), now()),
 		('user.updated', 7, 2, 'good', now());
 	RESET session_replication_role`
 
-// TestStrangeEventsStopNobody puts events into the outbox that no consumer can read. Each is set
-// aside with a line, and the others go on.
-func TestStrangeEventsStopNobody(t *testing.T) {
+// TestUnreadableEvents checks that events in the outbox that no consumer can read are removed with an
+// error in the log, and that the events behind them are delivered.
+func TestUnreadableEvents(t *testing.T) {
 	t.Parallel()
-	for broker, aside := range map[string][]string{
-		"in process": {"strange-1", "strange-2", "strange-3", strings.Repeat("x", 300)},
-		"rabbitmq":   {"strange-2", strings.Repeat("x", 300)}, // others are dead letters
+	for broker, removed := range map[string][]string{
+		"in process": {"unreadable-1", "unreadable-2", "unreadable-3", strings.Repeat("x", 300)},
+		"rabbitmq":   {"unreadable-2", strings.Repeat("x", 300)}, // RabbitMQ takes the others
 	} {
 		t.Run(broker, func(t *testing.T) {
 			t.Parallel()
@@ -533,32 +531,29 @@ func TestStrangeEventsStopNobody(t *testing.T) {
 				s.rabbitURL, s.exchange = testRabbitURL, newExchange(t)
 			}
 			svc := startService(t, s)
-			svc.log.allowErrors(len(aside))
-			execute(t, connect(t, asSuperuser(t, s.databaseURL)), strangeEvents)
+			svc.log.allowErrors(len(removed))
+			execute(t, connect(t, asSuperuser(t, s.databaseURL)), unreadableEvents)
 			id := svc.createUser("John", "Doe")
 			svc.waitForLine("Received event user.updated with user_id=7", "trace_id", "good")
 			svc.waitForLine(fmt.Sprintf("Received event user.created with user_id=%d", id))
-			conn := connect(t, s.databaseURL)
-			eventually(t, "an empty outbox", func() bool {
-				return queryValue[int](t, conn, "SELECT count(*) FROM outbox") == 0
-			})
-			for _, traceID := range aside {
+			waitForEmptyOutbox(t, connect(t, s.databaseURL))
+			for _, traceID := range removed {
 				traceID = traceID[:min(len(traceID), maxTraceIDBytes)]
 				line := svc.waitForLine("Undeliverable event removed", "trace_id", traceID)
 				if line["level"] != "ERROR" || line["event_id"] == nil || line["version"] == nil {
-					t.Errorf("what is set aside is told as %v", line)
+					t.Errorf("got %v, want level ERROR with event_id and version", line)
 				}
 			}
 		})
 	}
 }
 
-// alwaysLeads is a store whose relay believes that it leads.
+// alwaysLeads is a store whose relay always holds the lease.
 type alwaysLeads struct{ *postgres }
 
 func (alwaysLeads) lead(context.Context) (bool, error) { return true, nil }
 
-// slowBroker waits for a moment before it publishes, so that relays overtake each other.
+// slowBroker waits for a random time before it publishes, so that relays overtake each other.
 type slowBroker struct{ *rabbitMQ }
 
 func (b slowBroker) publisher(ctx context.Context) (publisher, error) {
@@ -573,8 +568,8 @@ func (p slowPublisher) publish(ctx context.Context, events []event) (int, error)
 	return p.publisher.publish(ctx, events)
 }
 
-// TestTwoRelaysKeepOrder has two relays that both believe that they lead publish the same outbox.
-// There may be copies, but the first arrivals of each user's versions are in order and complete.
+// TestTwoRelaysKeepOrder checks that, when two relays publish the same outbox, the first copies of each
+// user's versions arrive in order and without gaps.
 func TestTwoRelaysKeepOrder(t *testing.T) {
 	t.Parallel()
 	url, exchange := newDatabase(t), newExchange(t)
@@ -596,7 +591,7 @@ func TestTwoRelaysKeepOrder(t *testing.T) {
 		relays.Go(func() { r.run(ctx) })
 	}
 	last := make(map[int64]int64)
-	checkFirstArrivals(t, events, last, users) // so that a relay works when the changes begin
+	checkFirstArrivals(t, events, last, users) // waits until a relay works
 	for c := range clients {
 		writers.Go(func() {
 			for i := range rounds {
@@ -612,8 +607,8 @@ func TestTwoRelaysKeepOrder(t *testing.T) {
 	writers.Wait()
 }
 
-// checkFirstArrivals waits for so many different events. Copies may come between them. Last has
-// the newest version of each user that has arrived.
+// checkFirstArrivals receives events until a number of them, not counting copies, have arrived, and checks
+// the order of versions. It keeps the newest version of each user in last.
 func checkFirstArrivals(t *testing.T, events *recorder, last map[int64]int64, want int) {
 	t.Helper()
 	copies := 0
@@ -631,9 +626,9 @@ func checkFirstArrivals(t *testing.T, events *recorder, last map[int64]int64, wa
 	t.Logf("%d copies of %d events", copies, want)
 }
 
-// TestOneRelayAmongReplicas lets clients change few users through three replicas on one
-// database and one broker. Whoever relays, each user's versions arrive without a gap.
-func TestOneRelayAmongReplicas(t *testing.T) {
+// TestReplicasKeepOrder checks that the versions of each user arrive in order and without gaps when
+// clients change them through three replicas.
+func TestReplicasKeepOrder(t *testing.T) {
 	t.Parallel()
 	s := postgresSettings(t)
 	s.rabbitURL, s.exchange = testRabbitURL, newExchange(t)
@@ -648,9 +643,9 @@ func TestOneRelayAmongReplicas(t *testing.T) {
 		group.Go(func() {
 			for i := range rounds {
 				path := fmt.Sprintf("/users/%d", (c+i)%users+1)
-				a := replicas[(c+i)%len(replicas)].do("PUT", path, fmt.Sprintf(`{"name": "n%d-%d"}`, c, i))
-				if a.status != 200 {
-					t.Errorf("%d %s", a.status, a.body)
+				body := fmt.Sprintf(`{"name": "n%d-%d"}`, c, i)
+				if a := replicas[(c+i)%len(replicas)].do("PUT", path, body); a.status != 200 {
+					t.Errorf("PUT %s: got %d %s, want 200", path, a.status, a.body)
 				}
 			}
 		})
@@ -670,7 +665,7 @@ func TestOneRelayAmongReplicas(t *testing.T) {
 		}
 		return n
 	}
-	eventually(t, "each event in one replica's log", func() bool {
+	eventually(t, "each event in the log of one replica", func() bool {
 		return received() == users+clients*rounds
 	})
 }

@@ -2,8 +2,11 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -12,6 +15,8 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
+	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -21,21 +26,23 @@ import (
 	"github.com/VictoriaMetrics/metrics"
 	"github.com/jackc/pgx/v5"
 	amqp "github.com/rabbitmq/amqp091-go"
+	"golang.org/x/sync/errgroup"
 )
 
-// secret is in every password that a test sends, so that the harness can look for it in
-// whatever leaves the service.
+// secret is a part of every password that a test sends. The harness checks that no answer and no log line
+// contains it.
 const secret = "correct-horse-s3cr3t"
 
-// The services of the tests, and what to do where they are missing.
+// The servers that tests use.
 var (
 	testDatabaseURL = envOr("TEST_DATABASE_URL", "postgres://postgres@127.0.0.1:5432/postgres")
 	testRabbitURL   = envOr("TEST_RABBITMQ_URL", "amqp://guest:guest@127.0.0.1:5672/")
 )
 
-// microseconds is the layout of every time that leaves the service.
+// microseconds is the layout of times in answers, events and the log.
 const microseconds = "2006-01-02T15:04:05.000000Z"
 
+// envOr returns an environment variable, or fallback if it is empty or not set.
 func envOr(name, fallback string) string {
 	if value := os.Getenv(name); value != "" {
 		return value
@@ -43,7 +50,7 @@ func envOr(name, fallback string) string {
 	return fallback
 }
 
-// missing skips the test, or fails it where REQUIRE_SERVICES=1 promises everything.
+// missing skips the test because a server is missing, or fails it if REQUIRE_SERVICES is 1.
 func missing(t *testing.T, what string, err error) {
 	t.Helper()
 	if os.Getenv("REQUIRE_SERVICES") == "1" {
@@ -54,12 +61,12 @@ func missing(t *testing.T, what string, err error) {
 
 var serial atomic.Int64
 
-// uniqueName is a name that no other test has, also in another process.
+// uniqueName returns a name that no other test uses, in this process or another.
 func uniqueName() string {
 	return fmt.Sprintf("us_test_%d_%d", os.Getpid(), serial.Add(1))
 }
 
-// template is the database that each test's own is cloned from.
+// template is the database that the databases of tests are cloned from, and the role that owns them.
 var template struct {
 	once sync.Once
 	role string
@@ -67,17 +74,104 @@ var template struct {
 	err  error
 }
 
+// parallelTests is how many tests run at the same time: most of them wait for a server or a timeout,
+// so that one test a core would leave the machine idle. The flag -parallel overrides it.
+const parallelTests = 8
+
 func TestMain(m *testing.M) {
+	flag.Parse()
+	given := false
+	flag.Visit(func(f *flag.Flag) { given = given || f.Name == "test.parallel" })
+	if !given {
+		flag.Set("test.parallel", strconv.Itoa(max(parallelTests, runtime.GOMAXPROCS(0))))
+	}
 	code := m.Run()
 	os.RemoveAll(executable.dir)
-	if template.name != "" {
-		dropDatabase(template.name)
-		admin(context.Background(), "DROP ROLE "+template.role)
+	if err := leftovers.finish(); err != nil {
+		fmt.Fprintln(os.Stderr, "cleaning up:", err)
+		code = max(code, 1)
 	}
 	os.Exit(code)
 }
 
-// admin runs statements on the server of the tests, outside any transaction.
+// leftovers is what tests have created on the servers. A test does not wait for its removal: DROP
+// DATABASE waits for a checkpoint of the whole server, and exchanges need a pause first.
+var leftovers = cleanup{dropping: make(chan struct{}, parallelTests)}
+
+type cleanup struct {
+	drops    errgroup.Group // of databases that no test uses any more
+	dropping chan struct{}  // limits concurrent drops
+
+	mu        sync.Mutex
+	roles     []string
+	exchanges []string
+}
+
+// dropDatabase drops a database in the background. Concurrent drops share checkpoints.
+func (c *cleanup) dropDatabase(name string) {
+	c.drops.Go(func() error {
+		c.dropping <- struct{}{}
+		defer func() { <-c.dropping }()
+		return admin(context.Background(), "DROP DATABASE IF EXISTS "+name+" WITH (FORCE)")
+	})
+}
+
+// dropRole drops a role after all databases, in which it may have rights.
+func (c *cleanup) dropRole(name string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.roles = append(c.roles, name)
+}
+
+func (c *cleanup) deleteExchange(name string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.exchanges = append(c.exchanges, name)
+}
+
+// finish returns when everything is removed. No test may run any more.
+func (c *cleanup) finish() error {
+	if template.name != "" {
+		c.dropDatabase(template.name)
+	}
+	err := errors.Join(deleteExchanges(c.exchanges), c.drops.Wait())
+	for _, name := range c.roles {
+		err = errors.Join(err, admin(context.Background(), "DROP ROLE IF EXISTS "+name))
+	}
+	return err
+}
+
+// deleteExchanges deletes exchanges and what the service derives from them. RabbitMQ 3.10 loses its
+// supervisor of at-least-once dead letters, for all queues and until it is restarted, when such a
+// queue is deleted within milliseconds of its declaration; hence the pause.
+func deleteExchanges(names []string) error {
+	if len(names) == 0 {
+		return nil
+	}
+	time.Sleep(300 * time.Millisecond)
+	conn, err := amqp.Dial(testRabbitURL)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	ch, err := conn.Channel()
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		b := &rabbitMQ{exchange: name}
+		for _, queue := range []string{b.queue(), b.deadLetterQueue()} {
+			_, deleted := ch.QueueDelete(queue, false, false, false)
+			err = errors.Join(err, deleted)
+		}
+		for _, exchange := range []string{b.exchange, b.deadLetterExchange()} {
+			err = errors.Join(err, ch.ExchangeDelete(exchange, false, false))
+		}
+	}
+	return err
+}
+
+// admin runs statements as a superuser of the PostgreSQL server, each in its own transaction.
 func admin(ctx context.Context, statements ...string) error {
 	conn, err := pgx.Connect(ctx, testDatabaseURL)
 	if err != nil {
@@ -92,12 +186,7 @@ func admin(ctx context.Context, statements ...string) error {
 	return nil
 }
 
-func dropDatabase(name string) error {
-	return admin(context.Background(), "DROP DATABASE IF EXISTS "+name+" WITH (FORCE)")
-}
-
-// databaseURL is the URL of a database on the tests' server as its owner, who is no
-// superuser.
+// databaseURL returns the URL of a database for its owner, who is not a superuser.
 func databaseURL(name string) string {
 	u, err := url.Parse(testDatabaseURL)
 	if err != nil {
@@ -108,11 +197,12 @@ func databaseURL(name string) string {
 	return u.String()
 }
 
-// makeTemplate makes an empty database with the schema.
+// makeTemplate creates the role, and a database with the schema and no users.
 func makeTemplate() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
 	template.role, template.name = uniqueName(), uniqueName()
+	leftovers.dropRole(template.role)
 	err := admin(ctx,
 		fmt.Sprintf("CREATE ROLE %s LOGIN PASSWORD '%s'", template.role, template.role),
 		fmt.Sprintf("CREATE DATABASE %s OWNER %s", template.name, template.role))
@@ -127,28 +217,42 @@ func makeTemplate() error {
 	return nil
 }
 
-// newDatabase returns the URL of a database with the schema that only this test has.
+// newDatabase returns the URL of a database with the schema that only this test uses.
 func newDatabase(t *testing.T) string {
+	t.Helper()
+	return createDatabase(t, "TEMPLATE "+templateDatabase(t))
+}
+
+// emptyDatabase returns the URL of a database without the schema. Options are those of CREATE
+// DATABASE.
+func emptyDatabase(t *testing.T, options string) string {
+	t.Helper()
+	templateDatabase(t) // its role owns every database
+	return createDatabase(t, options)
+}
+
+// templateDatabase returns the name of the database with the schema that others are cloned from.
+func templateDatabase(t *testing.T) string {
 	t.Helper()
 	template.once.Do(func() { template.err = makeTemplate() })
 	if template.err != nil {
 		missing(t, "PostgreSQL", template.err)
 	}
+	return template.name
+}
+
+func createDatabase(t *testing.T, options string) string {
+	t.Helper()
 	name := uniqueName()
-	err := admin(t.Context(), fmt.Sprintf("CREATE DATABASE %s TEMPLATE %s OWNER %s",
-		name, template.name, template.role))
-	if err != nil {
+	t.Cleanup(func() { leftovers.dropDatabase(name) })
+	create := fmt.Sprintf("CREATE DATABASE %s OWNER %s %s", name, template.role, options)
+	if err := admin(t.Context(), create); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if err := dropDatabase(name); err != nil {
-			t.Error(err)
-		}
-	})
 	return databaseURL(name)
 }
 
-// connect opens a connection to a test's database, to look at it or to disturb it.
+// connect opens a connection to a database until the test ends.
 func connect(t *testing.T, databaseURL string) *pgx.Conn {
 	t.Helper()
 	conn, err := pgx.Connect(t.Context(), databaseURL)
@@ -169,7 +273,15 @@ func queryValue[T any](t *testing.T, conn *pgx.Conn, sql string, args ...any) T 
 	return value
 }
 
-// dialRabbit opens a connection to the tests' broker.
+// waitForEmptyOutbox waits until the relay has published every event.
+func waitForEmptyOutbox(t *testing.T, conn *pgx.Conn) {
+	t.Helper()
+	eventually(t, "an empty outbox", func() bool {
+		return queryValue[int](t, conn, "SELECT count(*) FROM outbox") == 0
+	})
+}
+
+// dialRabbit opens a connection to RabbitMQ until the test ends.
 func dialRabbit(t *testing.T) *amqp.Connection {
 	t.Helper()
 	conn, err := amqp.Dial(testRabbitURL)
@@ -180,52 +292,32 @@ func dialRabbit(t *testing.T) *amqp.Connection {
 	return conn
 }
 
-// newExchange returns the name of an exchange that only this test has, and removes it
-// and all that the service derives from it afterwards.
+// newExchange returns the name of an exchange that only this test uses.
 func newExchange(t *testing.T) string {
 	t.Helper()
 	dialRabbit(t)
 	name := uniqueName()
-	t.Cleanup(func() {
-		conn, err := amqp.Dial(testRabbitURL)
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		defer conn.Close()
-		b := &rabbitMQ{exchange: name}
-		ch, err := conn.Channel()
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		// RabbitMQ 3.10 loses its supervisor of at-least-once dead letters, for all queues
-		// and until it is started again, when such a queue is deleted within milliseconds of
-		// its declaration.
-		time.Sleep(300 * time.Millisecond)
-		ch.QueueDelete(b.queue(), false, false, false)
-		ch.QueueDelete(b.deadLetterQueue(), false, false, false)
-		ch.ExchangeDelete(b.exchange, false, false)
-		ch.ExchangeDelete(b.deadLetterExchange(), false, false)
-	})
+	leftovers.deleteExchange(name)
 	return name
 }
 
-// service is one that runs in this process, as run runs it, and that a test talks to.
+// service is a running service and the test that sends requests to it.
 type service struct {
 	t        *testing.T
 	settings settings
 	url      string
+	client   *http.Client // nil: the client that all tests share
 	log      *logBuffer
-	stop     func() error // ends the service and returns what run returned; once
+	stop     func() error // stops the service, once, and returns the error of run
 }
 
-// memorySettings are the defaults of `go run .`, on a free port.
+// memorySettings returns settings for a service without PostgreSQL and RabbitMQ, on a free port.
 func memorySettings() settings {
 	return settings{appName: "test", host: "127.0.0.1", passwordMinLength: 8,
 		logLevel: slog.LevelDebug, exchange: "none"}
 }
 
+// postgresSettings returns memorySettings with a new database.
 func postgresSettings(t *testing.T) settings {
 	t.Helper()
 	s := memorySettings()
@@ -233,7 +325,7 @@ func postgresSettings(t *testing.T) settings {
 	return s
 }
 
-// eachStore runs a test that must hold whatever the users are kept in.
+// eachStore runs a test with a service in memory and with one in a new database.
 func eachStore(t *testing.T, test func(t *testing.T, s *service)) {
 	t.Run("memory", func(t *testing.T) {
 		t.Parallel()
@@ -245,7 +337,7 @@ func eachStore(t *testing.T, test func(t *testing.T, s *service)) {
 	})
 }
 
-// testLimits are those of a machine with two cores and without a memory limit.
+// testLimits are the limits of a machine with two cores and no memory limit.
 var testLimits = newLimits(2, math.MaxInt64)
 
 // testDependencies returns dependencies for newHandler in this process, without a broker.
@@ -255,7 +347,7 @@ func testDependencies(s settings, users store, log *slog.Logger) dependencies {
 		log:    log, metrics: metrics.NewSet(), draining: &atomic.Bool{}}
 }
 
-// faultyStore fails every call with err if that is set, and is in state.
+// faultyStore is a store whose calls fail with err. Its ready returns state.
 type faultyStore struct {
 	*memory
 	err   error
@@ -281,20 +373,25 @@ func (s faultyStore) deleteUser(context.Context, int64, []int64) error          
 func (s faultyStore) size(context.Context) (int64, time.Duration, error)          { return 0, 0, s.err }
 func (s faultyStore) ready(context.Context) state                                 { return s.state }
 
-// ask sends a request to a handler in this process.
-func ask(h http.Handler, method, target string, body io.Reader, headers ...string) answer {
-	request := httptest.NewRequest(method, target, body)
-	request.Header.Set("Content-Type", "application/json")
-	for _, header := range headers {
-		name, value, _ := strings.Cut(header, ": ")
-		request.Header.Set(name, value)
-	}
-	recorder := httptest.NewRecorder()
-	h.ServeHTTP(recorder, request)
-	return answer{recorder.Code, recorder.Header(), recorder.Body.String()}
+// serveInProcess returns a service whose requests go to h directly, without a connection. Clients have
+// the address 192.0.2.1. It works in a synctest bubble.
+func serveInProcess(t *testing.T, h http.Handler) *service {
+	direct := &http.Client{CheckRedirect: client.CheckRedirect, Transport: handlerTransport{h}}
+	return &service{t: t, url: "http://example.com", log: &logBuffer{}, client: direct}
 }
 
-// startService runs a service until the test ends. Then its log is checked.
+// handlerTransport is an http.RoundTripper that answers requests with a handler.
+type handlerTransport struct{ handler http.Handler }
+
+func (h handlerTransport) RoundTrip(r *http.Request) (*http.Response, error) {
+	received := httptest.NewRequestWithContext(r.Context(), r.Method, r.URL.RequestURI(), r.Body)
+	received.Header, received.ContentLength = r.Header, r.ContentLength
+	recorder := httptest.NewRecorder()
+	h.handler.ServeHTTP(recorder, received)
+	return recorder.Result(), nil
+}
+
+// startService runs a service until the test ends, and then checks its log.
 func startService(t *testing.T, s settings) *service {
 	t.Helper()
 	log := &logBuffer{}
@@ -303,13 +400,13 @@ func startService(t *testing.T, s settings) *service {
 	go func() { ended <- run(ctx, s, testLimits, &logWriter{w: log}) }()
 	svc := &service{t: t, settings: s, log: log}
 	svc.stop = sync.OnceValue(func() error {
-		client.CloseIdleConnections() // the service would wait for their next request
+		client.CloseIdleConnections() // the service would wait for a request on each
 		cancel()
 		select {
 		case err := <-ended:
 			return err
 		case <-time.After(15 * time.Second):
-			return fmt.Errorf("the service does not end")
+			return errors.New("the service has not stopped within 15 s")
 		}
 	})
 	t.Cleanup(func() {
@@ -323,7 +420,7 @@ func startService(t *testing.T, s settings) *service {
 	return svc
 }
 
-// answer is a response whose body was read.
+// answer is a response whose body has been read.
 type answer struct {
 	status int
 	header http.Header
@@ -335,7 +432,7 @@ func (a answer) json(t *testing.T, names ...string) any {
 	t.Helper()
 	var value any
 	if err := json.Unmarshal([]byte(a.body), &value); err != nil {
-		t.Fatalf("the body is no JSON: %v\n%s", err, a.body)
+		t.Fatalf("body %s: %v", a.body, err)
 	}
 	for _, name := range names {
 		object, _ := value.(map[string]any)
@@ -344,15 +441,15 @@ func (a answer) json(t *testing.T, names ...string) any {
 	return value
 }
 
-// client does not follow redirects, and is shared by all tests.
+// client is shared by all tests. It does not follow redirects.
 var client = &http.Client{
 	Timeout:       15 * time.Second,
 	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	Transport:     &http.Transport{MaxIdleConnsPerHost: 64},
 }
 
-// do sends a request and checks what holds for every answer. Headers are "Name: value"; a
-// body has the content type application/json unless a header says otherwise.
+// do sends a request and checks the answer with checkAnswer. Headers are "Name: value"; an empty value
+// removes the header. The content type of a body is application/json unless a header sets another.
 func (s *service) do(method, path, body string, headers ...string) answer {
 	s.t.Helper()
 	request, err := http.NewRequest(method, s.url+path, strings.NewReader(body))
@@ -372,7 +469,7 @@ func (s *service) do(method, path, body string, headers ...string) answer {
 			request.Header.Add(name, value)
 		}
 	}
-	response, err := client.Do(request)
+	response, err := cmp.Or(s.client, client).Do(request)
 	if err != nil {
 		s.t.Fatalf("%s %s: %v", method, path, err)
 	}
@@ -386,21 +483,33 @@ func (s *service) do(method, path, body string, headers ...string) answer {
 	return a
 }
 
-// checkAnswer holds an answer against what the contract says of all of them.
+// goDo sends a request like do, and returns a channel that receives the answer.
+func (s *service) goDo(method, path, body string, headers ...string) <-chan answer {
+	answered := make(chan answer, 1)
+	go func() {
+		defer close(answered) // also if do ends the goroutine
+		answered <- s.do(method, path, body, headers...)
+	}()
+	return answered
+}
+
+// checkAnswer checks what the contract says about every answer: a trace id, no password, and a problem
+// document for an error.
 func (s *service) checkAnswer(method, path string, a answer) {
 	s.t.Helper()
 	id := a.header.Get("X-Trace-Id")
 	if !requestIDPattern.MatchString(id) {
-		s.t.Errorf("%s %s: X-Trace-Id is %q", method, path, id)
+		s.t.Errorf("%s %s: invalid X-Trace-Id: %q", method, path, id)
 	}
 	if strings.Contains(a.body, secret) || strings.Contains(a.body, "argon2id") {
-		s.t.Errorf("%s %s: the answer tells a password: %s", method, path, a.body)
+		s.t.Errorf("%s %s: the body contains a password: %s", method, path, a.body)
 	}
 	if a.status < 400 || method == http.MethodHead || strings.HasPrefix(path, "/readyz") {
 		return
 	}
 	if got := a.header.Get("Content-Type"); got != "application/problem+json" {
-		s.t.Errorf("%s %s: status %d has the content type %q", method, path, a.status, got)
+		s.t.Errorf("%s %s: status %d with Content-Type %q, want application/problem+json", method, path,
+			a.status, got)
 	}
 	var p problem
 	decoder := json.NewDecoder(strings.NewReader(a.body))
@@ -411,25 +520,25 @@ func (s *service) checkAnswer(method, path string, a answer) {
 	instance, _, _ := strings.Cut(path, "?")
 	if p.Type != "about:blank" || p.Title != http.StatusText(a.status) || p.Status != a.status ||
 		p.Detail == "" || p.TraceID != id || p.Instance != instance {
-		s.t.Errorf("%s %s: not the problem document of this answer: %s", method, path, a.body)
+		s.t.Errorf("%s %s: status %d with the wrong problem document: %s", method, path, a.status, a.body)
 	}
 	if a.status == http.StatusServiceUnavailable && a.header.Get("Retry-After") == "" {
-		s.t.Errorf("%s %s: 503 without Retry-After", method, path)
+		s.t.Errorf("%s %s: status 503 without Retry-After", method, path)
 	}
 }
 
-// createUser returns the id of a new user.
+// createUser creates a user and returns its id.
 func (s *service) createUser(name, surname string) int64 {
 	s.t.Helper()
 	body := fmt.Sprintf(`{"name": %q, "surname": %q, "password": %q}`, name, surname, secret)
 	a := s.do("POST", "/users", body)
 	if a.status != http.StatusCreated {
-		s.t.Fatalf("POST /users: %d %s", a.status, a.body)
+		s.t.Fatalf("POST /users: got %d %s, want 201", a.status, a.body)
 	}
 	return int64(a.json(s.t, "id").(float64))
 }
 
-// logBuffer keeps the log of a service.
+// logBuffer collects the log of a service.
 type logBuffer struct {
 	mu            sync.Mutex
 	content       bytes.Buffer
@@ -448,9 +557,10 @@ func (b *logBuffer) String() string {
 	return b.content.String()
 }
 
+// logLine is a parsed line of the log.
 type logLine map[string]any
 
-// lines returns the lines with an event, or all for "".
+// lines returns the lines of an event, or all lines if event is empty.
 func (b *logBuffer) lines(event string) []logLine {
 	var lines []logLine
 	for text := range strings.Lines(b.String()) {
@@ -462,21 +572,22 @@ func (b *logBuffer) lines(event string) []logLine {
 	return lines
 }
 
-// allowErrors says how many lines at ERROR the test brings about.
+// allowErrors sets the number of lines at ERROR that check requires. The default is none.
 func (b *logBuffer) allowErrors(n int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.errorsAllowed = n
 }
 
-// check holds every line against what the contract says of all of them.
+// check checks what the contract says about every line: a JSON object that begins with timestamp, level and
+// event, and has no password.
 func (b *logBuffer) check(t *testing.T) {
 	t.Helper()
 	failures := 0
 	for text := range strings.Lines(b.String()) {
 		var line logLine
 		if err := json.Unmarshal([]byte(text), &line); err != nil {
-			t.Errorf("a log line is no JSON object: %v: %s", err, text)
+			t.Errorf("log line %s: %v", text, err)
 			continue
 		}
 		want := []string{"timestamp", "level", "event"}
@@ -484,27 +595,27 @@ func (b *logBuffer) check(t *testing.T) {
 			want = append(want, "trace_id")
 		}
 		if got := keys(text)[:len(want)]; fmt.Sprint(got) != fmt.Sprint(want) {
-			t.Errorf("a log line begins with %v, not %v: %s", got, want, text)
+			t.Errorf("first keys of a log line: got %v, want %v: %s", got, want, text)
 		}
 		if _, err := time.Parse(microseconds, fmt.Sprint(line["timestamp"])); err != nil {
 			t.Error(err)
 		}
 		if strings.Contains(text, secret) || strings.Contains(text, "argon2id") {
-			t.Errorf("a log line tells a password: %s", text)
+			t.Errorf("a log line contains a password: %s", text)
 		}
 		if strings.Contains(text, "superfluous") {
-			t.Errorf("a handler wrote its status twice: %s", text)
+			t.Errorf("a handler wrote the status twice: %s", text)
 		}
 		if line["level"] == "ERROR" {
 			failures++
 		}
 	}
 	if failures != b.errorsAllowed {
-		t.Errorf("%d lines at ERROR, not %d:\n%s", failures, b.errorsAllowed, b)
+		t.Errorf("lines at ERROR: got %d, want %d:\n%s", failures, b.errorsAllowed, b)
 	}
 }
 
-// keys returns the names of an object in their order.
+// keys returns the names of the members of a JSON object, in order.
 func keys(object string) []string {
 	members, err := parseObject([]byte(object))
 	if err != nil {
@@ -517,8 +628,8 @@ func keys(object string) []string {
 	return names
 }
 
-// waitForLine waits for the first line with an event whose attributes, given as names and
-// values in turn, are as wanted.
+// waitForLine waits for a log line of an event with the given attributes, which are alternating names and
+// values, and returns the first one.
 func (s *service) waitForLine(event string, attributes ...any) logLine {
 	s.t.Helper()
 	var found logLine
@@ -539,12 +650,12 @@ func (s *service) waitForLine(event string, attributes ...any) logLine {
 	return found
 }
 
-// eventually waits until a condition holds, or fails the test.
+// eventually waits until holds returns true. It fails the test after 20 s.
 func eventually(t *testing.T, what string, holds func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(20 * time.Second); !holds(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("in 20 s there was not: %s", what)
+			t.Fatalf("timeout after 20 s waiting for %s", what)
 		}
 	}
 }

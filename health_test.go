@@ -12,38 +12,41 @@ import (
 	"time"
 )
 
+// TestHealthz checks the answer of GET /healthz with each store.
 func TestHealthz(t *testing.T) {
 	t.Parallel()
 	eachStore(t, func(t *testing.T, s *service) {
 		a := s.do("GET", "/healthz", "")
 		if a.status != 200 || a.json(t, "status") != "ok" {
-			t.Errorf("GET /healthz: %d %s", a.status, a.body)
+			t.Errorf("GET /healthz: got %d %s, want 200 with status ok", a.status, a.body)
 		}
 	})
 }
 
-// checkReady waits until /readyz says what is wanted, in these three members and no other.
+// checkReady waits until /readyz returns a status code and an object with exactly these three members.
 func (s *service) checkReady(want int, status, database, rabbitMQ string) {
 	s.t.Helper()
 	body := fmt.Sprint(map[string]any{"status": status, "database": database, "rabbitmq": rabbitMQ})
 	eventually(s.t, fmt.Sprintf("an answer %d of /readyz with %s", want, body), func() bool {
 		a := s.do("GET", "/readyz", "")
 		if got := a.header.Get("Content-Type"); got != "application/json" {
-			s.t.Errorf("/readyz has the content type %q", got)
+			s.t.Errorf("GET /readyz: Content-Type: got %q, want application/json", got)
 		}
 		return a.status == want && fmt.Sprint(a.json(s.t)) == body
 	})
 }
 
+// TestReadyzInMemory checks GET and HEAD /readyz without PostgreSQL and RabbitMQ.
 func TestReadyzInMemory(t *testing.T) {
 	t.Parallel()
 	s := startService(t, memorySettings())
 	s.checkReady(200, "ready", "memory", "in-process")
 	if a := s.do("HEAD", "/readyz", ""); a.status != 200 {
-		t.Errorf("HEAD /readyz: %d", a.status)
+		t.Errorf("HEAD /readyz: got %d, want 200", a.status)
 	}
 }
 
+// TestReadyzWithRabbitMQ checks that /readyz reports the connection to RabbitMQ.
 func TestReadyzWithRabbitMQ(t *testing.T) {
 	t.Parallel()
 	settings := memorySettings()
@@ -52,7 +55,8 @@ func TestReadyzWithRabbitMQ(t *testing.T) {
 	startService(t, settings).checkReady(200, "ready", "memory", "up")
 }
 
-// TestReadyzFollowsDatabase lets the database refuse writes, then all, and then come back.
+// TestReadyzFollowsDatabase checks /readyz while the database is read-only, while it refuses connections,
+// and after it has recovered.
 func TestReadyzFollowsDatabase(t *testing.T) {
 	t.Parallel()
 	settings := postgresSettings(t)
@@ -63,8 +67,8 @@ func TestReadyzFollowsDatabase(t *testing.T) {
 	}
 	database := strings.TrimPrefix(u.Path, "/")
 	s := startService(t, settings)
-	alter := func(how string) {
-		err := admin(t.Context(), "ALTER DATABASE "+database+" "+how,
+	alter := func(change string) {
+		err := admin(t.Context(), "ALTER DATABASE "+database+" "+change,
 			"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = '"+
 				settings.appName+"'")
 		if err != nil {
@@ -79,14 +83,15 @@ func TestReadyzFollowsDatabase(t *testing.T) {
 	alter("ALLOW_CONNECTIONS false")
 	s.checkReady(503, "not ready", "down", "in-process")
 	if a := s.do("GET", "/healthz", ""); a.status != 200 {
-		t.Errorf("GET /healthz without a database: %d %s", a.status, a.body)
+		t.Errorf("GET /healthz without a database: got %d %s, want 200", a.status, a.body)
 	}
 	alter("ALLOW_CONNECTIONS true")
 	s.checkReady(200, "ready", "up", "in-process")
 }
 
-// TestReadyzDatabaseFreezes has a database that takes all and answers nothing any more.
-func TestReadyzDatabaseFreezes(t *testing.T) {
+// TestReadyzFrozenDatabase checks that /readyz answers in time while the database accepts data but does not
+// answer.
+func TestReadyzFrozenDatabase(t *testing.T) {
 	t.Parallel()
 	settings := postgresSettings(t)
 	var freeze func()
@@ -96,16 +101,16 @@ func TestReadyzDatabaseFreezes(t *testing.T) {
 	freeze()
 	begin := time.Now()
 	if a := s.do("GET", "/readyz", ""); a.status != 503 || a.json(t, "database") != "down" {
-		t.Errorf("GET /readyz: %d %s", a.status, a.body)
+		t.Errorf("GET /readyz: got %d %s, want 503 with database down", a.status, a.body)
 	}
 	if took := time.Since(begin); took > 2*readyBudget {
-		t.Errorf("/readyz took %v", took)
+		t.Errorf("GET /readyz took %v, want at most %v", took, 2*readyBudget)
 	}
 }
 
-// freezable returns a URL that leads to a database, and what makes it lead nowhere: what
-// is sent then is taken, and never answered.
-func freezable(t *testing.T, databaseURL string) (through string, freeze func()) {
+// freezable returns a URL of a database behind a proxy. After freeze, the proxy still accepts connections
+// and data, but forwards nothing.
+func freezable(t *testing.T, databaseURL string) (proxyURL string, freeze func()) {
 	t.Helper()
 	u, err := url.Parse(databaseURL)
 	if err != nil {
@@ -153,8 +158,8 @@ func freezable(t *testing.T, databaseURL string) (through string, freeze func())
 	}
 }
 
-// samplePattern is a line of the Prometheus text format, version 0.0.4: a series, which is
-// a name and perhaps labels, and a value.
+// samplePattern matches a sample of the Prometheus text format, version 0.0.4: a series, which is a name
+// with or without labels, and a value.
 var samplePattern = regexp.MustCompile(
 	`^([a-zA-Z_:][\w:]*(?:\{(?:[a-zA-Z_]\w*="(?:[^"\\]|\\[\\"n])*"(?:, ?|\}))+)?) (\S+)$`)
 
@@ -163,7 +168,7 @@ func (s *service) samples() map[string]float64 {
 	s.t.Helper()
 	a := s.do("GET", "/metrics", "")
 	if a.status != 200 || !strings.HasPrefix(a.header.Get("Content-Type"), "text/plain; version=0.0.4") {
-		s.t.Errorf("GET /metrics: %d, %s", a.status, a.header.Get("Content-Type"))
+		s.t.Errorf("GET /metrics: status %d, Content-Type %q", a.status, a.header.Get("Content-Type"))
 	}
 	samples := make(map[string]float64)
 	for line := range strings.Lines(a.body) {
@@ -173,22 +178,23 @@ func (s *service) samples() map[string]float64 {
 		}
 		fields := samplePattern.FindStringSubmatch(line)
 		if fields == nil {
-			s.t.Errorf("no sample: %q", line)
+			s.t.Errorf("not a sample: %q", line)
 			continue
 		}
 		series := fields[1]
 		value, err := strconv.ParseFloat(fields[2], 64)
 		if err != nil {
-			s.t.Errorf("no value: %q", line)
+			s.t.Errorf("not a number: %q", line)
 		}
 		if _, ok := samples[series]; ok {
-			s.t.Errorf("given twice: %q", series)
+			s.t.Errorf("duplicate series: %q", series)
 		}
 		samples[series] = value
 	}
 	return samples
 }
 
+// TestMetrics checks the values of metrics after some requests.
 func TestMetrics(t *testing.T) {
 	t.Parallel()
 	eachStore(t, func(t *testing.T, s *service) {
@@ -218,7 +224,7 @@ func TestMetrics(t *testing.T) {
 			`http_request_duration_seconds_bucket{route="POST /users",le="+Inf"}`: 2,
 		} {
 			if got, ok := samples[series]; got != want || !ok {
-				t.Errorf("%s is %v, not %v", series, got, want)
+				t.Errorf("%s: got %v, want %v", series, got, want)
 			}
 		}
 	})

@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -19,13 +18,14 @@ import (
 	"time"
 )
 
-// executable is the program as `make build` builds it; TestMain removes it.
+// executable is the directory of the binary of the service. TestMain removes it.
 var executable struct {
 	once sync.Once
 	dir  string
 	err  error
 }
 
+// buildExecutable builds the service like `make build`, or copies TEST_EXECUTABLE if that is set.
 func buildExecutable() error {
 	var err error
 	if executable.dir, err = os.MkdirTemp("", "user-service"); err != nil {
@@ -33,7 +33,7 @@ func buildExecutable() error {
 	}
 	path := filepath.Join(executable.dir, "user-service")
 	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-buildvcs=false", "-o", path, ".")
-	if built := os.Getenv("TEST_EXECUTABLE"); built != "" { // by whoever has a cache to write to
+	if built := os.Getenv("TEST_EXECUTABLE"); built != "" {
 		build = exec.Command("cp", built, path) // #nosec G702 -- .ci/confined sets it
 	}
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
@@ -43,8 +43,8 @@ func buildExecutable() error {
 	return nil
 }
 
-// program is the service as a process of its own, in an empty directory and with no
-// environment but what the test gives it.
+// program is a service in a process of its own, with an empty working directory and only the environment
+// variables of the test.
 type program struct {
 	*service
 	cmd    *exec.Cmd
@@ -52,7 +52,7 @@ type program struct {
 	ended  chan struct{} // closed when the process has ended
 }
 
-// newProgram returns a program that is not started yet. Its port is a free one.
+// newProgram returns a program that is not started yet and will listen on a free port.
 func newProgram(t *testing.T, env ...string) *program {
 	t.Helper()
 	executable.once.Do(func() { executable.err = buildExecutable() })
@@ -67,7 +67,7 @@ func newProgram(t *testing.T, env ...string) *program {
 	return p
 }
 
-// start begins the process. When the test ends, it is gone and its output was checked.
+// start starts the process. When the test ends, it kills the process and checks its output.
 func (p *program) start() {
 	p.t.Helper()
 	if err := p.cmd.Start(); err != nil {
@@ -82,12 +82,12 @@ func (p *program) start() {
 		<-p.ended
 		p.log.check(p.t)
 		if text := p.stderr.String(); text != "" {
-			p.t.Errorf("standard error: %s", text)
+			p.t.Errorf("standard error: got %s, want nothing", text)
 		}
 	})
 }
 
-// waitUntilStarted returns the start line.
+// waitUntilStarted waits for the line that the service logs when it has started, and returns it.
 func (p *program) waitUntilStarted() logLine {
 	p.t.Helper()
 	line := p.waitForLine("Service started")
@@ -95,6 +95,7 @@ func (p *program) waitUntilStarted() logLine {
 	return line
 }
 
+// startProgram returns a program that has started.
 func startProgram(t *testing.T, env ...string) *program {
 	t.Helper()
 	p := newProgram(t, env...)
@@ -110,39 +111,41 @@ func (p *program) signal(signal os.Signal) {
 	}
 }
 
-// wait returns the exit code of the process, -1 for one that a signal ended.
+// wait waits for the end of the process and returns its exit code, or -1 if a signal ended it.
 func (p *program) wait() int {
 	p.t.Helper()
 	select {
 	case <-p.ended:
 	case <-time.After(20 * time.Second):
-		p.t.Fatalf("the process does not end:\n%s", p.log)
+		p.t.Fatalf("the process has not ended within 20 s:\n%s", p.log)
 	}
 	return p.cmd.ProcessState.ExitCode()
 }
 
-// run starts the program and returns its exit code.
+// run starts the program, waits for its end and returns its exit code.
 func (p *program) run() int {
 	p.t.Helper()
 	p.start()
 	return p.wait()
 }
 
-// checkEnd expects the program to end well, its last line to say so, and its port to be free.
+// checkEnd waits for the end of the program and checks the exit code 0, the last line of the log, and that
+// the port is closed.
 func (p *program) checkEnd() {
 	p.t.Helper()
 	if code := p.wait(); code != 0 {
-		p.t.Errorf("exit code %d:\n%s", code, p.log)
+		p.t.Errorf("exit code: got %d, want 0:\n%s", code, p.log)
 	}
 	lines := p.log.lines("")
 	if last := lines[len(lines)-1]; last["event"] != "Service stopped" {
-		p.t.Errorf("the last line is %v", last)
+		p.t.Errorf("last line: got %v, want Service stopped", last)
 	}
 	if p.listens() {
-		p.t.Error("something listens after the end")
+		p.t.Error("the port accepts connections after the end")
 	}
 }
 
+// listens reports whether the port of the program accepts connections.
 func (p *program) listens() bool {
 	conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
 	if err != nil {
@@ -152,22 +155,18 @@ func (p *program) listens() bool {
 	return true
 }
 
-// beginPost sends a POST without the end of its body, and returns what sends the rest and
-// reads the status of the answer.
+// beginPost sends a POST without the end of its body, and waits for its line in the log. finish sends the
+// rest and returns the status of the answer.
 func (p *program) beginPost() (finish func() int) {
 	p.t.Helper()
-	conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	p.t.Cleanup(func() { conn.Close() })
+	conn := p.dial()
 	const head, tail = `{"name": "John", "surname": "Doe", `, `"password": "` + secret + `"}`
-	fmt.Fprintf(conn, "POST /users HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"+
-		"Content-Length: %d\r\n\r\n%s", len(head+tail), head)
+	p.write(conn, fmt.Sprintf("POST /users HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"+
+		"Content-Length: %d\r\n\r\n%s", len(head+tail), head))
 	p.waitForLine("Request started", "method", "POST")
 	return func() int {
 		p.t.Helper()
-		io.WriteString(conn, tail)
+		p.write(conn, tail)
 		response, err := http.ReadResponse(bufio.NewReader(conn), nil)
 		if err != nil {
 			p.t.Fatal(err)
@@ -177,17 +176,7 @@ func (p *program) beginPost() (finish func() int) {
 	}
 }
 
-// goDo sends a request and does not wait for its answer.
-func (p *program) goDo(method, path, body string) <-chan answer {
-	answered := make(chan answer, 1)
-	go func() {
-		defer close(answered) // also where do ends the goroutine
-		answered <- p.do(method, path, body)
-	}()
-	return answered
-}
-
-// occupiedPort is one that takes connections until the test ends, and never says a word.
+// occupiedPort returns a port that accepts connections, and sends nothing, until the test ends.
 func occupiedPort(t *testing.T) int {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -198,12 +187,14 @@ func occupiedPort(t *testing.T) int {
 	return listener.Addr().(*net.TCPAddr).Port
 }
 
-// Nothing listens on port 1. The password must be in no line, which the harness checks.
+// URLs of servers that do not exist: nothing listens on port 1. The harness checks that the log does not
+// contain the password.
 const (
 	deadDatabaseURL = "postgres://john:" + secret + "@127.0.0.1:1/users"
 	deadRabbitURL   = "amqp://john:" + secret + "@127.0.0.1:1/"
 )
 
+// TestProgramInMemory checks the first lines of the log, and that SIGTERM and SIGINT stop the program.
 func TestProgramInMemory(t *testing.T) {
 	t.Parallel()
 	for _, signal := range []os.Signal{syscall.SIGTERM, syscall.SIGINT} {
@@ -214,17 +205,17 @@ func TestProgramInMemory(t *testing.T) {
 			if len(lines) != 3 || lines[0]["level"] != "WARN" || lines[1]["level"] != "WARN" ||
 				!strings.Contains(fmt.Sprint(lines[0]["event"]), "everything is lost on exit") ||
 				!strings.Contains(fmt.Sprint(lines[1]["event"]), "No API_KEYS") {
-				t.Errorf("the program begins with\n%s", p.log)
+				t.Errorf("got other lines than two warnings and the start:\n%s", p.log)
 			}
 			started := p.waitUntilStarted()
 			docs := fmt.Sprintf("http://localhost:%v/docs", started["port"])
 			if started["level"] != "INFO" || started["app"] != "user-service" ||
 				started["host"] != "127.0.0.1" || started["docs"] != docs {
-				t.Errorf("the start line is %v", started)
+				t.Errorf("start line: got %v, want INFO, user-service, 127.0.0.1, %s", started, docs)
 			}
 			p.createUser("John", "Doe")
 			if a := p.do("GET", "/docs", ""); a.status != 200 {
-				t.Errorf("GET /docs: %d", a.status)
+				t.Errorf("GET /docs: got %d, want 200", a.status)
 			}
 			p.signal(signal)
 			p.checkEnd()
@@ -232,13 +223,13 @@ func TestProgramInMemory(t *testing.T) {
 	}
 }
 
-// TestProgramRefuses starts the program wrongly: one line says what is wrong, and a
-// secret in it stays untold, which the harness checks.
-func TestProgramRefuses(t *testing.T) {
+// TestProgramInvalidSettings checks that invalid settings or arguments end the program with one line, which
+// gives the reason.
+func TestProgramInvalidSettings(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
 		env, file, args string
-		want            string // in the line
+		want            string // substring of the error
 	}{
 		"DATABASE_URL":        {env: "DATABASE_URL=mysql://john:" + secret + "@h/d", want: "DATABASE_URL must be"},
 		"RABBITMQ_URL":        {env: "RABBITMQ_URL=http://john:" + secret + "@h/", want: "RABBITMQ_URL must be"},
@@ -249,8 +240,8 @@ func TestProgramRefuses(t *testing.T) {
 		"DEBUG":               {env: "DEBUG=yes", want: "DEBUG must be true or false"},
 		"PASSWORD_MIN_LENGTH": {env: "PASSWORD_MIN_LENGTH=0", want: "PASSWORD_MIN_LENGTH must be"},
 		"SHUTDOWN_DELAY":      {env: "SHUTDOWN_DELAY=-1s", want: "SHUTDOWN_DELAY must be"},
-		"in the file":         {file: "DEBUG=yes", want: "DEBUG must be true or false"},
-		"the file":            {file: "A=1\nDATABASE URL=" + secret, want: "line 2"},
+		"DEBUG in .env":       {file: "DEBUG=yes", want: "DEBUG must be true or false"},
+		"a line of .env":      {file: "A=1\nDATABASE URL=" + secret, want: "line 2"},
 		"a command":           {args: "serve", want: "healthcheck"},
 		"two commands":        {args: "healthcheck now", want: "healthcheck"},
 	} {
@@ -261,17 +252,17 @@ func TestProgramRefuses(t *testing.T) {
 			p.writeEnvFile(test.file)
 			p.log.allowErrors(1)
 			if code := p.run(); code != 2 {
-				t.Errorf("exit code %d", code)
+				t.Errorf("exit code: got %d, want 2", code)
 			}
 			lines := p.log.lines("")
 			if len(lines) != 1 || !strings.Contains(fmt.Sprint(lines[0]["error"]), test.want) {
-				t.Errorf("not one line with %q:\n%s", test.want, p.log)
+				t.Errorf("got other lines than one error with %q:\n%s", test.want, p.log)
 			}
 		})
 	}
 }
 
-// writeEnvFile writes the .env file of the program's directory, if there is something in it.
+// writeEnvFile writes the .env file of the program, unless content is empty.
 func (p *program) writeEnvFile(content string) {
 	p.t.Helper()
 	if content == "" {
@@ -282,58 +273,60 @@ func (p *program) writeEnvFile(content string) {
 	}
 }
 
+// TestProgramReadsEnvFile checks that .env supplies settings, and that environment variables override it.
 func TestProgramReadsEnvFile(t *testing.T) {
 	t.Parallel()
 	p := newProgram(t, "HOST=127.0.0.1", "APP_NAME=")
 	p.writeEnvFile("HOST=localhost\nexport APP_NAME='from the file'\n")
 	p.start()
 	if line := p.waitUntilStarted(); line["host"] != "127.0.0.1" || line["app"] != "from the file" {
-		t.Errorf("the start line is %v", line)
+		t.Errorf("start line: got %v, want host 127.0.0.1 and app \"from the file\"", line)
 	}
 }
 
+// TestProgramCannotListen checks that the program ends with an error if it cannot listen.
 func TestProgramCannotListen(t *testing.T) {
 	t.Parallel()
 	for name, env := range map[string]string{
-		"a port in use":        fmt.Sprint("PORT=", occupiedPort(t)),
-		"an address elsewhere": "HOST=192.0.2.1", // TEST-NET-1, which no machine has
+		"a port in use":     fmt.Sprint("PORT=", occupiedPort(t)),
+		"a foreign address": "HOST=192.0.2.1", // TEST-NET-1, which no machine has
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			p := newProgram(t, env)
 			p.log.allowErrors(1)
 			if code := p.run(); code != 1 {
-				t.Errorf("exit code %d", code)
+				t.Errorf("exit code: got %d, want 1", code)
 			}
 			lines := p.log.lines("")
 			if len(lines) != 3 || lines[2]["level"] != "ERROR" ||
 				!strings.Contains(fmt.Sprint(lines[2]["error"]), "listen") {
-				t.Errorf("no error after the warnings:\n%s", p.log)
+				t.Errorf("got other lines than two warnings and an error about listening:\n%s", p.log)
 			}
 		})
 	}
 }
 
-// TestProgramWaitsForDatabase gives the program a port that is in use: as soon as it tried
-// to listen, it would end.
+// TestProgramWaitsForDatabase checks that the program waits for the database before it listens. Its port is
+// in use, so that an attempt to listen would end it.
 func TestProgramWaitsForDatabase(t *testing.T) {
 	t.Parallel()
 	p := newProgram(t, "DATABASE_URL="+deadDatabaseURL, "LOG_LEVEL=DEBUG",
 		fmt.Sprint("PORT=", occupiedPort(t)))
 	p.start()
-	eventually(t, "two attempts", func() bool { return len(p.log.lines("Waiting for the database")) == 2 })
+	eventually(t, "two attempts to connect", func() bool { return len(p.log.lines("Waiting for the database")) == 2 })
 	p.signal(syscall.SIGTERM)
 	if code := p.wait(); code != 0 {
-		t.Errorf("exit code %d", code)
+		t.Errorf("exit code: got %d, want 0", code)
 	}
 	for _, line := range p.log.lines("") {
 		if line["level"] != "WARN" || line["event"] != "Waiting for the database" {
-			t.Errorf("while there is no database: %v", line)
+			t.Errorf("line without a database: got %v, want Waiting for the database at WARN", line)
 		}
 	}
 }
 
-// TestRunGivesUpOnDatabase waits a minute of a bubble's time.
+// TestRunGivesUpOnDatabase checks that run fails after it has waited for the database for a minute.
 func TestRunGivesUpOnDatabase(t *testing.T) {
 	t.Parallel()
 	s := memorySettings()
@@ -344,19 +337,20 @@ func TestRunGivesUpOnDatabase(t *testing.T) {
 		err := run(t.Context(), s, testLimits, &logWriter{w: log})
 		if err == nil || !strings.Contains(err.Error(), "opening the database") ||
 			strings.Contains(err.Error(), secret) {
-			t.Errorf("run: %v", err)
+			t.Errorf("run: got %v, want an error about opening the database, without the password", err)
 		}
 		if waited := time.Since(start); waited < 55*time.Second || waited > time.Minute {
-			t.Errorf("waited for %v", waited)
+			t.Errorf("run took %v, want 55 s to 60 s", waited)
 		}
 		if n := len(log.lines("Waiting for the database")); n < 10 || n != len(log.lines("")) {
-			t.Errorf("%d lines tell of the wait:\n%s", n, log)
+			t.Errorf("got %d lines of waiting, want at least 10 and no others:\n%s", n, log)
 		}
 		log.check(t)
 	})
 }
 
-func TestProgramStartsWhenDatabaseDoes(t *testing.T) {
+// TestProgramStartsAfterDatabase checks that the program starts when its database becomes reachable.
+func TestProgramStartsAfterDatabase(t *testing.T) {
 	t.Parallel()
 	direct := newDatabase(t)
 	database := newProxy(t, direct)
@@ -368,12 +362,13 @@ func TestProgramStartsWhenDatabaseDoes(t *testing.T) {
 	p.waitUntilStarted()
 	p.createUser("John", "Doe")
 	if n := queryValue[int](t, connect(t, direct), "SELECT count(*) FROM users"); n != 1 {
-		t.Errorf("the database has %d users", n)
+		t.Errorf("users in the database: got %d, want 1", n)
 	}
 	p.signal(syscall.SIGTERM)
 	p.checkEnd()
 }
 
+// TestProgramWithoutRabbitMQ checks that the program starts and serves while RabbitMQ is unreachable.
 func TestProgramWithoutRabbitMQ(t *testing.T) {
 	t.Parallel()
 	for name, url := range map[string]string{
@@ -387,14 +382,14 @@ func TestProgramWithoutRabbitMQ(t *testing.T) {
 			p.start()
 			p.waitUntilStarted()
 			if took := time.Since(begin); took >= brokerTimeout {
-				t.Errorf("the start took %v", took)
+				t.Errorf("the start took %v, want less than %v", took, brokerTimeout)
 			}
 			p.createUser("John", "Doe")
 			if a := p.do("PATCH", "/users/1", `{"name": "Jane"}`); a.status != 200 {
-				t.Errorf("PATCH: %d %s", a.status, a.body)
+				t.Errorf("PATCH: got %d %s, want 200", a.status, a.body)
 			}
 			if a := p.do("GET", "/readyz", ""); a.status != 200 || a.json(t, "rabbitmq") != "down" {
-				t.Errorf("GET /readyz: %d %s", a.status, a.body)
+				t.Errorf("GET /readyz: got %d %s, want 200 with rabbitmq down", a.status, a.body)
 			}
 			p.signal(syscall.SIGTERM)
 			p.checkEnd()
@@ -402,9 +397,11 @@ func TestProgramWithoutRabbitMQ(t *testing.T) {
 	}
 }
 
-func TestProgramDelaysItsEnd(t *testing.T) {
+// TestProgramShutdownDelay checks that the program is not ready, but answers requests, during
+// SHUTDOWN_DELAY.
+func TestProgramShutdownDelay(t *testing.T) {
 	t.Parallel()
-	p := startProgram(t, "SHUTDOWN_DELAY=2s")
+	p := startProgram(t, "SHUTDOWN_DELAY=4s")
 	begin := time.Now()
 	p.signal(syscall.SIGTERM)
 	var readiness answer
@@ -413,20 +410,22 @@ func TestProgramDelaysItsEnd(t *testing.T) {
 		return readiness.status == 503
 	})
 	if readiness.json(t, "status") != "not ready" {
-		t.Errorf("GET /readyz: %s", readiness.body)
+		t.Errorf("GET /readyz: got %s, want not ready", readiness.body)
 	}
 	if a := p.do("GET", "/users", ""); a.status != 200 {
-		t.Errorf("GET during the delay: %d %s", a.status, a.body)
+		t.Errorf("GET /users during the delay: got %d %s, want 200", a.status, a.body)
 	}
 	if !p.listens() {
-		t.Error("new connections are refused during the delay")
+		t.Error("the port is closed during the delay")
 	}
 	p.checkEnd()
-	if took := time.Since(begin); took < 2*time.Second {
-		t.Errorf("the end came after %v", took)
+	if took := time.Since(begin); took < 4*time.Second {
+		t.Errorf("the program ended after %v, want at least 4 s", took)
 	}
 }
 
+// TestProgramFinishesRequests checks that a request whose body arrives during the shutdown is answered, and
+// that its event is delivered.
 func TestProgramFinishesRequests(t *testing.T) {
 	t.Parallel()
 	p := startProgram(t, "DATABASE_URL="+newDatabase(t))
@@ -435,15 +434,16 @@ func TestProgramFinishesRequests(t *testing.T) {
 	eventually(t, "a closed listener", func() bool { return !p.listens() })
 	time.Sleep(2 * drainIdle) // idle connections are closed by now
 	if status := finish(); status != 201 {
-		t.Errorf("POST that the end came upon: %d", status)
+		t.Errorf("POST during the shutdown: got %d, want 201", status)
 	}
 	p.checkEnd()
-	if len(p.log.lines("Received event user.created with user_id=1")) != 1 {
-		t.Errorf("the event of the last request is missing:\n%s", p.log)
+	if n := len(p.log.lines("Received event user.created with user_id=1")); n != 1 {
+		t.Errorf("events of the last request: got %d, want 1:\n%s", n, p.log)
 	}
 }
 
-// TestProgramFinishesStatements stops the program while a statement waits for a lock.
+// TestProgramFinishesStatements checks that a request is answered whose statement waits for a lock when the
+// shutdown begins.
 func TestProgramFinishesStatements(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
@@ -464,14 +464,15 @@ func TestProgramFinishesStatements(t *testing.T) {
 		t.Fatal(err)
 	}
 	if a := <-answered; a.status != 200 || a.json(t, "name") != "Jane" {
-		t.Errorf("PATCH that the end came upon: %d %s", a.status, a.body)
+		t.Errorf("PATCH during the shutdown: got %d %s, want 200", a.status, a.body)
 	}
 	p.checkEnd()
 	if name := queryValue[string](t, watcher, "SELECT name FROM users"); name != "Jane" {
-		t.Errorf("the change was lost: %s", name)
+		t.Errorf("stored name: got %s, want Jane", name)
 	}
 }
 
+// TestProgramCutsOffRequests checks that an unfinished request does not delay the shutdown beyond its budget.
 func TestProgramCutsOffRequests(t *testing.T) {
 	t.Parallel()
 	p := startProgram(t)
@@ -479,12 +480,13 @@ func TestProgramCutsOffRequests(t *testing.T) {
 	begin := time.Now()
 	p.signal(syscall.SIGTERM)
 	p.checkEnd()
-	if took := time.Since(begin); took > 10*time.Second {
-		t.Errorf("the end took %v", took)
+	if took := time.Since(begin); took > stopBudget {
+		t.Errorf("the shutdown took %v, want at most %v", took, stopBudget)
 	}
 }
 
-// TestProgramEndsWithoutDatabase stops the program after its database has frozen.
+// TestProgramEndsWithoutDatabase checks that the program stops within its budget while the database does not
+// answer.
 func TestProgramEndsWithoutDatabase(t *testing.T) {
 	t.Parallel()
 	through, freeze := freezable(t, newDatabase(t))
@@ -496,14 +498,15 @@ func TestProgramEndsWithoutDatabase(t *testing.T) {
 	begin := time.Now()
 	p.signal(syscall.SIGTERM)
 	if a := <-answered; a.status != 503 {
-		t.Errorf("PATCH that the end came upon: %d %s", a.status, a.body)
+		t.Errorf("PATCH during the shutdown: got %d %s, want 503", a.status, a.body)
 	}
 	p.checkEnd()
-	if took := time.Since(begin); took > 10*time.Second {
-		t.Errorf("the end took %v", took)
+	if took := time.Since(begin); took > stopBudget {
+		t.Errorf("the shutdown took %v, want at most %v", took, stopBudget)
 	}
 }
 
+// TestProgramSecondSignal checks that a second signal ends the program at once, with a complete log.
 func TestProgramSecondSignal(t *testing.T) {
 	t.Parallel()
 	p := startProgram(t, "SHUTDOWN_DELAY=1h")
@@ -516,15 +519,16 @@ func TestProgramSecondSignal(t *testing.T) {
 	p.signal(syscall.SIGTERM)
 	p.wait()
 	if n := len(p.log.lines("Request started")); n != requests {
-		t.Errorf("the log has %d of %d requests", n, requests)
+		t.Errorf("requests in the log: got %d, want %d", n, requests)
 	}
 	status := p.cmd.ProcessState.Sys().(syscall.WaitStatus)
 	if !status.Signaled() || status.Signal() != syscall.SIGTERM {
-		t.Errorf("the second signal ended it with %v", p.cmd.ProcessState)
+		t.Errorf("end after the second signal: got %v, want SIGTERM", p.cmd.ProcessState)
 	}
 }
 
-// TestProgramLogsLastEvents stops the program at the very moment of its last answer.
+// TestProgramLogsLastEvents checks that all events are logged when the program is stopped right after its
+// last answer.
 func TestProgramLogsLastEvents(t *testing.T) {
 	t.Parallel()
 	const updates = 50
@@ -536,23 +540,18 @@ func TestProgramLogsLastEvents(t *testing.T) {
 	p.signal(syscall.SIGTERM)
 	p.checkEnd()
 	if n := len(p.log.lines("Received event user.updated with user_id=1")); n != updates {
-		t.Errorf("%d events of %d updates", n, updates)
+		t.Errorf("events of updates: got %d, want %d", n, updates)
 	}
 }
 
-// TestProgramDrainsEvents holds the relay up, in the removal of its first event, until
-// everything else has ended. Then it has to do the rest.
+// TestProgramDrainsEvents checks that the relay publishes the pending events during the shutdown. A lock
+// delays the removal of its first event until the requests have ended.
 func TestProgramDrainsEvents(t *testing.T) {
 	t.Parallel()
 	const updates = 10
 	url := newDatabase(t)
 	conn := connect(t, url)
-	mustExec := func(sql string) {
-		if _, err := conn.Exec(t.Context(), sql); err != nil {
-			t.Fatal(err)
-		}
-	}
-	mustExec(`
+	execute(t, conn, `
 		CREATE FUNCTION wait_for_test() RETURNS trigger LANGUAGE plpgsql AS
 			'BEGIN PERFORM pg_advisory_xact_lock_shared(1); RETURN OLD; END';
 		CREATE TRIGGER wait_for_test BEFORE DELETE ON outbox
@@ -566,18 +565,18 @@ func TestProgramDrainsEvents(t *testing.T) {
 	}
 	p.signal(syscall.SIGTERM)
 	eventually(t, "a closed listener", func() bool { return !p.listens() })
-	time.Sleep(2 * drainIdle) // the connections are closed after one
-	mustExec("SELECT pg_advisory_unlock(1)")
+	time.Sleep(2 * drainIdle) // idle connections are closed by now
+	execute(t, conn, "SELECT pg_advisory_unlock(1)")
 	p.checkEnd()
 	if n := len(p.log.lines("Received event user.updated with user_id=1")); n != updates {
-		t.Errorf("%d events of %d updates", n, updates)
+		t.Errorf("events of updates: got %d, want %d", n, updates)
 	}
 	if n := queryValue[int](t, conn, "SELECT count(*) FROM outbox"); n != 0 {
-		t.Errorf("%d events are left", n)
+		t.Errorf("pending events: got %d, want none", n)
 	}
 }
 
-// lateListener is slow to tell its server that it was closed.
+// lateListener is a listener whose Accept returns late after it was closed.
 type lateListener struct{ net.Listener }
 
 func (l lateListener) Accept() (net.Conn, error) {
@@ -588,8 +587,8 @@ func (l lateListener) Accept() (net.Conn, error) {
 	return conn, err
 }
 
-// TestShutDownBeforeServeReturns is about a race: net/http closes the listener once more
-// if its Serve has not returned yet.
+// TestShutDownBeforeServeReturns checks that shutDown succeeds if Serve has not returned yet. In this case
+// http.Server.Shutdown closes the listener a second time.
 func TestShutDownBeforeServeReturns(t *testing.T) {
 	t.Parallel()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -598,7 +597,7 @@ func TestShutDownBeforeServeReturns(t *testing.T) {
 	}
 	s := newHTTPServer(http.NotFoundHandler(), slog.New(slog.DiscardHandler))
 	go s.Serve(lateListener{listener})
-	response, err := client.Get("http://" + listener.Addr().String()) // now it serves
+	response, err := client.Get("http://" + listener.Addr().String()) // returns when Serve runs
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -608,6 +607,46 @@ func TestShutDownBeforeServeReturns(t *testing.T) {
 	}
 }
 
+// TestSlowClients checks that requests are answered while other clients never finish sending their
+// headers or body, or reading their answers.
+func TestSlowClients(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *service) {
+		const users = 3
+		for range users {
+			s.createUser("John", "Doe")
+		}
+		const slow = 60
+		for range slow {
+			for _, head := range []string{
+				"GET /users HTTP/1.1\r\nHost: slow\r\n",
+				"POST /users HTTP/1.1\r\nHost: slow\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{",
+				strings.Repeat("GET /users?per_page=100 HTTP/1.1\r\nHost: slow\r\n\r\n", 20),
+			} {
+				conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				if _, err := conn.Write([]byte(head)); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		for i := range 20 {
+			path := fmt.Sprint("/users/", i%users+1)
+			if a := s.do("GET", path, ""); a.status != 200 {
+				t.Errorf("GET %s: got %d %s, want 200", path, a.status, a.body)
+			}
+			body := fmt.Sprintf(`{"name": "Jane %d"}`, i)
+			if a := s.do("PUT", path, body); a.status != 200 {
+				t.Errorf("PUT %s: got %d %s, want 200", path, a.status, a.body)
+			}
+		}
+	})
+}
+
+// TestHealthcheck checks the exit codes of the command healthcheck.
 func TestHealthcheck(t *testing.T) {
 	t.Parallel()
 	failing := httptest.NewServer(http.NotFoundHandler())
@@ -617,13 +656,13 @@ func TestHealthcheck(t *testing.T) {
 		env  []string
 		want int
 	}{
-		"loopback":        {[]string{"HOST=127.0.0.1", running("HOST=127.0.0.1")}, 0},
-		"every interface": {[]string{"HOST=0.0.0.0", running("HOST=0.0.0.0")}, 0},
-		"a host name":     {[]string{"HOST=localhost", running("HOST=localhost")}, 0},
-		"a bad database":  {[]string{"DATABASE_URL=" + deadDatabaseURL, running()}, 0},
-		"nothing there":   {[]string{"PORT=1"}, 1},
-		"another status":  {[]string{portOf(failing.URL)}, 1},
-		"no answer":       {[]string{fmt.Sprint("PORT=", occupiedPort(t))}, 1},
+		"loopback":       {env: []string{"HOST=127.0.0.1", running("HOST=127.0.0.1")}},
+		"all interfaces": {env: []string{"HOST=0.0.0.0", running("HOST=0.0.0.0")}},
+		"a host name":    {env: []string{"HOST=localhost", running("HOST=localhost")}},
+		"no database":    {env: []string{"DATABASE_URL=" + deadDatabaseURL, running()}},
+		"no listener":    {env: []string{"PORT=1"}, want: 1},
+		"status 404":     {env: []string{portOf(failing.URL)}, want: 1},
+		"no answer":      {env: []string{fmt.Sprint("PORT=", occupiedPort(t))}, want: 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -631,31 +670,30 @@ func TestHealthcheck(t *testing.T) {
 			p.cmd.Args = append(p.cmd.Args, "healthcheck")
 			p.log.allowErrors(test.want)
 			if code := p.run(); code != test.want {
-				t.Errorf("exit code %d", code)
+				t.Errorf("exit code: got %d, want %d", code, test.want)
 			}
 			if n := len(p.log.lines("")); n != test.want {
-				t.Errorf("%d lines:\n%s", n, p.log)
+				t.Errorf("lines: got %d, want %d:\n%s", n, test.want, p.log)
 			}
 		})
 	}
 }
 
-// portOf is the PORT of a service at a URL.
+// portOf returns the setting PORT for the service at a URL.
 func portOf(url string) string {
 	return "PORT=" + url[strings.LastIndex(url, ":")+1:]
 }
 
-// TestProgramRestricted takes from the program what its container takes from it: a
-// directory to write to, root, and every capability. Who runs the tests without being root
-// has no more to take.
+// TestProgramRestricted runs the program with the restrictions of its container: a read-only directory and,
+// if the tests run as root, another user without capabilities.
 func TestProgramRestricted(t *testing.T) {
 	t.Parallel()
 	p := newProgram(t, "DATABASE_URL="+newDatabase(t), "HOST=0.0.0.0")
-	// The path to the binary is closed to others, but not what is in the directory itself.
+	// Other users cannot follow the path to the binary, but can run a link in the working directory.
 	if err := os.Link(p.cmd.Path, filepath.Join(p.cmd.Dir, "user-service")); err != nil {
 		t.Fatal(err)
 	}
-	err := os.Chmod(p.cmd.Dir, 0o555) // #nosec G302 -- another user is to run what is in it
+	err := os.Chmod(p.cmd.Dir, 0o555) // #nosec G302 -- another user runs the link
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -483,3 +483,25 @@ func TestChangeOutlivesClient(t *testing.T) {
 	s.waitForLine("Received event user.deleted with user_id=1", "trace_id", "gone")
 	s.waitForLine("Request completed", "trace_id", "gone", "level", "INFO")
 }
+
+// TestOverload checks that only probes are answered while too many requests are in progress.
+func TestOverload(t *testing.T) {
+	t.Parallel()
+	d := testDependencies(settings{}, newMemory(), slog.New(slog.DiscardHandler))
+	server := newHandler(d).(*server)
+	s := serveInProcess(t, server)
+	server.traffic.requests.Store(int64(d.limits.requests))
+	for path, want := range map[string]int{
+		"/users": 503, "/docs": 503, "/healthz": 200, "/readyz": 200,
+	} {
+		a := s.do("GET", path, "")
+		if a.status != want || (a.header.Get("Retry-After") != "") != (want == 503) {
+			t.Errorf("GET %s: status %d, Retry-After %q, want status %d", path, a.status,
+				a.header.Get("Retry-After"), want)
+		}
+	}
+	server.traffic.requests.Add(-1)
+	if a := s.do("GET", "/users", ""); a.status != 200 {
+		t.Errorf("GET /users below the limit: status %d, want 200", a.status)
+	}
+}

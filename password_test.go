@@ -130,6 +130,29 @@ func TestPasswordBlocklist(t *testing.T) {
 	}
 }
 
+// TestVerify checks that verify accepts the hashed password only, and refuses hashes that are malformed or
+// too expensive.
+func TestVerify(t *testing.T) {
+	t.Parallel()
+	h := newTestHasher()
+	phc := mustHash(t, secret)
+	for password, want := range map[string]bool{secret: true, secret + "!": false, "": false} {
+		if got, err := h.verify(t.Context(), password, phc); got != want || err != nil {
+			t.Errorf("verify(%q): got %t, %v, want %t", password, got, err, want)
+		}
+	}
+	for _, bad := range []string{
+		"", "hash", strings.Replace(phc, "argon2id", "argon2i", 1),
+		strings.Replace(phc, "m=7168", "m=65537", 1), strings.Replace(phc, "m=7168", "m=4294967295", 1),
+		strings.Replace(phc, "t=5", "t=11", 1), strings.Replace(phc, "t=5", "t=0", 1),
+		strings.Replace(phc, "p=1", "p=0", 1), phc + strings.Repeat("A", 100),
+	} {
+		if same, err := h.verify(t.Context(), secret, bad); same || err == nil {
+			t.Errorf("verify with the hash %q: got %t, %v, want an error", bad, same, err)
+		}
+	}
+}
+
 // TestPasswordHash checks which bytes a hash verifies: those of the NFC form of the password. Each
 // hash has a salt of its own.
 func TestPasswordHash(t *testing.T) {

@@ -364,10 +364,11 @@ func TestStartRefuses(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			role := newRole(t)
-			url := newDatabase(t)
+			create := newDatabase
 			if test.empty {
-				url = emptyDatabase(t, "")
+				create = func(t *testing.T) string { return emptyDatabase(t, "") }
 			}
+			url := create(t)
 			opened, conn := url, connect(t, url)
 			if test.other {
 				opened = asRole(t, url, role)
@@ -458,13 +459,9 @@ func TestStartGivesUp(t *testing.T) {
 // it waits.
 func TestStartWaitsForDatabase(t *testing.T) {
 	t.Parallel()
-	newDatabase(t) // for the role
+	templateDatabase(t) // for the role
 	name := uniqueName()
-	t.Cleanup(func() {
-		if err := dropDatabase(name); err != nil {
-			t.Error(err)
-		}
-	})
+	t.Cleanup(func() { leftovers.dropDatabase(name) })
 	log := &logBuffer{}
 	opened := make(chan error)
 	go func() {

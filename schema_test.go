@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"encoding/hex"
 	"fmt"
 	"math"
@@ -39,8 +38,7 @@ func asSuperuser(t *testing.T, databaseURL string) string {
 	return own.String()
 }
 
-// newRole returns a role that only this test has. Call it before newDatabase, so that the role
-// is dropped after the database in which it has rights.
+// newRole returns a role that only this test uses.
 func newRole(t *testing.T) string {
 	t.Helper()
 	role := uniqueName()
@@ -48,33 +46,8 @@ func newRole(t *testing.T) string {
 	if err != nil {
 		missing(t, "PostgreSQL", err)
 	}
-	t.Cleanup(func() {
-		if err := admin(context.Background(), "DROP ROLE "+role); err != nil {
-			t.Error(err)
-		}
-	})
+	leftovers.dropRole(role)
 	return role
-}
-
-// emptyDatabase returns the URL of a database without the schema. Options are those of CREATE
-// DATABASE.
-func emptyDatabase(t *testing.T, options string) string {
-	t.Helper()
-	template.once.Do(func() { template.err = makeTemplate() })
-	if template.err != nil {
-		missing(t, "PostgreSQL", template.err)
-	}
-	name := uniqueName()
-	create := fmt.Sprintf("CREATE DATABASE %s OWNER %s %s", name, template.role, options)
-	if err := admin(t.Context(), create); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := dropDatabase(name); err != nil {
-			t.Error(err)
-		}
-	})
-	return databaseURL(name)
 }
 
 // execute runs statements, or a single one if there are arguments.

@@ -285,7 +285,7 @@ func TestTraceIDsOfUser(t *testing.T) {
 	t.Parallel()
 	svc := startService(t, postgresSettings(t))
 	id := svc.createUser("John", "Doe")
-	const changes = 24
+	const changes = 10
 	versions := make([]string, changes)
 	var group sync.WaitGroup
 	for i := range changes {

@@ -306,14 +306,14 @@ func TestVerificationLimit(t *testing.T) {
 			limit.rate, limit.burst)
 	}
 	a.verifications = newLimiter[int64]("password", 1e-6, maxVerifications)
-	server := newServer(d, &traffic{}, newAccess(d.settings), protectedRoutes(a, &health{}))
+	s := serveInProcess(t, newServer(d, &traffic{}, newAccess(d.settings), protectedRoutes(a, &health{})))
 	for _, path := range []string{"/users/998/password/verify", "/users/999/password/verify"} {
 		for attempt := range maxVerifications + 2 {
 			want := 200
 			if attempt >= maxVerifications {
 				want = 429
 			}
-			got := ask(server, "POST", path, strings.NewReader(`{"password": "x"}`))
+			got := s.do("POST", path, `{"password": "x"}`)
 			retryAfter := got.header.Get("Retry-After")
 			if got.status != want || (retryAfter != "") != (want == 429) {
 				t.Errorf("%s, attempt %d: status %d, Retry-After %q, want %d",
@@ -330,11 +330,11 @@ func TestVerifyPasswordOfMissingUser(t *testing.T) {
 	t.Parallel()
 	d := testDependencies(memorySettings(), newMemory(), slog.New(slog.DiscardHandler))
 	a := newAPI(d, &traffic{})
-	server := newServer(d, &traffic{}, newAccess(d.settings), protectedRoutes(a, &health{}))
+	s := serveInProcess(t, newServer(d, &traffic{}, newAccess(d.settings), protectedRoutes(a, &health{})))
 	if !a.hasher.lanes.queue.TryAcquire(int64(d.limits.hashQueue)) {
 		t.Fatal("the queue of hashes is not empty")
 	}
-	got := ask(server, "POST", "/users/999/password/verify", strings.NewReader(`{"password": "x"}`))
+	got := s.do("POST", "/users/999/password/verify", `{"password": "x"}`)
 	if got.status != 503 {
 		t.Errorf("full queue: status %d, want 503: %s", got.status, got.body)
 	}
