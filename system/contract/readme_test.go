@@ -47,8 +47,8 @@ func TestReadme(t *testing.T) {
 
 // skippedPrefixes begin the commands that are not run: they need Docker or servers, change the
 // machine, clone the repository, take long, or start the service, which the test does itself.
-var skippedPrefixes = []string{"docker ", "git clone", "cd ", "cp ", "createdb", "psql", "make",
-	"go run .", "DATABASE_URL=", "RABBITMQ_URL=", "kubectl"}
+var skippedPrefixes = []string{"docker ", "git clone", "cd ", "cp ", "createuser", "createdb",
+	"psql", "make", "go run .", "DATABASE_URL=", "RABBITMQ_URL=", "kubectl"}
 
 // notRun returns the prefix for which a command is not run, or "" if it is run. `go run .` with
 // arguments is run.
