@@ -69,7 +69,6 @@ var template struct {
 
 func TestMain(m *testing.M) {
 	code := m.Run()
-	os.RemoveAll(executable.dir)
 	if template.name != "" {
 		dropDatabase(template.name)
 		admin(context.Background(), "DROP ROLE "+template.role)
