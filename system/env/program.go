@@ -22,7 +22,7 @@ type Program struct {
 
 	t      *testing.T
 	output buffer
-	errors atomic.Int64 // how many lines at level ERROR the test causes
+	errors atomic.Int64 // AnyErrors, or how many lines at level ERROR the test causes
 }
 
 // StartProgram starts the service with these settings in an empty directory, and returns when it
@@ -192,7 +192,7 @@ func checkLine(text string) error {
 	if _, err := time.Parse(layout, fmt.Sprint(line["timestamp"])); err != nil {
 		return err
 	}
-	if tellsPassword(text) {
+	if containsPassword(text) {
 		return fmt.Errorf("a log line contains a password")
 	}
 	if strings.Contains(text, "superfluous") {
@@ -216,7 +216,7 @@ func firstNames(object string, n int) (names []string) {
 	return names
 }
 
-// tellsPassword reports whether a text contains a test's password, or the hash of one.
-func tellsPassword(text string) bool {
+// containsPassword reports whether a text contains a test's password, or the hash of one.
+func containsPassword(text string) bool {
 	return strings.Contains(text, Secret) || strings.Contains(text, "argon2id")
 }

@@ -2,6 +2,7 @@ package env
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -102,40 +103,52 @@ type problem struct {
 	Errors                        json.RawMessage
 }
 
-// Check checks what holds for every response: it has a trace id and no password, and an error is a
-// problem document that matches it. The body of a 503 from /readyz may be the state instead.
+// Check fails the test if the response violates a rule that holds for every response: it has a
+// trace id and no password, and an error is a problem document that matches it. The body of a 503
+// from /readyz is the state instead.
 func (r Response) Check(t *testing.T) {
 	t.Helper()
-	header, path := r.Header, r.Request.URL.EscapedPath()
-	id := header.Get("X-Trace-Id")
-	if !traceID.MatchString(id) {
-		t.Errorf("got X-Trace-Id %q, want a match of %s\n%v", id, traceID, r)
+	if err := r.violations(); err != nil {
+		t.Errorf("%v\n%v", err, r)
 	}
-	if tellsPassword(r.Body) {
-		t.Errorf("the response contains a password\n%v", r)
+}
+
+func (r Response) violations() (err error) {
+	fail := func(format string, args ...any) {
+		err = errors.Join(err, fmt.Errorf(format, args...))
 	}
-	if r.StatusCode == http.StatusServiceUnavailable && path == "/readyz" &&
-		header.Get("Content-Type") == "application/json" {
-		return
+	if id := r.Header.Get("X-Trace-Id"); !traceID.MatchString(id) {
+		fail("got X-Trace-Id %q, want a match of %s", id, traceID)
 	}
-	if r.StatusCode == http.StatusServiceUnavailable && header.Get("Retry-After") == "" {
-		t.Errorf("a 503 has no Retry-After\n%v", r)
+	if containsPassword(r.Body) {
+		fail("the response contains a password")
+	}
+	unavailable, mediaType := r.StatusCode == 503, r.Header.Get("Content-Type")
+	if unavailable && r.Request.URL.Path == "/readyz" && mediaType == "application/json" {
+		return err
+	}
+	if unavailable && r.Header.Get("Retry-After") == "" {
+		fail("a 503 has no Retry-After")
 	}
 	if r.StatusCode < 400 || r.Request.Method == http.MethodHead {
-		return
+		return err
 	}
-	if got := header.Get("Content-Type"); got != "application/problem+json" {
-		t.Errorf("got Content-Type %q, want application/problem+json\n%v", got, r)
+	if mediaType != "application/problem+json" {
+		fail("got Content-Type %q, want application/problem+json", mediaType)
 	}
 	var p problem
 	decoder := json.NewDecoder(strings.NewReader(r.Body))
 	decoder.DisallowUnknownFields()
-	if err := decoder.Decode(&p); err != nil {
-		t.Errorf("an error is not a problem document: %v\n%v", err, r)
-		return
+	if decodeErr := decoder.Decode(&p); decodeErr != nil {
+		fail("an error is not a problem document: %w", decodeErr)
+	} else if !p.describes(r) {
+		fail("the problem document does not match its response")
 	}
-	if p.Type != "about:blank" || p.Title != http.StatusText(r.StatusCode) ||
-		p.Status != r.StatusCode || p.Detail == "" || p.TraceID != id || p.Instance != path {
-		t.Errorf("the problem document does not match its response\n%v", r)
-	}
+	return err
+}
+
+func (p problem) describes(r Response) bool {
+	return p.Type == "about:blank" && p.Title == http.StatusText(r.StatusCode) &&
+		p.Status == r.StatusCode && p.Detail != "" &&
+		p.TraceID == r.Header.Get("X-Trace-Id") && p.Instance == r.Request.URL.EscapedPath()
 }
