@@ -46,7 +46,7 @@ fuzz: ## run each fuzz target for FUZZTIME; an input that fails one goes to test
 		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 100x .; \
 	done
 
-confined: ## the service's tests and the drill's selection as the image runs the service
+confined: ## the tests of the service and the program, and the drill's selection, as in the image
 	exports=$$(.ci/services); eval "$$exports"; \
 	REQUIRE_SERVICES=1 $(GOTESTSUM) --format pkgname-and-test-fails --hide-summary output \
 		--jsonfile $(CONFINED_LOG) --raw-command -- .ci/confined -test.parallel=8

@@ -86,7 +86,6 @@ func TestMain(m *testing.M) {
 		flag.Set("test.parallel", strconv.Itoa(max(parallelTests, runtime.GOMAXPROCS(0))))
 	}
 	code := m.Run()
-	os.RemoveAll(executable.dir)
 	if err := leftovers.finish(); err != nil {
 		fmt.Fprintln(os.Stderr, "cleaning up:", err)
 		code = max(code, 1)

@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"slices"
 	"strings"
@@ -224,4 +225,17 @@ func TestInternalErrors(t *testing.T) {
 	if a := s.do("POST", "/users", john); a.status != http.StatusCreated {
 		t.Errorf("POST /users after the errors: status %d, want 201: %s", a.status, a.body)
 	}
+}
+
+// ask sends a request with any body to a handler in this process.
+func ask(h http.Handler, method, target string, body io.Reader, headers ...string) answer {
+	request := httptest.NewRequest(method, target, body)
+	request.Header.Set("Content-Type", "application/json")
+	for _, header := range headers {
+		name, value, _ := strings.Cut(header, ": ")
+		request.Header.Set(name, value)
+	}
+	recorder := httptest.NewRecorder()
+	h.ServeHTTP(recorder, request)
+	return answer{recorder.Code, recorder.Header(), recorder.Body.String()}
 }

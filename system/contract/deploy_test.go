@@ -6,6 +6,7 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"os"
 	"path/filepath"
 	"reflect"
 	"regexp"
@@ -23,6 +24,8 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 	"sigs.k8s.io/json"
 	"sigs.k8s.io/yaml"
+
+	"user-service/system/env"
 )
 
 // What the deployment files may rely on. The tests of the service check these bounds.
@@ -382,13 +385,13 @@ func TestSettingsAreListed(t *testing.T) {
 // accepts those of docker-compose.yml and .env.example.
 func TestDeployedSettings(t *testing.T) {
 	t.Parallel()
-	env := []string{"HOST=127.0.0.1"}
+	settings := []string{"HOST=127.0.0.1"}
 	for name, value := range environment(t, readManifest(t)) {
 		if name != "SHUTDOWN_DELAY" {
-			env = append(env, name+"="+value)
+			settings = append(settings, name+"="+value)
 		}
 	}
-	startService(t, env...)
+	startService(t, settings...)
 
 	// Nothing listens on port 1: the service waits for its database, whose settings it accepts.
 	var composed []string
@@ -407,11 +410,13 @@ func TestDeployedSettings(t *testing.T) {
 func checkAccepted(t *testing.T, name, content string) {
 	t.Helper()
 	dir := t.TempDir()
-	writeFile(t, filepath.Join(dir, ".env"), content)
-	s := launch(t, dir)
-	eventually(t, "a log line", func() bool { return len(s.stdout.lines()) > 0 })
-	if line := s.stdout.lines()[0]; line["level"] == "ERROR" {
-		t.Errorf("%s: %v", name, line)
+	if err := os.WriteFile(filepath.Join(dir, ".env"), []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := testEnv.LaunchProgram(t, env.ServiceConfig{Dir: dir})
+	env.Eventually(t, "a log line", func() bool { return len(s.Lines("")) > 0 })
+	if line := s.Lines("")[0]; line["level"] == "ERROR" {
+		t.Errorf("%s: got the line %v, want no error", name, line)
 	}
 }
 

@@ -18,6 +18,8 @@ import (
 	"github.com/chromedp/cdproto/network"
 	"github.com/chromedp/cdproto/runtime"
 	"github.com/chromedp/chromedp"
+
+	"user-service/system/env"
 )
 
 // remoteHost is this machine under a name that the browser does not treat as localhost, whose
@@ -31,9 +33,9 @@ func TestDocsInBrowser(t *testing.T) {
 	t.Parallel()
 	s := startService(t, keysSetting())
 	for _, name := range []string{"John", "Zoë"} { // John is user 1 of the examples
-		s.createUser(name, "Doe", "Authorization: Bearer "+fullKey)
+		s.CreateUser(name, "Doe", "Authorization: Bearer "+fullKey)
 	}
-	p := openPage(t, strings.Replace(s.url, "127.0.0.1", remoteHost, 1), "/docs")
+	p := openPage(t, strings.Replace(s.URL, "127.0.0.1", remoteHost, 1), "/docs")
 	p.run(
 		chromedp.Click(chromedp.CSS(".btn.authorize")),
 		chromedp.SendKeys(chromedp.CSS(".modal-ux input"), fullKey),
@@ -76,7 +78,7 @@ func openPage(t *testing.T, origin, path string) *page {
 	t.Helper()
 	executable, err := findBrowser()
 	if err != nil {
-		missing(t, "Chromium", err)
+		env.Missing(t, "Chromium", err)
 	}
 	home := t.TempDir()
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
@@ -221,7 +223,7 @@ func (p *page) explainFailure() {
 		return
 	}
 	p.t.Logf("the page caused %v", p.recorded())
-	file := filepath.Join(os.TempDir(), uniqueName()+".png")
+	file := filepath.Join(os.TempDir(), env.UniqueName()+".png")
 	p.screenshot(file)
 	p.t.Logf("the page is in %s", file)
 }

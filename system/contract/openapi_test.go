@@ -17,6 +17,8 @@ import (
 	"github.com/pb33f/libopenapi/datamodel/high/base"
 	v3 "github.com/pb33f/libopenapi/datamodel/high/v3"
 	amqp "github.com/rabbitmq/amqp091-go"
+
+	"user-service/system/env"
 )
 
 func bodyOf(text string) io.ReadCloser { return io.NopCloser(strings.NewReader(text)) }
@@ -206,10 +208,10 @@ func TestDocumentedMethods(t *testing.T) {
 				methods = append(methods, strings.Replace(method, "GET", "GET, HEAD", 1))
 			}
 		}
-		e := s.do("TRACE", strings.Replace(path, "{id}", "1", 1), "")
-		allow := e.response.Header.Get("Allow")
-		if want := strings.Join(methods, ", "); e.response.StatusCode != 405 || allow != want {
-			t.Errorf("%s: status %d, Allow is %q, not %q", path, e.response.StatusCode, allow, want)
+		e := s.Do("TRACE", strings.Replace(path, "{id}", "1", 1), "")
+		allow := e.Header.Get("Allow")
+		if want := strings.Join(methods, ", "); e.StatusCode != 405 || allow != want {
+			t.Errorf("%s: status %d, Allow is %q, not %q", path, e.StatusCode, allow, want)
 		}
 	}
 }
@@ -217,10 +219,10 @@ func TestDocumentedMethods(t *testing.T) {
 // TestOpenAPIIsServed checks that the service serves the file byte for byte.
 func TestOpenAPIIsServed(t *testing.T) {
 	t.Parallel()
-	e := startService(t).do("GET", "/openapi.json", "")
-	if e.response.StatusCode != 200 || e.body != readFile(t, "openapi.json") ||
-		e.response.Header.Get("Content-Type") != "application/json" {
-		t.Errorf("status %d, %v, %d bytes", e.response.StatusCode, e.response.Header, len(e.body))
+	e := startService(t).Do("GET", "/openapi.json", "")
+	if e.StatusCode != 200 || e.Body != readFile(t, "openapi.json") ||
+		e.Header.Get("Content-Type") != "application/json" {
+		t.Errorf("status %d, %v, %d bytes", e.StatusCode, e.Header, len(e.Body))
 	}
 }
 
@@ -237,9 +239,9 @@ func TestExamplesWork(t *testing.T) {
 			t.Run(id+" "+mediaType, func(t *testing.T) {
 				t.Parallel()
 				s := startService(t)
-				s.createUser("John", "Doe")
-				e := s.do(o.method, o.target(t), o.exampleBody(t, mediaType), "Content-Type: "+mediaType)
-				if e.response.StatusCode < 200 || e.response.StatusCode > 299 {
+				s.CreateUser("John", "Doe")
+				e := s.Do(o.method, o.target(t), o.exampleBody(t, mediaType), "Content-Type: "+mediaType)
+				if e.StatusCode < 200 || e.StatusCode > 299 {
 					t.Error(e)
 				}
 				o.check(t, e)
@@ -254,7 +256,7 @@ func TestRequestBodies(t *testing.T) {
 	const clef = "\U0001d11e" // one character, two UTF-16 units, four bytes
 	d := readDocument(t)
 	s := startService(t)
-	s.createUser("John", "Doe")
+	s.CreateUser("John", "Doe")
 	create, update := d.operation(t, "createUser"), d.operation(t, "updateUser")
 	for _, test := range []struct {
 		field string
@@ -283,7 +285,7 @@ func TestRequestBodies(t *testing.T) {
 		{"Name", "x", false},
 		{"age", 7, false},
 	} {
-		fields := map[string]any{"name": "John", "surname": "Doe", "password": secret}
+		fields := map[string]any{"name": "John", "surname": "Doe", "password": env.Secret}
 		fields[test.field] = test.value
 		checkBody(t, s, create, fields, test.valid)
 		checkBody(t, s, update, map[string]any{test.field: test.value}, test.valid)
@@ -292,18 +294,18 @@ func TestRequestBodies(t *testing.T) {
 	checkBody(t, s, update, map[string]any{}, false)
 }
 
-func checkBody(t *testing.T, s *service, o *operation, fields map[string]any, valid bool) {
+func checkBody(t *testing.T, s *env.Program, o *operation, fields map[string]any, valid bool) {
 	t.Helper()
 	body, err := json.Marshal(fields)
 	if err != nil {
 		t.Fatal(err)
 	}
-	request := newRequest(t, o.method, s.url+o.target(t), string(body))
+	request := env.NewRequest(t, o.method, s.URL+o.target(t), string(body))
 	ok, problems := o.doc.validator.ValidateHttpRequestSync(request)
-	e := s.do(o.method, o.target(t), string(body))
-	if ok != valid || (e.response.StatusCode < 300) != valid {
+	e := s.Do(o.method, o.target(t), string(body))
+	if ok != valid || (e.StatusCode < 300) != valid {
 		t.Errorf("%s %.80s: the document says %v (%v), the service %d", o.method, body, ok,
-			joined(problems), e.response.StatusCode)
+			joined(problems), e.StatusCode)
 	}
 }
 
@@ -338,9 +340,9 @@ func TestListParameters(t *testing.T) {
 		{name: "after", value: "one"},
 	} {
 		err := d.validateText(parameters[test.name].Schema, test.value)
-		e := s.do("GET", "/users?"+test.name+"="+test.value+test.and, "")
-		if (err == nil) != test.valid || (e.response.StatusCode == 200) != test.valid {
-			t.Errorf("%+v: the document says %v, the service %d", test, err, e.response.StatusCode)
+		e := s.Do("GET", "/users?"+test.name+"="+test.value+test.and, "")
+		if (err == nil) != test.valid || (e.StatusCode == 200) != test.valid {
+			t.Errorf("%+v: the document says %v, the service %d", test, err, e.StatusCode)
 		}
 	}
 }
@@ -352,16 +354,16 @@ func TestEvents(t *testing.T) {
 	rabbitURL := newVhost(t)
 	for name, databaseURL := range map[string]func() string{
 		"memory":   func() string { return "" },
-		"postgres": func() string { return newDatabase(t).url },
+		"postgres": func() string { return env.NewDatabase(t).URL },
 	} {
 		s := startService(t, "RABBITMQ_URL="+rabbitURL, "DATABASE_URL="+databaseURL())
 		messages := consume(t, rabbitURL)
-		eventually(t, "RabbitMQ", func() bool {
-			return strings.Contains(s.do("GET", "/readyz", "").body, `"rabbitmq":"up"`)
+		env.Eventually(t, "RabbitMQ", func() bool {
+			return strings.Contains(s.Do("GET", "/readyz", "").Body, `"rabbitmq":"up"`)
 		})
-		s.createUser("John", "Doe")
-		s.do("PATCH", "/users/1", `{"name": "Jane"}`)
-		s.do("DELETE", "/users/1", "")
+		s.CreateUser("John", "Doe")
+		s.Do("PATCH", "/users/1", `{"name": "Jane"}`)
+		s.Do("DELETE", "/users/1", "")
 		for _, want := range []string{"user.created", "user.updated", "user.deleted"} {
 			select {
 			case message := <-messages:
@@ -370,14 +372,14 @@ func TestEvents(t *testing.T) {
 				t.Fatalf("%s: no message %s", name, want)
 			}
 		}
-		s.stop()
+		s.Stop()
 	}
 	if n := d.Webhooks.Len(); n != 3 {
 		t.Errorf("%d webhooks are documented", n)
 	}
 }
 
-// consume returns the messages of a queue that is bound to the exchange of the service.
+// consume returns the messages of a queue that is bound to the env.Response of the service.
 func consume(t *testing.T, rabbitURL string) <-chan amqp.Delivery {
 	t.Helper()
 	conn, err := amqp.Dial(rabbitURL)
@@ -386,7 +388,7 @@ func consume(t *testing.T, rabbitURL string) <-chan amqp.Delivery {
 	}
 	t.Cleanup(func() { conn.Close() })
 	var channel *amqp.Channel
-	eventually(t, "the exchange user_events", func() bool {
+	env.Eventually(t, "the env.Response user_events", func() bool {
 		if channel, err = conn.Channel(); err != nil {
 			t.Fatal(err)
 		}
@@ -421,7 +423,7 @@ func checkMessage(t *testing.T, d *document, want string, message amqp.Delivery)
 	if err != nil {
 		t.Fatalf("%s: %v", message.Body, err)
 	}
-	if strings.Contains(string(message.Body), secret) {
+	if strings.Contains(string(message.Body), env.Secret) {
 		t.Errorf("%s contains a password", message.Body)
 	}
 	// The schema lets consumers accept unknown members, but documents all that there are.
@@ -433,29 +435,29 @@ func checkMessage(t *testing.T, d *document, want string, message amqp.Delivery)
 }
 
 // sendSlowly sends a request whose body does not arrive completely, and returns the response.
-func (s *service) sendSlowly(method, path string) (exchange, error) {
-	address := strings.TrimPrefix(s.url, "http://")
+func sendSlowly(s *env.Program, method, path string) (env.Response, error) {
+	address := strings.TrimPrefix(s.URL, "http://")
 	conn, err := net.Dial("tcp", address)
 	if err != nil {
-		return exchange{}, err
+		return env.Response{}, err
 	}
 	defer conn.Close()
-	request, err := http.NewRequest(method, s.url+path, nil)
+	request, err := http.NewRequest(method, s.URL+path, nil)
 	if err != nil {
-		return exchange{}, err
+		return env.Response{}, err
 	}
 	if err := conn.SetDeadline(time.Now().Add(30 * time.Second)); err != nil {
-		return exchange{}, err
+		return env.Response{}, err
 	}
 	if _, err := fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\n"+
 		"Content-Length: 100\r\n\r\n{", method, path, address); err != nil {
-		return exchange{}, err
+		return env.Response{}, err
 	}
 	response, err := http.ReadResponse(bufio.NewReader(conn), request)
 	if err != nil {
-		return exchange{}, err
+		return env.Response{}, err
 	}
 	defer response.Body.Close()
 	content, err := io.ReadAll(response.Body)
-	return exchange{request, response, string(content)}, err
+	return env.Response{Response: response, Body: string(content)}, err
 }

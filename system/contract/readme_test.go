@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"user-service/system/env"
 )
 
 // TestReadme runs the commands of README.md in its order, against one service without users,
@@ -45,8 +47,8 @@ func TestReadme(t *testing.T) {
 
 // skippedPrefixes begin the commands that are not run: they need Docker or servers, change the
 // machine, clone the repository, take long, or start the service, which the test does itself.
-var skippedPrefixes = []string{"docker ", "git clone", "cd ", "cp ", "createdb", "psql", "make",
-	"go run .", "DATABASE_URL=", "RABBITMQ_URL=", "kubectl"}
+var skippedPrefixes = []string{"docker ", "git clone", "cd ", "cp ", "createuser", "createdb",
+	"psql", "make", "go run .", "DATABASE_URL=", "RABBITMQ_URL=", "kubectl"}
 
 // notRun returns the prefix for which a command is not run, or "" if it is run. `go run .` with
 // arguments is run.
@@ -103,13 +105,16 @@ func readmeCommands(readme string) []readmeCommand {
 
 // runReadme runs a command in a shell with the port of s in place of 8000. `go` builds what is
 // in the repository, and `user-service` is the binary. It returns what the command writes.
-func runReadme(t *testing.T, s *service, command string) (string, error) {
+func runReadme(t *testing.T, s *env.Program, command string) (string, error) {
 	t.Helper()
-	u, err := url.Parse(s.url)
+	u, err := url.Parse(s.URL)
 	if err != nil {
 		t.Fatal(err)
 	}
-	binary := buildBinary(t)
+	executable, err := testEnv.Executable() // PATH finds it as user-service
+	if err != nil {
+		t.Fatal(err)
+	}
 	command = strings.ReplaceAll(command, "localhost:8000", "127.0.0.1:"+u.Port())
 	command = strings.ReplaceAll(command, "8000", u.Port())
 	command = regexp.MustCompile(`(^|\s)(\./user-service|go run \.) `).
@@ -120,7 +125,7 @@ func runReadme(t *testing.T, s *service, command string) (string, error) {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "bash", "-euo", "pipefail", "-c", command)
 	cmd.Dir = root
-	cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(binary)+":"+os.Getenv("PATH"),
+	cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(executable)+":"+os.Getenv("PATH"),
 		"CURL_HOME=/nonexistent", "PORT="+u.Port(), "HOST=127.0.0.1", "DATABASE_URL=", "RABBITMQ_URL=")
 	var stderr strings.Builder
 	cmd.Stderr = &stderr // curl draws a progress meter there

@@ -8,6 +8,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+
+	"user-service/system/env"
 )
 
 // TestResponses causes every response that the document has, and checks each one against it.
@@ -57,14 +59,14 @@ func TestResponses(t *testing.T) {
 func testMemory(t *testing.T, d *document) { testRequests(t, d, startService(t)) }
 
 func testPostgres(t *testing.T, d *document) {
-	testRequests(t, d, startService(t, "DATABASE_URL="+newDatabase(t).url))
+	testRequests(t, d, startService(t, "DATABASE_URL="+env.NewDatabase(t).URL))
 }
 
 // testRequests sends requests to a service without users.
-func testRequests(t *testing.T, d *document, s *service) {
-	valid := fmt.Sprintf(`{"name": " Ann ", "surname": "Lee", "password": %q}`, secret)
+func testRequests(t *testing.T, d *document, s *env.Program) {
+	valid := fmt.Sprintf(`{"name": " Ann ", "surname": "Lee", "password": %q}`, env.Secret)
 	other := strings.Replace(valid, "Ann", "Eve", 1)
-	try := fmt.Sprintf(`{"password": %q}`, secret)
+	try := fmt.Sprintf(`{"password": %q}`, env.Secret)
 	invalid := `{"name": "", "surname": null, "age/years": 7}`
 	large := `{"name": "` + strings.Repeat("x", 64<<10) + `"}`
 	form := "Content-Type: application/x-www-form-urlencoded"
@@ -72,7 +74,7 @@ func testRequests(t *testing.T, d *document, s *service) {
 	stale := `If-Match: "999"`
 	change := `{"name": "Bob"}`
 	for i := range 3 {
-		s.createUser(fmt.Sprint("user ", i+1), "Doe")
+		s.CreateUser(fmt.Sprint("user ", i+1), "Doe")
 	}
 	for _, test := range []struct {
 		operation string
@@ -138,17 +140,17 @@ func testRequests(t *testing.T, d *document, s *service) {
 		if test.header != "" {
 			headers = []string{test.header}
 		}
-		e := s.do(o.method, test.path, test.body, headers...)
-		if e.response.StatusCode != test.want {
+		e := s.Do(o.method, test.path, test.body, headers...)
+		if e.StatusCode != test.want {
 			t.Errorf("%.60v: %v", test, e)
 		}
 		o.check(t, e)
 		if o.method != "GET" {
 			continue
 		}
-		head := s.do("HEAD", test.path, "", headers...)
-		if head.response.StatusCode != e.response.StatusCode || head.body != "" ||
-			head.response.Header.Get("Content-Type") != e.response.Header.Get("Content-Type") {
+		head := s.Do("HEAD", test.path, "", headers...)
+		if head.StatusCode != e.StatusCode || head.Body != "" ||
+			head.Header.Get("Content-Type") != e.Header.Get("Content-Type") {
 			t.Errorf("%v, and %v", head, e)
 		}
 	}
@@ -169,20 +171,20 @@ func keysSetting() string {
 // security the document lifts need no key.
 func testKeys(t *testing.T, d *document) {
 	s := startService(t, keysSetting())
-	s.createUser("John", "Doe", "Authorization: Bearer "+fullKey)
+	s.CreateUser("John", "Doe", "Authorization: Bearer "+fullKey)
 	for id, o := range d.operations {
 		public := o.Security != nil && len(o.Security) == 0
 		if public == o.documents(401) {
 			t.Errorf("%s: its security and its 401 contradict each other", id)
 		}
 		body := o.exampleBody(t, "application/json")
-		e := s.do(o.method, o.target(t), body)
-		if (e.response.StatusCode == 401) != o.documents(401) {
+		e := s.Do(o.method, o.target(t), body)
+		if (e.StatusCode == 401) != o.documents(401) {
 			t.Errorf("%s, without a key: %v", id, e)
 		}
 		o.check(t, e)
-		e = s.do(o.method, o.target(t), body, "Authorization: Bearer "+readKey)
-		if (e.response.StatusCode == 403) != o.documents(403) {
+		e = s.Do(o.method, o.target(t), body, "Authorization: Bearer "+readKey)
+		if (e.StatusCode == 403) != o.documents(403) {
 			t.Errorf("%s, with a read-only key: %v", id, e)
 		}
 		o.check(t, e)
@@ -197,9 +199,9 @@ func testLimit(t *testing.T, d *document) {
 		client++
 		address := fmt.Sprint("X-Forwarded-For: 192.0.2.", client)
 		body := o.exampleBody(t, "application/json")
-		o.check(t, s.do(o.method, o.target(t), body, address))
-		e := s.do(o.method, o.target(t), body, address)
-		if (e.response.StatusCode == 429) != o.documents(429) {
+		o.check(t, s.Do(o.method, o.target(t), body, address))
+		e := s.Do(o.method, o.target(t), body, address)
+		if (e.StatusCode == 429) != o.documents(429) {
 			t.Errorf("%s, beyond the limit: %v", id, e)
 		}
 		o.check(t, e)
@@ -207,8 +209,8 @@ func testLimit(t *testing.T, d *document) {
 	verify := d.operation(t, "verifyPassword")
 	s = startService(t)
 	for try := 1; try <= 11; try++ {
-		e := s.do(verify.method, verify.target(t), verify.exampleBody(t, "application/json"))
-		if (e.response.StatusCode == 429) != (try > 10) {
+		e := s.Do(verify.method, verify.target(t), verify.exampleBody(t, "application/json"))
+		if (e.StatusCode == 429) != (try > 10) {
 			t.Errorf("password attempt %d: %v", try, e)
 		}
 		verify.check(t, e)
@@ -227,11 +229,12 @@ func testSlowBodies(t *testing.T, d *document) {
 			continue
 		}
 		requests.Go(func() { // all at once: the service waits 10 s
-			e, err := s.sendSlowly(o.method, o.target(t))
-			if err != nil || e.response.StatusCode != 408 {
+			e, err := sendSlowly(s, o.method, o.target(t))
+			if err != nil || e.StatusCode != 408 {
 				t.Errorf("%s: %v %v", id, e, err)
 				return
 			}
+			e.Check(t)
 			o.check(t, e)
 		})
 	}
@@ -242,30 +245,27 @@ func testSlowBodies(t *testing.T, d *document) {
 func testStopping(t *testing.T, d *document) {
 	s := startService(t, "SHUTDOWN_DELAY=2s")
 	readyz := d.operation(t, "readyz")
-	readyz.check(t, s.do("GET", "/readyz", ""))
-	if err := s.process.Signal(syscall.SIGTERM); err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, "503 from /readyz", func() bool {
-		e := s.do("GET", "/readyz", "")
+	readyz.check(t, s.Do("GET", "/readyz", ""))
+	s.Signal(syscall.SIGTERM)
+	env.Eventually(t, "503 from /readyz", func() bool {
+		e := s.Do("GET", "/readyz", "")
 		readyz.check(t, e)
-		return e.response.StatusCode == 503
+		return e.StatusCode == 503
 	})
-	<-s.ended
-	if s.exitCode != 0 {
-		t.Errorf("exit code %d", s.exitCode)
+	if code := s.Wait(); code != 0 {
+		t.Errorf("got exit code %d, want 0", code)
 	}
 }
 
 // testRules has a database that refuses changes: a constraint, and a row of another table that
 // refers to a user.
 func testRules(t *testing.T, d *document) {
-	db := newDatabase(t)
-	s := startService(t, "DATABASE_URL="+db.url)
-	s.createUser("John", "Doe")
-	db.exec(db.name, "ALTER TABLE users ADD CHECK (surname <> 'Refused')",
+	db := env.NewDatabase(t)
+	s := startService(t, "DATABASE_URL="+db.URL)
+	s.CreateUser("John", "Doe")
+	db.Exec(db.Name, "ALTER TABLE users ADD CHECK (surname <> 'Refused')",
 		"CREATE TABLE orders (user_id bigint REFERENCES users)", "INSERT INTO orders VALUES (1)")
-	refused := fmt.Sprintf(`{"name": "John", "surname": "Refused", "password": %q}`, secret)
+	refused := fmt.Sprintf(`{"name": "John", "surname": "Refused", "password": %q}`, env.Secret)
 	for id, o := range d.operations {
 		body := refused
 		if id == "deleteUser" {
@@ -274,8 +274,8 @@ func testRules(t *testing.T, d *document) {
 		if !o.documents(409) {
 			continue
 		}
-		e := s.do(o.method, o.target(t), body)
-		if e.response.StatusCode != 409 {
+		e := s.Do(o.method, o.target(t), body)
+		if e.StatusCode != 409 {
 			t.Errorf("%s: %v", id, e)
 		}
 		o.check(t, e)
@@ -284,13 +284,13 @@ func testRules(t *testing.T, d *document) {
 
 // testBrokenDatabase has a database without the table.
 func testBrokenDatabase(t *testing.T, d *document) {
-	db := newDatabase(t)
-	s := startService(t, "DATABASE_URL="+db.url)
-	s.errorsAllowed = true
-	db.exec(db.name, "ALTER TABLE users RENAME TO moved")
+	db := env.NewDatabase(t)
+	s := startService(t, "DATABASE_URL="+db.URL)
+	s.AllowErrors(env.AnyErrors)
+	db.Exec(db.Name, "ALTER TABLE users RENAME TO moved")
 	for id, o := range d.operations {
-		e := s.do(o.method, o.target(t), o.exampleBody(t, "application/json"))
-		if (e.response.StatusCode == 500) != o.documents(500) {
+		e := s.Do(o.method, o.target(t), o.exampleBody(t, "application/json"))
+		if (e.StatusCode == 500) != o.documents(500) {
 			t.Errorf("%s: %v", id, e)
 		}
 		if id != "readyz" { // whether it notices does not matter here
@@ -301,41 +301,41 @@ func testBrokenDatabase(t *testing.T, d *document) {
 
 // testReadOnlyDatabase has a database that takes no writes, as a standby does.
 func testReadOnlyDatabase(t *testing.T, d *document) {
-	db := newDatabase(t)
-	s := startService(t, "DATABASE_URL="+db.url)
-	s.createUser("John", "Doe")
-	db.exec("postgres", "ALTER DATABASE "+db.name+" SET default_transaction_read_only = on",
-		"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '"+db.name+"'")
+	db := env.NewDatabase(t)
+	s := startService(t, "DATABASE_URL="+db.URL)
+	s.CreateUser("John", "Doe")
+	db.Exec("postgres", "ALTER DATABASE "+db.Name+" SET default_transaction_read_only = on",
+		"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '"+db.Name+"'")
 	readyz := d.operation(t, "readyz")
-	eventually(t, "503 from /readyz", func() bool {
-		e := s.do("GET", "/readyz", "")
+	env.Eventually(t, "503 from /readyz", func() bool {
+		e := s.Do("GET", "/readyz", "")
 		readyz.check(t, e)
-		return strings.Contains(e.body, `"read-only"`) && e.response.StatusCode == 503
+		return strings.Contains(e.Body, `"read-only"`) && e.StatusCode == 503
 	})
 	for _, id := range []string{"createUser", "updateUser", "patchUser", "deleteUser"} {
 		o := d.operation(t, id)
-		e := s.do(o.method, o.target(t), o.exampleBody(t, "application/json"))
-		if e.response.StatusCode != 503 {
+		e := s.Do(o.method, o.target(t), o.exampleBody(t, "application/json"))
+		if e.StatusCode != 503 {
 			t.Errorf("%s: %v", id, e)
 		}
 		o.check(t, e)
 	}
 	get := d.operation(t, "getUser")
-	get.check(t, s.do(get.method, get.target(t), ""))
+	get.check(t, s.Do(get.method, get.target(t), ""))
 }
 
 // testUnreachableDatabase has a database that lets nobody in any more.
 func testUnreachableDatabase(t *testing.T, d *document) {
-	db := newDatabase(t)
-	s := startService(t, "DATABASE_URL="+db.url)
-	s.createUser("John", "Doe")
-	db.exec("postgres", "ALTER ROLE "+db.name+" NOLOGIN",
-		"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '"+db.name+"'")
+	db := env.NewDatabase(t)
+	s := startService(t, "DATABASE_URL="+db.URL)
+	s.CreateUser("John", "Doe")
+	db.Exec("postgres", "ALTER ROLE "+db.Name+" NOLOGIN",
+		"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '"+db.Name+"'")
 	readyz := d.operation(t, "readyz")
-	eventually(t, "503 from /readyz", func() bool {
-		e := s.do("GET", "/readyz", "")
+	env.Eventually(t, "503 from /readyz", func() bool {
+		e := s.Do("GET", "/readyz", "")
 		readyz.check(t, e)
-		return strings.Contains(e.body, `"down"`) && e.response.StatusCode == 503
+		return strings.Contains(e.Body, `"down"`) && e.StatusCode == 503
 	})
 	for id, o := range d.operations {
 		if id == "readyz" {
@@ -343,8 +343,8 @@ func testUnreachableDatabase(t *testing.T, d *document) {
 		}
 		t.Run(id, func(t *testing.T) {
 			t.Parallel()
-			e := s.do(o.method, o.target(t), o.exampleBody(t, "application/json"))
-			if (e.response.StatusCode == 503) != o.documents(503) {
+			e := s.Do(o.method, o.target(t), o.exampleBody(t, "application/json"))
+			if (e.StatusCode == 503) != o.documents(503) {
 				t.Error(e)
 			}
 			o.check(t, e)

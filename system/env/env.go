@@ -2,7 +2,11 @@
 // PostgreSQL, PgBouncer and RabbitMQ servers of their own on free ports of the loopback interface.
 //
 // An [Env] owns a temporary directory and every process that was started in it. Closing the Env
-// ends the processes and removes the directory. The servers of the machine are never touched.
+// ends the processes and removes the directory.
+//
+// A [Program] is the service under test: its log and its answers are checked. The tests of Programs
+// use databases of the machine's PostgreSQL server, each its own ([NewDatabase]). Nothing else uses
+// servers that run already.
 package env
 
 import (
@@ -133,7 +137,7 @@ func (e *Env) Executable() (string, error) {
 		if path != "" {
 			return path, nil
 		}
-		path = filepath.Join(e.Dir, "current")
+		path = filepath.Join(e.Dir, "user-service")
 		return path, e.run("go", "build", "-trimpath", "-ldflags=-s -w", "-buildvcs=false",
 			"-o", path, ".")
 	})
@@ -159,7 +163,7 @@ func (e *Env) run(name string, args ...string) error {
 		return err
 	}
 	cmd := exec.Command(name, args...)
-	cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0")
+	cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
 	return output(cmd)
 }
 

@@ -3,8 +3,10 @@ package env
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"os/exec"
@@ -17,16 +19,22 @@ import (
 	"time"
 )
 
-// ServiceConfig says how a Service is started.
+// ServiceConfig describes how a Service is started. The zero value starts the current build with
+// its default settings.
 type ServiceConfig struct {
 	Previous bool     // start the previous release instead of the current build
-	Settings []string // environment variables; PORT is 0 unless it is given
+	Settings []string // all environment variables; PORT is 0 unless it is given
+	Args     []string
+	Dir      string   // the working directory; "" is that of the Env
+	Wrapper  []string // a command that runs the executable, such as setpriv with its options
 
 	// OnEvent is called for each event that the service's consumer logs, if it is not nil.
 	OnEvent func(eventType string, userID, version int64)
+	// Log receives each line of the standard output in one Write, if it is not nil.
+	Log io.Writer
 }
 
-// Service is the service as a process. Its working directory is that of the Env.
+// Service is the service as a process.
 type Service struct {
 	URL       string
 	Ready     atomic.Bool   // the last answer of /readyz, while Probe runs
@@ -36,6 +44,8 @@ type Service struct {
 	cmd     *exec.Cmd
 	wording wording
 	onEvent func(eventType string, userID, version int64)
+	log     io.Writer
+	started chan int // receives the port
 
 	output  *os.File   // the reading end of the standard output
 	reading sync.Mutex // held by the reader, or by BlockOutput
@@ -63,6 +73,15 @@ func (b *buffer) String() string {
 
 // StartService starts the service and returns when it listens. The end of the Env kills it.
 func (e *Env) StartService(c ServiceConfig) (*Service, error) {
+	s, err := e.LaunchService(c)
+	if err != nil {
+		return nil, err
+	}
+	return s, s.AwaitStart()
+}
+
+// LaunchService starts the service and returns at once. The end of the Env kills it.
+func (e *Env) LaunchService(c ServiceConfig) (*Service, error) {
 	find, words := e.Executable, currentWording
 	if c.Previous {
 		find, words = e.PreviousExecutable, previousWording
@@ -75,30 +94,31 @@ func (e *Env) StartService(c ServiceConfig) (*Service, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Service{output: output, Ended: make(chan struct{}), wording: words, onEvent: c.OnEvent}
-	s.cmd = exec.Command(path)
-	s.cmd.Dir, s.cmd.Env = e.Dir, append([]string{"PORT=0"}, c.Settings...)
+	defer input.Close()
+	s := &Service{output: output, Ended: make(chan struct{}), started: make(chan int, 1),
+		wording: words, onEvent: c.OnEvent, log: c.Log}
+	command := slices.Concat(c.Wrapper, []string{path}, c.Args)
+	s.cmd = exec.Command(command[0], command[1:]...)
+	s.cmd.Dir, s.cmd.Env = cmp.Or(c.Dir, e.Dir), append([]string{"PORT=0"}, c.Settings...)
 	s.cmd.Stdout, s.cmd.Stderr = input, &s.stderr
-	err = s.cmd.Start()
-	input.Close()
-	if err != nil {
+	if err := s.cmd.Start(); err != nil {
+		output.Close()
 		return nil, err
 	}
 	e.OnClose(s.Kill)
-	return s, s.awaitStart()
-}
-
-// awaitStart begins to read the output and returns when the service listens.
-func (s *Service) awaitStart() error {
-	started := make(chan int, 1)
 	go func() {
-		s.readOutput(started)
+		s.readOutput()
 		s.output.Close()
 		s.cmd.Wait()
 		close(s.Ended)
 	}()
+	return s, nil
+}
+
+// AwaitStart returns when the service listens. It may be called once.
+func (s *Service) AwaitStart() error {
 	select {
-	case port := <-started:
+	case port := <-s.started:
 		s.URL = fmt.Sprint("http://127.0.0.1:", port)
 		s.Ready.Store(true)
 		return nil
@@ -119,7 +139,7 @@ type logLine struct {
 	Version      int64
 }
 
-func (s *Service) readOutput(started chan<- int) {
+func (s *Service) readOutput() {
 	lines := bufio.NewScanner(s.output)
 	lines.Buffer(nil, 1<<20)
 	isRequest := []byte(`"event":"` + s.wording.request)
@@ -130,14 +150,18 @@ func (s *Service) readOutput(started chan<- int) {
 		if !more {
 			return
 		}
+		text := lines.Bytes()
+		if s.log != nil {
+			s.log.Write(append(slices.Clone(text), '\n'))
+		}
 		// Most lines are about requests. Decoding them would cost too much.
-		if text := lines.Bytes(); !bytes.Contains(text, isRequest) {
-			s.readLine(text, started)
+		if !bytes.Contains(text, isRequest) {
+			s.readLine(text)
 		}
 	}
 }
 
-func (s *Service) readLine(text []byte, started chan<- int) {
+func (s *Service) readLine(text []byte) {
 	var line logLine
 	if err := json.Unmarshal(text, &line); err != nil {
 		line.Level = "ERROR"
@@ -149,7 +173,7 @@ func (s *Service) readLine(text []byte, started chan<- int) {
 			s.onEvent(line.Type, line.UserID, line.Version)
 		}
 	case line.Event == s.wording.started:
-		started <- line.Port
+		s.started <- line.Port
 	case line.Level != "INFO" || line.Event == s.wording.restored:
 		s.notable.Write(append(slices.Clone(text), '\n'))
 	}
@@ -175,14 +199,17 @@ func (s *Service) Restored() bool {
 	return strings.Count(text, s.wording.lost) == strings.Count(text, s.wording.restored)
 }
 
-// Signal sends a signal to the process.
-func (s *Service) Signal(signal os.Signal) { s.cmd.Process.Signal(signal) }
+// Signal sends a signal to the process. The error is os.ErrProcessDone if it has ended.
+func (s *Service) Signal(signal os.Signal) error { return s.cmd.Process.Signal(signal) }
 
 // Kill kills the process. It may have ended.
 func (s *Service) Kill() { s.cmd.Process.Kill() }
 
 // ExitCode returns the exit code after Ended is closed, or -1 if a signal ended the process.
 func (s *Service) ExitCode() int { return s.cmd.ProcessState.ExitCode() }
+
+// State returns how the process ended after Ended is closed.
+func (s *Service) State() *os.ProcessState { return s.cmd.ProcessState }
 
 // BlockOutput makes the next writes to the standard output block, until unblock is called.
 func (s *Service) BlockOutput() (unblock func()) {

@@ -7,76 +7,17 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
+	"time"
 
-	"github.com/jackc/pgx/v5"
 	amqp "github.com/rabbitmq/amqp091-go"
+
+	"user-service/system/env"
 )
 
-// The servers of the tests. The role of testDatabaseURL is a superuser.
-var (
-	testDatabaseURL = cmp.Or(os.Getenv("TEST_DATABASE_URL"),
-		"postgres://postgres@127.0.0.1:5432/postgres")
-	testRabbitURL = cmp.Or(os.Getenv("TEST_RABBITMQ_URL"), "amqp://guest:guest@127.0.0.1:5672/")
-)
-
-// database is a database that only this test uses. Its owner is not a superuser.
-type database struct {
-	t    *testing.T
-	name string
-	url  string // as the owner
-}
-
-// newDatabase creates an empty database and drops it when the test ends.
-func newDatabase(t *testing.T) *database {
-	t.Helper()
-	admin, err := url.Parse(testDatabaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	name := uniqueName()
-	d := &database{t: t, name: name}
-	conn, err := pgx.Connect(t.Context(), testDatabaseURL)
-	if err != nil {
-		missing(t, "PostgreSQL", err)
-	}
-	defer conn.Close(context.Background())
-	for _, statement := range []string{
-		fmt.Sprintf("CREATE ROLE %s LOGIN PASSWORD '%s'", name, name),
-		fmt.Sprintf("CREATE DATABASE %s OWNER %s", name, name),
-	} {
-		if _, err := conn.Exec(t.Context(), statement); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Cleanup(func() {
-		d.exec("postgres", "DROP DATABASE "+name+" WITH (FORCE)", "DROP ROLE "+name)
-	})
-	admin.Path, admin.User = "/"+name, url.UserPassword(name, name)
-	d.url = admin.String()
-	return d
-}
-
-// exec runs statements as the superuser in the named database, outside any transaction.
-func (d *database) exec(name string, statements ...string) {
-	d.t.Helper()
-	config, err := pgx.ParseConfig(testDatabaseURL)
-	if err != nil {
-		d.t.Fatal(err)
-	}
-	config.Database = name
-	conn, err := pgx.ConnectConfig(context.Background(), config)
-	if err != nil {
-		d.t.Fatal(err)
-	}
-	defer conn.Close(context.Background())
-	for _, statement := range statements {
-		if _, err := conn.Exec(context.Background(), statement); err != nil {
-			d.t.Errorf("%s: %v", statement, err)
-		}
-	}
-}
+var testRabbitURL = cmp.Or(os.Getenv("TEST_RABBITMQ_URL"), "amqp://guest:guest@127.0.0.1:5672/")
 
 // newVhost creates a RabbitMQ virtual host that only this test uses, and returns its URL. It
 // uses the management API on port 15672 or, where there is none, rabbitmqctl.
@@ -84,19 +25,19 @@ func newVhost(t *testing.T) string {
 	t.Helper()
 	conn, err := amqp.Dial(testRabbitURL)
 	if err != nil {
-		missing(t, "RabbitMQ", err)
+		env.Missing(t, "RabbitMQ", err)
 	}
 	conn.Close()
 	u, err := url.Parse(testRabbitURL)
 	if err != nil {
 		t.Fatal(err)
 	}
-	name := uniqueName()
+	name := env.UniqueName()
 	create, remove := vhostByHTTP(u, name)
 	if err := create(); err != nil {
 		create, remove = vhostByCommand(u, name)
 		if err := create(); err != nil {
-			missing(t, "the RabbitMQ management API, or rabbitmqctl", err)
+			env.Missing(t, "the RabbitMQ management API, or rabbitmqctl", err)
 		}
 	}
 	t.Cleanup(func() {
@@ -118,7 +59,7 @@ func vhostByHTTP(u *url.URL, name string) (create, remove func() error) {
 		password, _ := u.User.Password()
 		request.SetBasicAuth(u.User.Username(), password)
 		request.Header.Set("Content-Type", "application/json")
-		response, err := client.Do(request)
+		response, err := http.DefaultClient.Do(request)
 		if err != nil {
 			return err
 		}
@@ -147,4 +88,15 @@ func vhostByCommand(u *url.URL, name string) (create, remove func() error) {
 			u.User.Username(), ".*", ".*", ".*")
 	}
 	return create, func() error { return runCommand("rabbitmqctl", "-q", "delete_vhost", name) }
+}
+
+// runCommand runs a command for at most a minute.
+func runCommand(command ...string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	output, err := exec.CommandContext(ctx, command[0], command[1:]...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%s: %w\n%s", strings.Join(command, " "), err, output)
+	}
+	return nil
 }
