@@ -1,9 +1,11 @@
 package main
 
-// This file owns the log: the format of a line and the buffered writer.
+// This file owns the log: the format of a line, of times and of strings in it, and the buffered
+// writer.
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -165,4 +167,46 @@ func (l *logWriter) flushLocked() error {
 	n, err := l.w.Write(l.buffer)
 	l.buffer = append(l.buffer[:0], l.buffer[n:]...)
 	return err
+}
+
+// timestamp is a time in the format of every time that leaves the service: RFC 3339 in UTC with six
+// fractional digits.
+type timestamp struct{ time.Time }
+
+// nowAfter returns the current time, or t plus a microsecond if the clock has not passed t.
+func nowAfter(t timestamp) timestamp {
+	now := time.Now().Truncate(time.Microsecond)
+	if next := t.Add(time.Microsecond); now.Before(next) {
+		now = next
+	}
+	return timestamp{now}
+}
+
+// MarshalJSON implements json.Marshaler.
+func (t timestamp) MarshalJSON() ([]byte, error) {
+	return t.appendJSON(make([]byte, 0, 32)), nil
+}
+
+// appendJSON formats seconds with time.RFC3339, for which package time has a fast path, and appends
+// the microseconds.
+func (t timestamp) appendJSON(b []byte) []byte {
+	b = t.UTC().AppendFormat(append(b, '"'), time.RFC3339)
+	b[len(b)-1] = '.' // replaces the Z
+	for micro, unit := t.Nanosecond()/1000, 100_000; unit > 0; unit /= 10 {
+		b = append(b, '0'+byte(micro/unit%10)) // #nosec G115 -- a digit
+	}
+	return append(b, `Z"`...)
+}
+
+// appendJSONString appends text as a JSON string. It leaves text that needs escapes to
+// encoding/json.
+func appendJSONString(b []byte, text string) []byte {
+	for i := range len(text) {
+		switch c := text[i]; {
+		case c < ' ', c >= 0x7f, c == '"', c == '\\', c == '<', c == '>', c == '&':
+			quoted, _ := json.Marshal(text) // cannot fail for a string
+			return append(b, quoted...)
+		}
+	}
+	return append(append(append(b, '"'), text...), '"')
 }

@@ -1,17 +1,42 @@
 package main
 
-// The tests of the compiled program are in system/process. These call functions of this package.
+// Tests of main.go and of the tools: settings.go, limits.go, log.go, password.go, concurrency.go,
+// and benchmarks of single functions.
 
 import (
+	"bytes"
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"maps"
+	"math"
 	"net"
 	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
+	"strconv"
 	"strings"
+	"sync"
 	"testing"
+	"testing/fstest"
 	"testing/synctest"
 	"time"
+	"unicode"
+
+	"github.com/jackc/pgx/v5"
+	"golang.org/x/crypto/argon2"
 )
+
+// The tests of the compiled program are in system/process. These call functions of this package.
 
 // occupiedPort returns a port that accepts connections, and sends nothing, until the test ends.
 func occupiedPort(t *testing.T) int {
@@ -115,4 +140,1312 @@ func TestSlowClients(t *testing.T) {
 			}
 		}
 	})
+}
+
+// envOf returns an environment that has one variable.
+func envOf(name, value string) func(string) string {
+	return func(asked string) string {
+		if asked == name {
+			return value
+		}
+		return ""
+	}
+}
+
+// defaultSettings returns the settings of an empty environment.
+func defaultSettings() settings {
+	return settings{
+		exchange:          "user_events",
+		appName:           "user-service",
+		host:              "127.0.0.1",
+		port:              8000,
+		logLevel:          slog.LevelInfo,
+		passwordMinLength: 8,
+	}
+}
+
+// withDatabaseURL returns a function that sets databaseURL.
+func withDatabaseURL(url string) func(*settings) {
+	return func(s *settings) { s.databaseURL = url }
+}
+
+// withLogLevel returns a function that sets logLevel.
+func withLogLevel(level slog.Level) func(*settings) {
+	return func(s *settings) { s.logLevel = level }
+}
+
+// validSettings are environments of one variable. want makes the expected settings of the defaults.
+var validSettings = []struct {
+	name, value string
+	want        func(*settings)
+}{
+	{"NOT_A_SETTING", "value", func(*settings) {}},
+	{"DATABASE_URL", "postgres://u:p@h:5433/d", withDatabaseURL("postgres://u:p@h:5433/d")},
+	{"DATABASE_URL", "postgresql://u:p@h/d?sslmode=disable",
+		withDatabaseURL("postgresql://u:p@h/d?sslmode=disable")},
+	{"DATABASE_URL", "postgresql+asyncpg://u:p@h/d", withDatabaseURL("postgresql://u:p@h/d")},
+	{"DATABASE_URL", "postgres+psycopg2://u:p@h/d", withDatabaseURL("postgres://u:p@h/d")},
+	{"DATABASE_URL", "postgres://u:p@ss+w@h/d", withDatabaseURL("postgres://u:p@ss+w@h/d")},
+	{"DATABASE_URL", "postgres://u@a:1,b:2/d?target_session_attrs=read-write",
+		withDatabaseURL("postgres://u@a:1,b:2/d?target_session_attrs=read-write")},
+	{"RABBITMQ_URL", "amqp://u:p@h:5673/%2F",
+		func(s *settings) { s.rabbitURL = "amqp://u:p@h:5673/%2F" }},
+	{"RABBITMQ_URL", "amqps://h", func(s *settings) { s.rabbitURL = "amqps://h" }},
+	{"APP_NAME", "ein Dienst für Leute", func(s *settings) { s.appName = "ein Dienst für Leute" }},
+	{"APP_NAME", strings.Repeat("a", 255),
+		func(s *settings) { s.appName = strings.Repeat("a", 255) }},
+	{"HOST", "0.0.0.0", func(s *settings) { s.host = "0.0.0.0" }},
+	{"HOST", "::1", func(s *settings) { s.host = "::1" }},
+	{"HOST", "localhost", func(s *settings) { s.host = "localhost" }},
+	{"PORT", "0", func(s *settings) { s.port = 0 }},
+	{"PORT", "65535", func(s *settings) { s.port = 65535 }},
+	{"LOG_LEVEL", "DEBUG", withLogLevel(slog.LevelDebug)},
+	{"LOG_LEVEL", "info", withLogLevel(slog.LevelInfo)},
+	{"LOG_LEVEL", "WARNING", withLogLevel(slog.LevelWarn)},
+	{"LOG_LEVEL", "Warn", withLogLevel(slog.LevelWarn)},
+	{"LOG_LEVEL", "error", withLogLevel(slog.LevelError)},
+	{"LOG_LEVEL", "critical", withLogLevel(slog.LevelError)},
+	{"DEBUG", "true", withLogLevel(slog.LevelDebug)},
+	{"DEBUG", "1", withLogLevel(slog.LevelDebug)},
+	{"DEBUG", "False", withLogLevel(slog.LevelInfo)},
+	{"PASSWORD_MIN_LENGTH", "1", func(s *settings) { s.passwordMinLength = 1 }},
+	{"PASSWORD_MIN_LENGTH", "128", func(s *settings) { s.passwordMinLength = 128 }},
+	{"PASSWORD_BLOCKLIST", "on", func(s *settings) { s.passwordBlocklist = true }},
+	{"PASSWORD_BLOCKLIST", "OFF", func(*settings) {}},
+	{"API_KEYS", "a:" + strings.Repeat("00", 32) + ", b.c:" + strings.Repeat("00", 32) + ":read",
+		func(s *settings) { s.apiKeys = []apiKey{{name: "a"}, {name: "b.c", readOnly: true}} }},
+	{"RATE_LIMIT", "0.5", func(s *settings) { s.rateLimit = 0.5 }},
+	{"TRUSTED_PROXIES", "10.0.0.0/8, ::1", func(s *settings) {
+		s.trustedProxies = []netip.Prefix{
+			netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("::1/128")}
+	}},
+	{"CORS_ORIGINS", "https://a.example, http://localhost:3000", func(s *settings) {
+		s.corsOrigins = []string{"https://a.example", "http://localhost:3000"}
+	}},
+	{"SHUTDOWN_DELAY", "0s", func(*settings) {}},
+	{"SHUTDOWN_DELAY", "1m500ms", func(s *settings) { s.shutdownDelay = 60500 * time.Millisecond }},
+}
+
+// TestSettings checks the settings for each of validSettings.
+func TestSettings(t *testing.T) {
+	t.Parallel()
+	for _, test := range validSettings {
+		want := defaultSettings()
+		test.want(&want)
+		got, err := loadSettings(envOf(test.name, test.value))
+		if err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%s=%s: %+v, %v, want %+v", test.name, test.value, got, err, want)
+		}
+	}
+}
+
+// TestLogLevelOverridesDebug checks that LOG_LEVEL takes precedence over DEBUG.
+func TestLogLevelOverridesDebug(t *testing.T) {
+	t.Parallel()
+	env := map[string]string{"DEBUG": "true", "LOG_LEVEL": "error"}
+	s, err := loadSettings(func(name string) string { return env[name] })
+	if err != nil || s.logLevel != slog.LevelError {
+		t.Errorf("level %v, %v, want ERROR", s.logLevel, err)
+	}
+}
+
+// invalidSettings are values that a variable must not have, and a substring of the error, which
+// says what would be valid.
+var invalidSettings = map[string]struct {
+	accepts string
+	values  []string
+}{
+	"DATABASE_URL": {"postgres://user:password@host:5432/database", []string{
+		"mysql://u:" + secret + "@h/d", "http://h/d", "h:5432/d",
+		"postgresql", "postgresql+asyncpg", "postgres:h", "postgres:/h/d", // no "://"
+		"POSTGRES://h/d", // libpq does not accept upper case either
+		"host=localhost password=" + secret, "user=u dbname=d",
+		"postgres://u:" + secret + "@h:abc/d", "postgres://u:" + secret + "@h:0/d",
+		"postgres://u:" + secret + "@h:99999/d", "postgres://u:" + secret + "@h:1:2/d",
+		"postgres://u:%zz" + secret + "@h/d", "postgres://u:" + secret + "@h/d\n",
+		"postgres://u:" + secret + "@h/d?sslmode=unknown",
+		"postgres://u:" + secret + "@h/d?connect_timeout=x",
+		"postgres://u:" + secret + "@h/d?pool_max_conns=0",
+		// Passwords that should be percent-encoded: pgx parses them as the name of a
+		// database, for example, and its errors contain that name.
+		"postgres://u:/" + secret + "@h/d", "postgres://u:1/" + secret + "@h/d",
+		"postgres://u:1?" + secret + "@h/d", "postgres://u:1#" + secret + "@h/d",
+	}},
+	"RABBITMQ_URL": {"amqp://user:password@host:5672/", []string{
+		"http://u:" + secret + "@h/", "amqps", "amqps:", "amqp+x://h/", "AMQP://h/", "h:5672",
+		"amqp://u:" + secret + "@h:abc/", "amqp://u:" + secret + "@h:99999/",
+		"amqp://u:" + secret + "@h:0/", "amqp://u:%zz" + secret + "@h/",
+		"amqp://u:" + secret + "@h/a b", "amqp://u:" + secret + "@h/?heartbeat=x",
+	}},
+	"APP_NAME": {"1 to 255 bytes", []string{
+		strings.Repeat("a", 256), "two\nlines", "nul\x00byte", "half\xc3",
+	}},
+	"HOST": {"IP address or a host name", []string{
+		"[::1]", "127.0.0.1:80", ":8000", "two words", "http://h",
+	}},
+	"PORT": {"0 to 65535", []string{
+		"65536", "-1", "+1", "http", "80.0", "0x50", " 80", "99999999999999999999",
+	}},
+	"LOG_LEVEL": {"DEBUG, INFO, WARNING, ERROR or CRITICAL", []string{"TRACE", "-4", "INFO "}},
+	"DEBUG":     {"true or false", []string{"yes", "2", "on"}},
+	"PASSWORD_MIN_LENGTH": {"1 to 128", []string{
+		"0", "129", "-8", "eight", "4294967297",
+	}},
+	"PASSWORD_BLOCKLIST": {"on or off", []string{"yes", "2"}},
+	"API_KEYS": {"name:sha256hex", []string{
+		"shop", "shop:" + strings.Repeat("a", 63), "shop:" + strings.Repeat("g", 64),
+		":" + strings.Repeat("a", 64), "shop:" + strings.Repeat("a", 64) + ":write",
+		"a b:" + strings.Repeat("a", 64), "shop:" + strings.Repeat("a", 64) + ",",
+	}},
+	"RATE_LIMIT": {"0.01 to 1000000", []string{
+		"0.001", "-1", "1e9", "NaN", "Inf", "ten", "10/s",
+	}},
+	"TRUSTED_PROXIES": {"IP addresses or networks", []string{
+		"proxy", "10.0.0.0/33", "10.0.0.1,", "fe80::1%eth0",
+	}},
+	"CORS_ORIGINS": {"https://app.example.com", []string{
+		"*", "shop.example", "https://shop.example/", "ftp:/shop.example", "https://Shop.example",
+		"https://shop.example,",
+	}},
+	"SHUTDOWN_DELAY": {"a duration of 0 or more", []string{"-1s", "7", "soon", "7 s"}},
+}
+
+// TestSettingsRefuse checks that the error of an invalid value names the variable and what it
+// accepts, and does not contain the value, which may be a password.
+func TestSettingsRefuse(t *testing.T) {
+	t.Parallel()
+	for name, test := range invalidSettings {
+		for _, value := range test.values {
+			_, err := loadSettings(envOf(name, value))
+			refusal, ok := errors.AsType[*settingError](err)
+			if !ok || refusal.name != name {
+				t.Errorf("%s=%q: error %v, want a settingError of this variable", name, value, err)
+				continue
+			}
+			text := err.Error()
+			if !strings.HasPrefix(text, name+" must be ") || !strings.Contains(text, test.accepts) {
+				t.Errorf("%s=%q: error %q, want %q in it", name, value, text, test.accepts)
+			}
+			if strings.Contains(text, value) || strings.Contains(text, secret) {
+				t.Errorf("%s=%q: the error contains the value: %s", name, value, text)
+			}
+		}
+	}
+}
+
+// TestParseEnvFile checks the syntax of .env files. The error of an invalid line has its number but
+// not its content, which may be a password.
+func TestParseEnvFile(t *testing.T) {
+	t.Parallel()
+	type values = map[string]string
+	for content, want := range map[string]values{
+		"":                              {},
+		"A=1\nB=2":                      {"A": "1", "B": "2"},
+		"A=1\nA=2\n":                    {"A": "2"},
+		"# A=1\n\n  #B=2\n \t\nC=3\n":   {"C": "3"},
+		"A=1 # no comment\nB=#2\n":      {"A": "1 # no comment", "B": "#2"},
+		"export A=1\n export  B=2\n":    {"A": "1", "B": "2"},
+		"exported=1\n":                  {"exported": "1"},
+		"A=\"x y\"\nB=' z '\n":          {"A": "x y", "B": " z "},
+		"A=\"x\nB='\nC='x\"\nD=x'y'\n":  {"A": `"x`, "B": "'", "C": `'x"`, "D": "x'y'"},
+		"A=\"x\" \nB=\"\"\n":            {"A": "x", "B": ""},
+		"A=1\r\nB=\"2\"\r\n":            {"A": "1", "B": "2"},
+		"\ufeffA=1\n":                   {"A": "1"},
+		"  A=1\n\tB=2\n":                {"A": "1", "B": "2"},
+		"A= x \n":                       {"A": " x "},
+		"A=b=c==\n":                     {"A": "b=c=="},
+		"A=\n":                          {"A": ""},
+		"A\n":                           {"A": ""},
+		"A=" + strings.Repeat("x", 9e4): {"A": strings.Repeat("x", 9e4)},
+	} {
+		if got, err := parseEnvFile(content); err != nil || !maps.Equal(got, want) {
+			t.Errorf("%.60q: %.60q, %v, want %.60q", content, got, err, want)
+		}
+	}
+	for content, want := range map[string]string{
+		"A=1\n# B\nDATABASE URL=" + secret: "line 3",
+		"A =" + secret:                     "line 1",
+		"A=1\r\n=" + secret:                "line 2",
+		"export =" + secret:                "line 1",
+	} {
+		_, err := parseEnvFile(content)
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%.60q: error %v, want %s in it", content, err, want)
+		} else if strings.Contains(err.Error(), secret) {
+			t.Errorf("%.60q: the error contains the value: %v", content, err)
+		}
+	}
+}
+
+// FuzzParseEnvFile checks that parseEnvFile returns either values or an error, and valid names.
+func FuzzParseEnvFile(f *testing.F) {
+	for _, content := range []string{
+		"", "A=1\r\nexport B='2'\n", "\ufeff# x\nA=\"", "A B=1", "=", "export ",
+	} {
+		f.Add([]byte(content))
+	}
+	f.Fuzz(func(t *testing.T, content []byte) {
+		values, err := parseEnvFile(string(content))
+		if (values == nil) == (err == nil) {
+			t.Errorf("values %v and error %v, want exactly one of them", values, err)
+		}
+		for name := range values {
+			if name == "" || strings.Contains(name, "=") ||
+				strings.ContainsFunc(name, unicode.IsSpace) {
+				t.Errorf("%q: invalid name of a variable %q", content, name)
+			}
+		}
+	})
+}
+
+// TestGetenvWithFile checks that the environment takes precedence over the file. It uses PATH,
+// which every environment has, because parallel tests cannot set a variable.
+func TestGetenvWithFile(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	path := filepath.Join(dir, ".env")
+	getenv, err := getenvWithFile(path)
+	if err != nil || getenv("PATH") != os.Getenv("PATH") {
+		t.Errorf("PATH without a file: %q, %v, want %q", getenv("PATH"), err, os.Getenv("PATH"))
+	}
+	content := []byte("PATH=file\nUS_TEST_ONLY_IN_FILE=file")
+	if err := os.WriteFile(path, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	getenv, err = getenvWithFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{
+		"PATH": os.Getenv("PATH"), "US_TEST_ONLY_IN_FILE": "file", "US_TEST_NOWHERE": "",
+	} {
+		if got := getenv(name); got != want {
+			t.Errorf("%s: %q, want %q", name, got, want)
+		}
+	}
+	_, err = getenvWithFile(dir)
+	if err == nil || !strings.HasPrefix(err.Error(), dir+" must be ") {
+		t.Errorf("a directory as the file: error %v, want one that begins with %q",
+			err, dir+" must be ")
+	}
+}
+
+// TestBudgets checks the inequalities that the comments of limits.go promise.
+func TestBudgets(t *testing.T) {
+	t.Parallel()
+	const contract = 5 * time.Second // for an answer, and for the takeover of the lease
+	for _, test := range []struct {
+		name        string
+		less, limit time.Duration
+	}{
+		{"a request and its deadline", requestBudget, contract},
+		{"the statements of a POST and its request", creationBudget, requestBudget - 1},
+		{"a statement and its request", statementBudget, requestBudget - 1},
+		{"a batch and a statement after it", batchBudget + cancelBudget, statementBudget - 1},
+		{"connecting and its statement", connectBudget, statementBudget - 1},
+		{"connecting to several hosts and its statement", allHostsBudget, statementBudget - 1},
+		{"a hash and the statements of a POST", hashWait, creationBudget - 1},
+		{"readiness and its deadline", readyBudget, 3*time.Second - 1},
+		{"an answer and its timeout", readTimeout + requestBudget, writeTimeout},
+		{"headers and the whole request", readHeaderTimeout, readTimeout - 1},
+		{"all phases of a stop", drainIdle + drainRequests + relayDrain + resignWait + drainConsumer +
+			closeWait, stopBudget - 1},
+		{"a request and the drain of requests", requestBudget, drainRequests - 1},
+		{"waiting for confirms and the lease", leadInterval + publishWait, leaseTime},
+		{"the takeover of the lease and its deadline", leaseTime + leadInterval, contract},
+		{"a write to the broker and the confirms", brokerWrite, publishWait},
+		{"the topology and its deadline", topologyInterval, 3*time.Second - 1},
+		{"a pause of the consumer and RabbitMQ's timeout", maxPause, 30*time.Minute - 1},
+	} {
+		if test.less > test.limit {
+			t.Errorf("%s: %v, want at most %v", test.name, test.less, test.limit)
+		}
+	}
+	if maxPoolSize > 20 || defaultPoolSize > maxPoolSize || 3*minPoolSize > 20 ||
+		minPoolSize <= reservedConns+1 {
+		t.Error("the pool sizes do not fit 20 connections of a replica, or of three behind a pooler")
+	}
+	if relayWindow > relayRead || consumerPrefetch < 1 {
+		t.Error("a window of the relay is larger than what it reads")
+	}
+}
+
+// TestNewLimits checks that the machine's limits stay within its memory.
+func TestNewLimits(t *testing.T) {
+	t.Parallel()
+	const mib = 1 << 20
+	for _, test := range []struct {
+		cores  int
+		memory int64
+		want   limits
+	}{
+		{1, math.MaxInt64, limits{requests: 4096, hashes: 1, hashQueue: 64}},
+		{2, math.MaxInt64, limits{requests: 4096, hashes: 2, hashQueue: 128}},
+		{64, math.MaxInt64, limits{requests: 4096, hashes: 64, hashQueue: 4096}},
+		{64, 512 * mib, limits{requests: 4096, hashes: 18, hashQueue: 1152}},
+		{2, 56 * mib, limits{requests: 448, hashes: 2, hashQueue: 128}},
+		{2, 8 * mib, limits{requests: 64, hashes: 1, hashQueue: 64}},
+	} {
+		test.want.cores, test.want.memory = test.cores, test.memory
+		if got := newLimits(test.cores, test.memory); got != test.want {
+			t.Errorf("%d cores, %d MiB: got %+v, want %+v", test.cores, test.memory/mib, got, test.want)
+		}
+	}
+}
+
+// TestCgroupMemory reads the limits of containers and services as Linux shows them.
+func TestCgroupMemory(t *testing.T) {
+	t.Parallel()
+	const none = math.MaxInt64
+	for name, test := range map[string]struct {
+		files map[string]string
+		want  int64
+	}{
+		"not Linux": {nil, none},
+		"version 2, container": {map[string]string{
+			"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "536870912\n"}, 512 << 20},
+		"version 2, no limit": {map[string]string{
+			"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}, none},
+		"version 2, parent with a lower limit": {map[string]string{
+			"proc/self/cgroup":                                   "0::/system.slice/user.service\n",
+			"sys/fs/cgroup/system.slice/memory.max":              "1000\n",
+			"sys/fs/cgroup/system.slice/user.service/memory.max": "2000\n"}, 1000},
+		"version 1": {map[string]string{
+			"proc/self/cgroup": "9:cpu:/a\n8:memory:/docker/7\n",
+			"sys/fs/cgroup/memory/docker/7/memory.limit_in_bytes": "3000\n",
+			"sys/fs/cgroup/memory/memory.limit_in_bytes":          "9223372036854771712\n"}, 3000},
+		"version 1, path of the host": {map[string]string{
+			"proc/self/cgroup":                           "8:memory:/docker/7\n",
+			"sys/fs/cgroup/memory/memory.limit_in_bytes": "4000\n"}, 4000},
+		"garbage": {map[string]string{"proc/self/cgroup": "::\n\n0\n0::/../..\n"}, none},
+	} {
+		root := fstest.MapFS{}
+		for path, content := range test.files {
+			root[path] = &fstest.MapFile{Data: []byte(content)}
+		}
+		if got := cgroupMemory(root); got != test.want {
+			t.Errorf("%s: got %d, want %d", name, got, test.want)
+		}
+	}
+}
+
+// TestMixedTraffic checks that the first request other than POST makes the traffic mixed, and that
+// a later POST does not change that.
+func TestMixedTraffic(t *testing.T) {
+	t.Parallel()
+	log := slog.New(slog.DiscardHandler)
+	server := newHandler(testDependencies(settings{}, newMemory(), log)).(*server)
+	for _, test := range []struct {
+		method string
+		mixed  bool
+	}{{"POST", false}, {"GET", true}, {"POST", true}} {
+		server.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest(test.method, "/users", nil))
+		if mixed := server.traffic.isMixed(); mixed != test.mixed {
+			t.Errorf("after %s: mixed %t, want %t", test.method, mixed, test.mixed)
+		}
+	}
+}
+
+// TestHashLanesLimit checks how many passwords are hashed concurrently, alone and in mixed traffic,
+// and how many wait.
+func TestHashLanesLimit(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct{ cores, alone, mixed int }{
+		{cores: 1, alone: 1, mixed: 1}, {cores: 2, alone: 2, mixed: 1},
+		{cores: 3, alone: 3, mixed: 2}, {cores: 8, alone: 8, mixed: 7},
+	} {
+		for _, mixed := range []bool{false, true} {
+			synctest.Test(t, func(t *testing.T) {
+				l := newLimits(test.cores, math.MaxInt64)
+				h := newHashLanes(l, &traffic{})
+				want := test.alone
+				if mixed {
+					want = test.mixed
+					h.traffic.otherDone.Store(time.Now().UnixNano())
+				}
+				working := 0
+				for range l.hashQueue {
+					go func() {
+						if leave, err := h.enter(context.Background()); err == nil {
+							working++
+							time.Sleep(time.Hour)
+							leave()
+						}
+					}()
+				}
+				synctest.Wait()
+				if working != want {
+					t.Errorf("%d cores, mixed %t: %d concurrent hashes, want %d",
+						test.cores, mixed, working, want)
+				}
+				if _, err := h.enter(t.Context()); !errors.Is(err, errBusy) {
+					t.Errorf("%d cores, full queue: error %v, want errBusy", test.cores, err)
+				}
+				time.Sleep(2 * time.Hour)
+				if !h.queue.TryAcquire(int64(l.hashQueue)) {
+					t.Errorf("%d cores: the queue is not empty after all hashes", test.cores)
+				}
+			})
+		}
+	}
+}
+
+// TestHashLanesWait checks how long a call waits for a core that another call occupies.
+func TestHashLanesWait(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		busy  time.Duration // how long the other call works
+		leave time.Duration // when the caller leaves, 0 for never
+		want  error
+		after time.Duration
+	}{
+		"free core":       {},
+		"core in time":    {busy: hashWait / 2, after: hashWait / 2},
+		"no core in time": {busy: 2 * hashWait, want: errBusy, after: hashWait},
+		"caller leaves": {busy: 2 * hashWait, leave: hashWait / 2, want: context.Canceled,
+			after: hashWait / 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				h := newHashLanes(newLimits(1, math.MaxInt64), &traffic{})
+				if test.busy > 0 {
+					leave, err := h.enter(t.Context())
+					if err != nil {
+						t.Fatal(err)
+					}
+					time.AfterFunc(test.busy, leave)
+				}
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				if test.leave > 0 {
+					time.AfterFunc(test.leave, cancel)
+				}
+				start := time.Now()
+				leave, err := h.enter(ctx)
+				if !errors.Is(err, test.want) || (err == nil) != (leave != nil) {
+					t.Errorf("enter: error %v, want %v", err, test.want)
+				}
+				if waited := time.Since(start); waited != test.after {
+					t.Errorf("waited %v, want %v", waited, test.after)
+				}
+				time.Sleep(3 * hashWait)
+			})
+		})
+	}
+}
+
+// TestPasswordFlood sends more passwords than can be hashed in time: some are refused with 503, and
+// reads succeed meanwhile.
+func TestPasswordFlood(t *testing.T) {
+	t.Parallel()
+	const requests = 300
+	s := startService(t, memorySettings())
+	statuses := make(chan int, requests)
+	var group sync.WaitGroup
+	for range requests {
+		group.Go(func() {
+			body := strings.NewReader(john)
+			response, err := client.Post(s.url+"/users", "application/json", body)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			io.Copy(io.Discard, response.Body)
+			response.Body.Close()
+			if response.StatusCode == http.StatusServiceUnavailable &&
+				response.Header.Get("Retry-After") == "" {
+				t.Error("status 503 without Retry-After")
+			}
+			statuses <- response.StatusCode
+		})
+	}
+	flood := make(chan struct{})
+	go func() {
+		group.Wait()
+		close(statuses)
+		close(flood)
+	}()
+	for over := false; !over; {
+		if a := s.do("GET", "/users", ""); a.status != http.StatusOK {
+			t.Errorf("GET /users during the flood: status %d, want 200: %s", a.status, a.body)
+		}
+		select {
+		case <-flood:
+			over = true
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	count := make(map[int]int)
+	for status := range statuses {
+		count[status]++
+	}
+	if count[201] == 0 || count[201]+count[503] != requests {
+		t.Errorf("answers by status: %v, want only 201 and 503, %d together", count, requests)
+	}
+	// A machine with many cores may hash all of them in time.
+	if tooMany := 2 * testLimits.hashQueue; requests > tooMany && count[503] == 0 {
+		t.Errorf("answers by status: %v, want some 503", count)
+	}
+	total := s.do("GET", "/users?per_page=1", "").json(t, "total")
+	if total != float64(count[201]) {
+		t.Errorf("%v users after %d answers with 201", total, count[201])
+	}
+}
+
+// TestRecent checks that a map has at most max entries, and the most recent half of them.
+func TestRecent(t *testing.T) {
+	t.Parallel()
+	v := recent[int64, int64]{max: maxVersions}
+	for id := range int64(3 * maxVersions) {
+		v.put(id+1, 1)
+		if n := len(v.newer) + len(v.older); n > maxVersions {
+			t.Fatalf("%d entries after %d puts, want at most %d", n, id+1, maxVersions)
+		}
+	}
+	for id := int64(3*maxVersions - maxVersions/2 + 1); id <= 3*maxVersions; id++ {
+		if version, ok := v.get(id); !ok || version != 1 {
+			t.Fatalf("get(%d): got %d, %t, want 1", id, version, ok)
+		}
+	}
+}
+
+// TestLogValues checks how each kind of value is logged.
+func TestLogValues(t *testing.T) {
+	t.Parallel()
+	log := &logBuffer{}
+	logger := newLogger(&logWriter{w: log}, slog.LevelDebug).With("always", true)
+	ctx := withTraceID(context.Background(), "trace-1")
+	logger.WarnContext(ctx, "A \"line\"\n", "text", "\xff\u2028", "error", errors.New("why"), "int", -7,
+		"float", 0.25, "large", 1e21, "duration", time.Second, "list", []int{1})
+	var line map[string]any
+	if err := json.Unmarshal([]byte(log.String()), &line); err != nil {
+		t.Fatalf("line %s: %v", log, err)
+	}
+	for key, want := range map[string]any{"level": "WARN", "event": "A \"line\"\n", "trace_id": "trace-1",
+		"always": true, "text": "\ufffd\u2028", "error": "why", "int": -7.0, "float": 0.25, "large": 1e21,
+		"duration": "1s", "list": "[1]"} {
+		if line[key] != want {
+			t.Errorf("%s: got %#v, want %#v", key, line[key], want)
+		}
+	}
+}
+
+// FuzzLogLine checks that a line is one JSON object with the logged values, whatever they are.
+func FuzzLogLine(f *testing.F) {
+	for _, text := range []string{"GET", "/users", "", "a\nb\r\n", `"}{"`, `\`,
+		"\x00\x1b\x7f", "\u2028\u2029", "\xff\xfe", "\xed\xa0\x80", "<&>", "😀", "timestamp"} {
+		f.Add(text, text, text, text, int64(7), 0.25)
+	}
+	f.Add("", "", "", "", int64(math.MinInt64), math.MaxFloat64)
+	f.Add("", "", "", "", int64(math.MaxInt64), math.SmallestNonzeroFloat64)
+	f.Add("", "", "", "", int64(0), math.NaN())
+	f.Add("", "", "", "", int64(0), math.Inf(-1))
+	f.Fuzz(func(t *testing.T, message, key, text, id string, n int64, x float64) {
+		log := &logBuffer{}
+		out := &logWriter{w: log}
+		logger := newLogger(out, slog.LevelDebug).With("always", text)
+		ctx := withTraceID(context.Background(), id)
+		logger.LogAttrs(ctx, slog.Level(n%20), message, slog.String("text", text), slog.Int64("n", n),
+			slog.Float64("x", x), slog.Any("error", errors.New(text)), slog.Any("bytes", []byte(text)),
+			slog.Uint64("u", math.Float64bits(x)), slog.Duration("d", time.Duration(n)),
+			slog.Time("t", time.Unix(n, 0)),
+			slog.Group("g"+key, slog.String(key, text)), slog.Any("nothing", nil), slog.Any("k"+key, id))
+		out.flush()
+		if slog.Level(n%20) < slog.LevelDebug {
+			if log.String() != "" {
+				t.Errorf("record below the level: got %s, want no line", log)
+			}
+			return
+		}
+		lines := log.String()
+		if strings.Count(lines, "\n") != 1 || !strings.HasSuffix(lines, "\n") {
+			t.Fatalf("got %q, want one line", lines)
+		}
+		var line map[string]any
+		decoder := json.NewDecoder(strings.NewReader(lines))
+		decoder.UseNumber()
+		if err := decoder.Decode(&line); err != nil {
+			t.Fatalf("line %s: %v", lines, err)
+		}
+		head := []string{"timestamp", "level", "event", "trace_id"}
+		if id == "" {
+			head = head[:3]
+		}
+		if got := keys(lines); !slices.Equal(got[:len(head)], head) {
+			t.Errorf("keys: got %q, want first %q", got, head)
+		}
+		want := map[string]string{"event": message, "always": text, "text": text, "error": text,
+			"n": strconv.FormatInt(n, 10), "k" + key: id}
+		if number, ok := line["x"].(json.Number); ok {
+			if back, err := number.Float64(); err != nil || back != x {
+				t.Errorf("x: got %s, want %v", number, x)
+			}
+		} else { // JSON has no NaN or infinity
+			want["x"] = slog.Float64Value(x).String()
+		}
+		for name, value := range want {
+			// Each invalid byte becomes U+FFFD.
+			if got := fmt.Sprint(line[string([]rune(name))]); got != string([]rune(value)) {
+				t.Errorf("%q: got %q, want %q", name, got, string([]rune(value)))
+			}
+		}
+	})
+}
+
+// FuzzAppendJSON compares appendJSON with encoding/json.
+func FuzzAppendJSON(f *testing.F) {
+	for _, text := range []string{"John", "", "a\"b\\c", "<&>", "\x00\x1f\x7f", "\u2028é😀", "\xff", "\xed\xa0\x80"} {
+		f.Add(int64(7), text, text, int64(1767268800123456))
+	}
+	f.Fuzz(func(t *testing.T, n int64, name, surname string, at int64) {
+		type plainUser User // without the method
+		type plainList struct {
+			Users     []plainUser `json:"users"`
+			Total     int64       `json:"total"`
+			Page      int64       `json:"page,omitempty"`
+			PerPage   int64       `json:"per_page"`
+			NextAfter *int64      `json:"next_after"`
+		}
+		u := User{ID: n, Name: name, Surname: surname, Version: n,
+			CreatedAt: timestamp{time.UnixMicro(at % 1e17)}, UpdatedAt: timestamp{time.UnixMicro(n % 1e17)}}
+		page := max(n, 0)
+		for list, plain := range map[*userList]plainList{
+			{Users: []User{}, Total: n, Page: page, PerPage: at}: {[]plainUser{}, n, page, at, nil},
+			{Users: []User{u}, Total: at, PerPage: n}:            {[]plainUser{plainUser(u)}, at, 0, n, nil},
+			{Users: []User{u, u}, NextAfter: &n}:                 {[]plainUser{plainUser(u), plainUser(u)}, 0, 0, 0, &n},
+		} {
+			want, err := json.Marshal(plain)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := list.appendJSON(nil); !bytes.Equal(got, want) {
+				t.Errorf("got  %s\nwant %s", got, want)
+			}
+		}
+	})
+}
+
+// phcFormat matches new hashes. Its groups are the salt and the key.
+var phcFormat = regexp.MustCompile(
+	`^\$argon2id\$v=19\$m=7168,t=5,p=1\$([A-Za-z0-9+/]{22})\$([A-Za-z0-9+/]{43})$`)
+
+// verifies reports whether hash is the PHC string of exactly these bytes.
+func verifies(t *testing.T, hash, password string) bool {
+	t.Helper()
+	fields := phcFormat.FindStringSubmatch(hash)
+	if fields == nil {
+		t.Fatalf("the hash is not a PHC string of the current parameters: %s", hash)
+	}
+	salt, err := base64.RawStdEncoding.Strict().DecodeString(fields[1])
+	if err != nil || len(salt) != 16 {
+		t.Fatalf("salt of %d bytes, want 16: %v", len(salt), err)
+	}
+	key := argon2.IDKey([]byte(password), salt, 5, 7168, 1, 32)
+	return fields[2] == base64.RawStdEncoding.EncodeToString(key)
+}
+
+// newTestHasher returns a hasher with the limits of the tests.
+func newTestHasher() *hasher { return &hasher{newHashLanes(testLimits, &traffic{})} }
+
+// mustHash returns a hash of password.
+func mustHash(t *testing.T, password string) string {
+	t.Helper()
+	hash, err := newTestHasher().hash(t.Context(), password)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return hash
+}
+
+// TestPasswordRules checks the length of passwords, in code points, and the characters in them.
+func TestPasswordRules(t *testing.T) {
+	t.Parallel()
+	tests := map[string]struct {
+		password string
+		accepted bool
+	}{
+		"8 characters":                  {"8letters", true},
+		"8 characters of four bytes":    {strings.Repeat("😀", 8), true},
+		"8 code points of 4 letters":    {strings.Repeat("e\u0301", 4), true},
+		"128 characters":                {strings.Repeat("x", 128), true},
+		"128 characters of four bytes":  {strings.Repeat("😀", 128), true},
+		"8 spaces":                      {"        ", true},
+		"spaces at both ends":           {" 6chars ", true},
+		"control characters":            {"\x01\t\n\x1b\x7f\u0085\u009f\u2028", true},
+		"7 characters":                  {"7letter", false},
+		"7 characters of four bytes":    {strings.Repeat("😀", 7), false},
+		"129 characters":                {strings.Repeat("x", 129), false},
+		"129 characters of four bytes":  {strings.Repeat("😀", 129), false},
+		"128 characters and a space":    {strings.Repeat("x", 128) + " ", false},
+		"130 code points of 65 letters": {strings.Repeat("e\u0301", 65), false},
+		"empty":                         {"", false},
+		"NUL":                           {"8letters\x00", false},
+		"NUL between other characters":  {secret + "\x00" + secret, false},
+	}
+	eachStore(t, func(t *testing.T, s *service) {
+		s.createUser("John", "Doe")
+		for what, test := range tests {
+			a := s.do("PATCH", "/users/1", `{"password": `+quote(test.password)+`}`)
+			if !test.accepted {
+				checkBadRequest(t, what, a, "#/password")
+			} else if a.status != http.StatusOK {
+				t.Errorf("%s: status %d, want 200: %s", what, a.status, a.body)
+			}
+		}
+	})
+}
+
+// TestPasswordMinLength checks that PASSWORD_MIN_LENGTH applies to new passwords.
+func TestPasswordMinLength(t *testing.T) {
+	t.Parallel()
+	settings := memorySettings()
+	settings.passwordMinLength = 12
+	s := startService(t, settings)
+	for password, want := range map[string]int{
+		"11 letters.":  http.StatusBadRequest,
+		"12 letters..": http.StatusCreated,
+	} {
+		body := fmt.Sprintf(`{"name": "John", "surname": "Doe", "password": %q}`, password)
+		a := s.do("POST", "/users", body)
+		if a.status != want {
+			t.Errorf("password %q: status %d, want %d: %s", password, a.status, want, a.body)
+		}
+	}
+}
+
+// TestPasswordBlocklist checks that PASSWORD_BLOCKLIST=on refuses common passwords in any case,
+// that they are accepted by default, and that the list is in lower case.
+func TestPasswordBlocklist(t *testing.T) {
+	t.Parallel()
+	set := memorySettings()
+	set.passwordBlocklist = true
+	s := startService(t, set)
+	for password, want := range map[string]int{
+		"password": 400, "PassWord": 400, "1q2w3e4r": 400, "iloveyou": 400,
+		"password ": 201, secret: 201,
+	} {
+		body := fmt.Sprintf(`{"name": "Ann", "surname": "Lee", "password": %q}`, password)
+		a := s.do("POST", "/users", body)
+		if a.status != want || (want == 400) != strings.Contains(a.body, "one of the most common") {
+			t.Errorf("password %q: status %d, want %d: %s", password, a.status, want, a.body)
+		}
+	}
+	open := startService(t, memorySettings())
+	a := open.do("POST", "/users", `{"name": "Ann", "surname": "Lee", "password": "password"}`)
+	if a.status != 201 {
+		t.Errorf("without the list: status %d, want 201: %s", a.status, a.body)
+	}
+	for password := range strings.Lines(commonPasswords) {
+		trimmed := strings.TrimSpace(password)
+		if trimmed != strings.ToLower(trimmed) || trimmed+"\n" != password {
+			t.Errorf("the line %q of the list is not a password in lower case", password)
+		}
+	}
+}
+
+// TestVerify checks that verify accepts the hashed password only, and refuses hashes that are malformed or
+// too expensive.
+func TestVerify(t *testing.T) {
+	t.Parallel()
+	h := newTestHasher()
+	phc := mustHash(t, secret)
+	for password, want := range map[string]bool{secret: true, secret + "!": false, "": false} {
+		if got, err := h.verify(t.Context(), password, phc); got != want || err != nil {
+			t.Errorf("verify(%q): got %t, %v, want %t", password, got, err, want)
+		}
+	}
+	for _, bad := range []string{
+		"", "hash", strings.Replace(phc, "argon2id", "argon2i", 1),
+		strings.Replace(phc, "m=7168", "m=65537", 1), strings.Replace(phc, "m=7168", "m=4294967295", 1),
+		strings.Replace(phc, "t=5", "t=11", 1), strings.Replace(phc, "t=5", "t=0", 1),
+		strings.Replace(phc, "p=1", "p=0", 1), phc + strings.Repeat("A", 100),
+	} {
+		if same, err := h.verify(t.Context(), secret, bad); same || err == nil {
+			t.Errorf("verify with the hash %q: got %t, %v, want an error", bad, same, err)
+		}
+	}
+}
+
+// TestPasswordHash checks which bytes a hash verifies: those of the NFC form of the password. Each
+// hash has a salt of its own.
+func TestPasswordHash(t *testing.T) {
+	t.Parallel()
+	const composed, decomposed = "caf\u00e9 " + secret, "cafe\u0301 " + secret
+	for name, test := range map[string]struct {
+		password, verified string
+		want               bool
+	}{
+		"same password":      {secret, secret, true},
+		"other password":     {secret, secret + "!", false},
+		"other case":         {secret, strings.ToUpper(secret), false},
+		"white space":        {" " + secret + " ", secret, false},
+		"composed":           {composed, composed, true},
+		"decomposed":         {decomposed, composed, true},
+		"not decomposed":     {composed, decomposed, false},
+		"compatibility form": {"\ufb01" + secret, "fi" + secret, false},
+		"128 characters":     {strings.Repeat("𝄞", 128), strings.Repeat("𝄞", 128), true},
+	} {
+		if got := verifies(t, mustHash(t, test.password), test.verified); got != test.want {
+			t.Errorf("%s: verified %t, want %t", name, got, test.want)
+		}
+	}
+	if first, second := mustHash(t, secret), mustHash(t, secret); first == second {
+		t.Error("two hashes of one password are equal")
+	}
+}
+
+// TestPasswordIsStoredHashed checks that the row of a user has the hash of the password in NFC.
+func TestPasswordIsStoredHashed(t *testing.T) {
+	t.Parallel()
+	s := startService(t, postgresSettings(t))
+	conn := connect(t, s.settings.databaseURL)
+	stored := func() string { return queryValue[string](t, conn, "SELECT password FROM users") }
+	s.createUser("John", "Doe")
+	if !verifies(t, stored(), secret) {
+		t.Error("the hash after POST does not verify the password")
+	}
+	s.do("PATCH", "/users/1", `{"password": " e\u0301 `+secret+`"}`)
+	if !verifies(t, stored(), " é "+secret) {
+		t.Error("the hash after PATCH does not verify the password")
+	}
+}
+
+// TestPasswordIsNotTrimmed checks that white space, upper case and control characters of a password
+// are part of it.
+func TestPasswordIsNotTrimmed(t *testing.T) {
+	t.Parallel()
+	s := startService(t, postgresSettings(t))
+	conn := connect(t, s.settings.databaseURL)
+	password := " \u3000\u0130" + strings.ToUpper(secret) + "\x1b\u0085 "
+	for _, target := range []string{"POST /users", "PUT /users/1", "PATCH /users/1"} {
+		method, path, _ := strings.Cut(target, " ")
+		body := `{"name": "John", "surname": "Doe", "password": ` + quote(password) + `}`
+		if a := s.do(method, path, body); a.status/100 != 2 {
+			t.Fatalf("%s: status %d, want 200 or 201: %s", target, a.status, a.body)
+		}
+		stored := queryValue[string](t, conn, "SELECT password FROM users")
+		if !verifies(t, stored, password) {
+			t.Errorf("the hash after %s does not verify the password", target)
+		}
+		password += target // a new password for the next request
+	}
+}
+
+// FuzzPHC compares parsePHC with scanPHC, a second implementation. It also checks that a hash that
+// parsePHC refuses is not computed.
+func FuzzPHC(f *testing.F) {
+	const salt, key = "c2FsdHNhbHRzYWx0c2FsdA", "a2V5a2V5a2V5a2V5a2V5a2V5a2V5a2V5a2V5a2V5a2U"
+	const head = "$argon2id$v=19$"
+	for _, phc := range []string{
+		head + "m=12288,t=3,p=1$" + salt + "$" + key,
+		head + "m=8,t=1,p=1$c2FsdHNhbHQ$a2V5cw", // the minimum
+		head + "m=65536,t=10,p=99$" + strings.Repeat("A", 86) + "$" + strings.Repeat("A", 86),
+		head + "m=65537,t=3,p=1$" + salt + "$" + key,
+		head + "m=12288,t=11,p=1$" + salt + "$" + key,
+		head + "m=15,t=1,p=2$" + salt + "$" + key,
+		head + "m=12288,t=0,p=0$" + salt + "$" + key,
+		head + "m=012288,t=03,p=1$" + salt + "$" + key,
+		head + "m=4294979584,t=3,p=257$" + salt + "$" + key, // 12288 and 1 after an overflow
+		head + "m=12288,t=3,p=1$" + salt + "$",
+		head + "m=12288,t=3,p=1$" + salt + "$AA",
+		head + "m=12288,t=3,p=1$" + salt[:21] + "B$" + key, // bits beyond the last byte
+		head + "m=12288,t=3,p=1$" + salt + "$" + key[:42] + "V",
+		head + "m=12288,t=3,p=1$" + salt + "$" + key + "=",
+		head + "m=12288,t=3,p=1$" + salt + "$" + key + "\n",
+		head + "m=12288,t=3,p=1$" + salt + "$" + strings.Repeat("A", 87),
+		strings.Replace(head, "19", "16", 1) + "m=12288,t=3,p=1$" + salt + "$" + key,
+		strings.Replace(head, "2id", "2i", 1) + "m=12288,t=3,p=1$" + salt + "$" + key,
+		"", "$$$$$",
+	} {
+		f.Add(phc)
+	}
+	f.Fuzz(func(t *testing.T, phc string) {
+		got, err := parsePHC(phc)
+		want, ok := scanPHC(phc)
+		if (err == nil) != ok || !reflect.DeepEqual(got, want) {
+			t.Fatalf("parsePHC(%q) = %+v, %v, want %+v, %t", phc, got, err, want, ok)
+		}
+		if err != nil {
+			h := &hasher{} // panics if it computes
+			same, got := h.verify(t.Context(), secret, phc)
+			if same || fmt.Sprint(got) != err.Error() {
+				t.Errorf("verify with %q = %t, %v, want false, %v", phc, same, got, err)
+			}
+		}
+	})
+}
+
+// scanPHC parses a PHC string by formatting the parsed parameters and comparing the result with it.
+// ok is false if argon2 does not allow the parameters or if they are too expensive.
+func scanPHC(phc string) (h argonHash, ok bool) {
+	fields := strings.Split(phc, "$")
+	if len(fields) != 6 {
+		return argonHash{}, false
+	}
+	fmt.Sscanf(fields[3], "m=%d,t=%d,p=%d", &h.memory, &h.passes, &h.threads)
+	h.salt, _ = base64.RawStdEncoding.DecodeString(fields[4])
+	h.key, _ = base64.RawStdEncoding.DecodeString(fields[5])
+	again := fmt.Sprintf("$argon2id$v=19$m=%d,t=%d,p=%d$%s$%s", h.memory, h.passes, h.threads,
+		base64.RawStdEncoding.EncodeToString(h.salt), base64.RawStdEncoding.EncodeToString(h.key))
+	if again != phc || h.passes < 1 || h.passes > 10 || h.threads < 1 || h.threads > 99 ||
+		h.memory < 8*uint32(h.threads) || h.memory > 64*1024 ||
+		len(h.salt) < 8 || len(h.salt) > 64 || len(h.key) < 4 || len(h.key) > 64 {
+		return argonHash{}, false
+	}
+	return h, true
+}
+
+// slowGroup returns a Group that returns the text of each positive key after a second, and fails for
+// negative keys. It appends the keys of each batch to batches.
+func slowGroup(batches *[][]int) *Group[int, string] {
+	return &Group[int, string]{
+		budget: time.Minute, batchLimits: batchLimits{1, 1},
+		run: func(_ context.Context, keys []int) (map[int]string, error) {
+			*batches = append(*batches, slices.Clone(keys))
+			time.Sleep(time.Second)
+			values := make(map[int]string)
+			for _, key := range keys {
+				if key < 0 {
+					return nil, fmt.Errorf("key %d", key)
+				}
+				if key > 0 {
+					values[key] = fmt.Sprint(key)
+				}
+			}
+			return values, nil
+		},
+	}
+}
+
+// TestGroupSharesNextBatch checks that calls during a batch share the next one.
+func TestGroupSharesNextBatch(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var batches [][]int
+		g := slowGroup(&batches)
+		var callers sync.WaitGroup
+		for _, key := range []int{7, 1, 2, 2, 0, 3} {
+			callers.Go(func() {
+				value, ok, err := g.Do(t.Context(), key)
+				if err != nil || ok != (key != 0) || ok && value != fmt.Sprint(key) {
+					t.Errorf("Do(%d): got %q, %t, %v", key, value, ok, err)
+				}
+			})
+			synctest.Wait() // so that the calls come in this order
+		}
+		callers.Wait()
+		if got, want := fmt.Sprint(batches), "[[7] [1 2 2 0 3]]"; got != want {
+			t.Errorf("batches: got %s, want %s", got, want)
+		}
+		if g.Do(t.Context(), 8); len(batches) != 3 {
+			t.Errorf("batches after another call: got %d, want 3", len(batches))
+		}
+	})
+}
+
+// TestGroupRunsCallsAlone checks that the first two calls run alone, that later calls share a batch, and
+// that no call runs alone while a shared batch runs.
+func TestGroupRunsCallsAlone(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var batches [][]int
+		g := slowGroup(&batches)
+		g.alone = 2
+		var callers sync.WaitGroup
+		for i := range 7 {
+			callers.Go(func() { g.Do(t.Context(), i+1) })
+			synctest.Wait()
+			time.Sleep(300 * time.Millisecond)
+		}
+		callers.Wait()
+		if got, want := fmt.Sprint(batches), "[[1] [2] [3 4] [5 6 7]]"; got != want {
+			t.Errorf("batches: got %s, want %s", got, want)
+		}
+	})
+}
+
+// TestGroupLimitsBatches checks that calls during two batches share a third one, which begins when the
+// first of the two ends.
+func TestGroupLimitsBatches(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var batches [][]int
+		g := slowGroup(&batches)
+		g.alone, g.batches = 2, 1
+		start := time.Now()
+		var took [5]time.Duration
+		var callers sync.WaitGroup
+		for i := range 5 {
+			callers.Go(func() {
+				g.Do(t.Context(), i+1)
+				took[i] = time.Since(start)
+			})
+			synctest.Wait()
+			time.Sleep(100 * time.Millisecond)
+		}
+		callers.Wait()
+		const want = "[[1] [2] [3 4 5]] [1s 1.1s 2s 2s 2s]"
+		if got := fmt.Sprint(batches, took); got != want {
+			t.Errorf("batches and the time of each answer: got %s, want %s", got, want)
+		}
+	})
+}
+
+// TestGroupReturnsNewState checks that a call does not get the result of a batch that began before it.
+func TestGroupReturnsNewState(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		state := "old"
+		g := &Group[int, string]{budget: time.Minute, batchLimits: batchLimits{1, 1}}
+		g.run = func(context.Context, []int) (map[int]string, error) {
+			seen := state
+			time.Sleep(time.Second)
+			return map[int]string{1: seen}, nil
+		}
+		go g.Do(t.Context(), 1)
+		synctest.Wait()
+		state = "new"
+		if value, _, _ := g.Do(t.Context(), 1); value != "new" {
+			t.Errorf("Do: got the %s state, want the new one", value)
+		}
+	})
+}
+
+// TestGroupCallerContext checks that a call returns when its context is canceled or times out, and that
+// the other calls of its batch are answered.
+func TestGroupCallerContext(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var batches [][]int
+		g := slowGroup(&batches)
+		go g.Do(t.Context(), 1)
+		synctest.Wait()
+		ctx, cancel := context.WithCancel(t.Context())
+		canceled := make(chan error, 1)
+		go func() {
+			_, _, err := g.Do(ctx, 2)
+			canceled <- err
+		}()
+		synctest.Wait()
+		cancel()
+		synctest.Wait()
+		if err := <-canceled; !errors.Is(err, context.Canceled) {
+			t.Errorf("canceled call: got %v, want context.Canceled", err)
+		}
+		ctx, cancel = context.WithTimeout(t.Context(), time.Millisecond)
+		defer cancel()
+		if _, _, err := g.Do(ctx, 3); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("timed-out call: got %v, want context.DeadlineExceeded", err)
+		}
+		if value, ok, err := g.Do(t.Context(), 4); value != "4" || !ok || err != nil {
+			t.Errorf("other call: got %q, %t, %v, want 4", value, ok, err)
+		}
+	})
+}
+
+// TestGroupBudget checks that calls fail when the budget of their batch ends. The budget begins with the
+// first call of the batch.
+func TestGroupBudget(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		g := &Group[int, string]{budget: 4 * time.Second, batchLimits: batchLimits{1, 1}}
+		g.run = func(ctx context.Context, _ []int) (map[int]string, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
+		start := time.Now()
+		var took [4]time.Duration
+		var callers sync.WaitGroup
+		for i := range took {
+			callers.Go(func() {
+				if _, _, err := g.Do(t.Context(), i); !errors.Is(err, context.DeadlineExceeded) {
+					t.Errorf("Do(%d): got %v, want context.DeadlineExceeded", i, err)
+				}
+				took[i] = time.Since(start)
+			})
+			synctest.Wait()
+			time.Sleep(time.Second)
+		}
+		callers.Wait()
+		if got, want := fmt.Sprint(took), "[4s 5s 5s 5s]"; got != want {
+			t.Errorf("times of the answers: got %s, want %s", got, want)
+		}
+	})
+}
+
+// TestGroupFailures checks that calls return the error or panic of their batch, alone or shared, and that
+// the next batch runs.
+func TestGroupFailures(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		g := &Group[string, int]{budget: time.Minute, batchLimits: batchLimits{1, 1}}
+		g.run = func(_ context.Context, keys []string) (map[string]int, error) {
+			time.Sleep(time.Second)
+			switch keys[0] {
+			case "panic":
+				panic("broken")
+			case "fail":
+				return nil, errors.New("failed")
+			}
+			return map[string]int{"ok": 1}, nil
+		}
+		for _, keys := range [][]string{{"panic", "fail", "ok"}, {"fail", "panic", "ok"}} {
+			var callers sync.WaitGroup
+			for _, key := range keys[:2] {
+				callers.Go(func() {
+					_, ok, err := g.Do(t.Context(), key)
+					_, panicked := errors.AsType[*panicError](err)
+					if ok || err == nil || panicked != (key == "panic") {
+						t.Errorf("Do(%s): got %t, %v", key, ok, err)
+					}
+				})
+				synctest.Wait()
+			}
+			callers.Wait()
+			if value, ok, err := g.Do(t.Context(), "ok"); value != 1 || !ok || err != nil {
+				t.Errorf("Do after %v: got %d, %t, %v, want 1", keys[:2], value, ok, err)
+			}
+		}
+	})
+}
+
+// TestQueuesKeepOrder makes several calls with one key, two of which stop waiting. It checks that
+// the others get their turn in order, that another key is free, and that no key is kept afterwards.
+func TestQueuesKeepOrder(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		q := queues[int64]{keys: make(map[int64]*queue)}
+		first, err := q.enter(t.Context(), 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		leaving, leave := context.WithCancel(t.Context())
+		var order []int
+		results := make(chan error, 6)
+		for i := range cap(results) {
+			go func() {
+				ctx := t.Context()
+				switch i {
+				case 1:
+					ctx = leaving
+				case 3:
+					var cancel context.CancelFunc
+					ctx, cancel = context.WithTimeout(ctx, time.Second)
+					defer cancel()
+				}
+				done, err := q.enter(ctx, 1)
+				if err == nil {
+					order = append(order, i)
+				}
+				done()
+				results <- err
+			}()
+			synctest.Wait()
+		}
+		other, err := q.enter(t.Context(), 2)
+		if err != nil {
+			t.Errorf("call with another key: %v", err)
+		}
+		other()
+		leave()
+		if err := <-results; !errors.Is(err, context.Canceled) {
+			t.Errorf("call whose caller left: error %v, want %v", err, context.Canceled)
+		}
+		if err := <-results; !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("call past its deadline: error %v, want %v", err, context.DeadlineExceeded)
+		}
+		first()
+		synctest.Wait()
+		if want := []int{0, 2, 4, 5}; !slices.Equal(order, want) {
+			t.Errorf("order %v, want %v", order, want)
+		}
+		if len(q.keys) != 0 {
+			t.Errorf("%d keys after all calls, want 0", len(q.keys))
+		}
+	})
+}
+
+func BenchmarkGetUser(b *testing.B) {
+	m := newMemory()
+	name := "John"
+	if _, err := m.createUser(b.Context(), userInput{&name, &name, &name}, ""); err != nil {
+		b.Fatal(err)
+	}
+	log := newLogger(&logWriter{w: io.Discard}, slog.LevelInfo)
+	server := newHandler(testDependencies(settings{}, m, log))
+	r := httptest.NewRequest("GET", "/users/1", nil)
+	b.ReportAllocs()
+	for b.Loop() {
+		server.ServeHTTP(httptest.NewRecorder(), r)
+	}
+}
+
+func BenchmarkParseObject(b *testing.B) {
+	body := []byte(`{"name": "John", "surname": "Doe", "password": "correct horse"}`)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := parseObject(body); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkGroup(b *testing.B) {
+	g := Group[int, int]{batchLimits: batchLimits{4, 1}}
+	g.run = func(_ context.Context, keys []int) (map[int]int, error) {
+		return map[int]int{keys[0]: 1}, nil
+	}
+	b.ReportAllocs()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			g.Do(b.Context(), 1)
+		}
+	})
+}
+
+func BenchmarkUserJSON(b *testing.B) {
+	u := User{ID: 7, Name: "John", Surname: "Doe", CreatedAt: timestamp{time.Now()}, UpdatedAt: timestamp{time.Now()}}
+	buffer := make([]byte, 0, 256)
+	b.ReportAllocs()
+	for b.Loop() {
+		u.appendJSON(buffer)
+	}
+}
+
+func BenchmarkLogLine(b *testing.B) {
+	log := newLogger(&logWriter{w: io.Discard}, slog.LevelInfo)
+	ctx := withTraceID(context.Background(), newUUIDv4())
+	b.ReportAllocs()
+	for b.Loop() {
+		log.LogAttrs(ctx, slog.LevelInfo, "Request completed", slog.String("method", "GET"),
+			slog.String("path", "/users/7"), slog.Int("status", 200),
+			slog.Float64("duration_ms", 0.123), slog.Int64("bytes", 151))
+	}
+}
+
+// TestPostgresVersion logs the version of PostgreSQL that the tests use.
+func TestPostgresVersion(t *testing.T) {
+	conn, err := pgx.Connect(t.Context(), testDatabaseURL)
+	if err != nil {
+		missing(t, "PostgreSQL", err)
+	}
+	defer conn.Close(t.Context())
+	postgresVersion(t, conn)
+}
+
+// postgresVersion logs and returns the version of a server, without the suffix of a distribution. The
+// test fails if TEST_POSTGRES_VERSION is set and differs.
+func postgresVersion(t *testing.T, conn *pgx.Conn) string {
+	t.Helper()
+	var reported string
+	if err := conn.QueryRow(t.Context(), "SHOW server_version").Scan(&reported); err != nil {
+		t.Fatal(err)
+	}
+	version, _, _ := strings.Cut(reported, " ")
+	t.Logf("the server reports PostgreSQL %s", version)
+	if want := os.Getenv("TEST_POSTGRES_VERSION"); want != "" && version != want {
+		t.Errorf("PostgreSQL version: got %s, want %s", version, want)
+	}
+	return version
 }

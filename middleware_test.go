@@ -1,19 +1,38 @@
 package main
 
+// Tests of what surrounds the handlers: middleware.go, access.go, problem.go, trace ids, health.go,
+// docs.go, and a fuzz test of whole requests.
+
 import (
 	"bufio"
+	"bytes"
+	"cmp"
+	"compress/gzip"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"net/url"
+	"os"
 	"regexp"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
+	"sync"
 	"testing"
+	"testing/iotest"
+	"testing/synctest"
 	"time"
+
+	"golang.org/x/time/rate"
 )
 
 // dial opens a connection for requests that net/http's client does not send. Its deadline is
@@ -504,4 +523,1402 @@ func TestOverload(t *testing.T) {
 	if a := s.do("GET", "/users", ""); a.status != 200 {
 		t.Errorf("GET /users below the limit: status %d, want 200", a.status)
 	}
+}
+
+// newTestKey returns a new API key and its entry for API_KEYS, parsed.
+func newTestKey(t *testing.T, name string, readOnly bool) (string, apiKey) {
+	t.Helper()
+	text, setting, err := newAPIKey(name, readOnly)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := parseAPIKey(setting)
+	if err != nil || key.name != name || key.readOnly != readOnly ||
+		key.digest != sha256.Sum256([]byte(text)) {
+		t.Fatalf("parseAPIKey(%q): got %+v, %v, want %q, %t, the digest of the key", setting, key, err,
+			name, readOnly)
+	}
+	return text, key
+}
+
+// TestAPIKeys checks which routes require an API key, what a read-only key allows, and that no key
+// appears in the log.
+func TestAPIKeys(t *testing.T) {
+	t.Parallel()
+	full, fullKey := newTestKey(t, "shop", false)
+	read, readKey := newTestKey(t, "report", true)
+	set := memorySettings()
+	set.apiKeys = []apiKey{fullKey, readKey}
+	s := startService(t, set)
+	user := fmt.Sprintf(`{"name": "Ann", "surname": "Lee", "password": %q}`, secret)
+	verify := fmt.Sprintf(`{"password": %q}`, secret)
+	bearer := func(key string) string { return "Authorization: Bearer " + key }
+	for _, test := range []struct {
+		method  string
+		path    string
+		body    string
+		headers []string
+		want    int
+	}{
+		{method: "POST", path: "/users", body: user, headers: []string{bearer(full)}, want: 201},
+		{method: "POST", path: "/users", body: user, want: 401},
+		{method: "POST", path: "/users", body: user, headers: []string{bearer(read)}, want: 403},
+		{method: "GET", path: "/users", want: 401},
+		{method: "GET", path: "/users/", want: 401},
+		{method: "GET", path: "/users/1", want: 401},
+		{method: "HEAD", path: "/users/1", want: 401},
+		{method: "GET", path: "/users/1", headers: []string{bearer(full)}, want: 200},
+		{method: "GET", path: "/users/1", headers: []string{bearer(read)}, want: 200},
+		{method: "HEAD", path: "/users/1", headers: []string{bearer(read)}, want: 200},
+		{method: "GET", path: "/users/1", headers: []string{"Authorization: bearer  " + full}, want: 200},
+		{method: "GET", path: "/users/1", headers: []string{"Authorization: Basic " + full}, want: 401},
+		{method: "GET", path: "/users/1", headers: []string{"Authorization: " + full}, want: 401},
+		{method: "GET", path: "/users/1", headers: []string{"Authorization: Bearer"}, want: 401},
+		{method: "GET", path: "/users/1", headers: []string{bearer(full + "x")}, want: 401},
+		{method: "GET", path: "/users/1", headers: []string{bearer(full[:len(full)-1])}, want: 401},
+		{method: "GET", path: "/users/1", headers: []string{bearer(full), bearer(full)}, want: 401},
+		{method: "GET", path: "/users/1", headers: []string{bearer(fmt.Sprintf("%x", fullKey.digest))}, want: 401},
+		{method: "PUT", path: "/users/1", body: user, headers: []string{bearer(read)}, want: 403},
+		{method: "PATCH", path: "/users/1", body: user, headers: []string{bearer(read)}, want: 403},
+		{method: "DELETE", path: "/users/1", headers: []string{bearer(read)}, want: 403},
+		{method: "DELETE", path: "/users/1", want: 401},
+		{method: "POST", path: "/users/1/password/verify", body: verify, want: 401},
+		{method: "POST", path: "/users/1/password/verify", body: verify, headers: []string{bearer(read)}, want: 403},
+		{method: "POST", path: "/users/1/password/verify", body: verify, headers: []string{bearer(full)}, want: 200},
+		{method: "GET", path: "/metrics", want: 401},
+		{method: "GET", path: "/metrics", headers: []string{bearer(read)}, want: 200},
+		{method: "GET", path: "/docs", want: 200},
+		{method: "GET", path: "/docs/start.js", want: 200},
+		{method: "GET", path: "/openapi.json", want: 200},
+		{method: "GET", path: "/healthz", want: 200},
+		{method: "GET", path: "/readyz", want: 200},
+		{method: "GET", path: "/nothing", want: 404},
+		{method: "TRACE", path: "/users", want: 405},
+		{method: "DELETE", path: "/users/1", headers: []string{bearer(full)}, want: 200},
+	} {
+		a := s.do(test.method, test.path, test.body, test.headers...)
+		challenge := a.header.Get("WWW-Authenticate")
+		if a.status != test.want || (challenge == "Bearer") != (a.status == 401) {
+			t.Errorf("%s %s with %.40v: status %d, WWW-Authenticate %q, want status %d", test.method,
+				test.path, test.headers, a.status, challenge, test.want)
+		}
+	}
+	if err := s.stop(); err != nil { // this flushes the log
+		t.Fatal(err)
+	}
+	logged := make(map[any]int)
+	for _, line := range s.log.lines("Request completed") {
+		logged[line["key"]]++
+	}
+	if logged["shop"] != 5 || logged["report"] != 8 {
+		t.Errorf("logged requests by key: got %v, want 5 of shop and 8 of report", logged)
+	}
+	for _, key := range []string{full, read, full[4:], fmt.Sprintf("%x", fullKey.digest)} {
+		if strings.Contains(s.log.String(), key) {
+			t.Errorf("the log contains the key or digest %s", key)
+		}
+	}
+}
+
+// TestKeyCommand checks the exit codes of the command key, and that the setting it prints accepts the
+// key it prints.
+func TestKeyCommand(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		args []string
+		want int
+	}{
+		{args: []string{"key", "shop"}, want: 0},
+		{args: []string{"key", "report", "read"}, want: 0},
+		{args: []string{"key"}, want: 2},
+		{args: []string{"key", "a b"}, want: 2},
+		{args: []string{"key", "shop", "write"}, want: 2},
+		{args: []string{"key", strings.Repeat("x", 65)}, want: 2},
+	} {
+		var out bytes.Buffer
+		if code := command(t.Context(), test.args, &out); code != test.want {
+			t.Errorf("%q: exit code %d, want %d: %s", test.args, code, test.want, &out)
+		}
+		if test.want > 0 {
+			continue
+		}
+		key := regexp.MustCompile(`(?m)^usk_[A-Za-z0-9_-]{43}$`).FindString(out.String())
+		setting := regexp.MustCompile(`(?m)^API_KEYS=(.*)$`).FindStringSubmatch(out.String())
+		if key == "" || setting == nil {
+			t.Fatalf("%q: got no key and setting: %s", test.args, &out)
+		}
+		got, err := loadSettings(envOf("API_KEYS", setting[1]))
+		if err != nil || len(got.apiKeys) != 1 || got.apiKeys[0].name != test.args[1] ||
+			got.apiKeys[0].readOnly != (len(test.args) == 3) ||
+			got.apiKeys[0].digest != sha256.Sum256([]byte(key)) {
+			t.Errorf("loadSettings of %s: got %+v, %v", &out, got.apiKeys, err)
+		}
+	}
+}
+
+// TestRateLimit checks which requests share a rate limit, and the headers of their answers. The rate is
+// one request in 100 seconds, and the clock stands still.
+func TestRateLimit(t *testing.T) {
+	t.Parallel()
+	key, setting := newTestKey(t, "shop", false)
+	set := memorySettings()
+	set.rateLimit, set.apiKeys = 0.01, []apiKey{setting}
+	set.trustedProxies = []netip.Prefix{netip.MustParsePrefix("192.0.2.1/32")}
+	synctest.Test(t, func(t *testing.T) {
+		log := slog.New(slog.DiscardHandler)
+		s := serveInProcess(t, newHandler(testDependencies(set, newMemory(), log)))
+		for i, test := range []struct {
+			path   string
+			header string
+			want   int
+		}{
+			{path: "/docs", want: 200},
+			{path: "/docs", want: 429},
+			{path: "/nothing", want: 429},
+			{path: "/users", header: "Authorization: Bearer wrong", want: 429},
+			{path: "/healthz", want: 200},
+			{path: "/readyz", want: 200},
+			{path: "/users", header: "Authorization: Bearer " + key, want: 200},
+			{path: "/users", header: "Authorization: Bearer " + key, want: 429},
+			{path: "/docs", header: "X-Forwarded-For: 192.0.2.7", want: 200},
+			{path: "/docs", header: "X-Forwarded-For: 192.0.2.7, 192.0.2.1", want: 429},
+			{path: "/docs", header: "X-Forwarded-For: 198.51.100.1, 192.0.2.7", want: 429},
+			{path: "/docs", header: "X-Forwarded-For: 2001:db8::1", want: 200},
+			{path: "/docs", header: "X-Forwarded-For: 2001:db8::ffff", want: 429},
+			{path: "/docs", header: "X-Forwarded-For: nonsense", want: 429},
+		} {
+			a := s.do("GET", test.path, "", test.header)
+			if a.status != test.want {
+				t.Errorf("request %d: status %d, want %d", i, a.status, test.want)
+			}
+			want := map[string]string{"RateLimit": `"client";r=0;t=100`,
+				"RateLimit-Policy": `"client";q=1;w=100`}
+			if test.path == "/healthz" || test.path == "/readyz" {
+				want = nil // probes have no limit
+			} else if test.want == 429 {
+				want["Retry-After"] = "100"
+			}
+			for _, name := range []string{"RateLimit", "RateLimit-Policy", "Retry-After"} {
+				if got := a.header.Get(name); got != want[name] {
+					t.Errorf("request %d: %s: got %q, want %q", i, name, got, want[name])
+				}
+			}
+		}
+		time.Sleep(100 * time.Second)
+		if a := s.do("GET", "/docs", ""); a.status != 200 {
+			t.Errorf("after 100 s: status %d, want 200", a.status)
+		}
+	})
+}
+
+// TestClientNetwork checks which address a request counts for, with and without trusted proxies.
+func TestClientNetwork(t *testing.T) {
+	t.Parallel()
+	a := &access{proxies: []netip.Prefix{
+		netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("::1/128")}}
+	for _, test := range []struct {
+		peer      string
+		forwarded []string
+		want      string
+	}{
+		{peer: "192.0.2.1:1", want: "192.0.2.1"},
+		{peer: "192.0.2.1:1", forwarded: []string{"198.51.100.1"}, want: "192.0.2.1"},
+		{peer: "10.0.0.1:1", want: "10.0.0.1"},
+		{peer: "10.0.0.1:1", forwarded: []string{"198.51.100.1"}, want: "198.51.100.1"},
+		{peer: "[::ffff:10.0.0.1]:1", forwarded: []string{"198.51.100.1"}, want: "198.51.100.1"},
+		{peer: "10.0.0.1:1", forwarded: []string{"203.0.113.9, 198.51.100.1"}, want: "198.51.100.1"},
+		{peer: "10.0.0.1:1", forwarded: []string{"203.0.113.9", "198.51.100.1,10.2.3.4"}, want: "198.51.100.1"},
+		{peer: "10.0.0.1:1", forwarded: []string{"198.51.100.1, unknown"}, want: "10.0.0.1"},
+		{peer: "10.0.0.1:1", forwarded: []string{"198.51.100.1:77"}, want: "10.0.0.1"},
+		{peer: "[::1]:1", forwarded: []string{"2001:db8:1:2:3::4"}, want: "2001:db8:1:2::/64"},
+		{peer: "[2001:db8:1:2:3::4%eth0]:1", want: "2001:db8:1:2::/64"},
+		{peer: "@", want: "@"},
+	} {
+		r := httptest.NewRequest("GET", "/", nil)
+		r.RemoteAddr = test.peer
+		r.Header["X-Forwarded-For"] = test.forwarded
+		if got := a.clientNetwork(r); got != test.want {
+			t.Errorf("peer %s, X-Forwarded-For %q: got %s, want %s", test.peer, test.forwarded, got,
+				test.want)
+		}
+	}
+}
+
+// TestLimiterSize checks that a limiter remembers at most maxClients clients, and the most recent half
+// of them.
+func TestLimiterSize(t *testing.T) {
+	t.Parallel()
+	l := newLimiter[int]("test", rate.Limit(0.001), 1)
+	for client := range 3 * maxClients {
+		if err := l.admit(http.Header{}, client); err != nil {
+			t.Fatalf("client %d: %v", client, err)
+		}
+		if n := len(l.buckets.newer) + len(l.buckets.older); n > maxClients {
+			t.Fatalf("%d clients are remembered, want at most %d", n, maxClients)
+		}
+	}
+	for client := 3*maxClients - maxClients/2; client < 3*maxClients; client++ {
+		if l.admit(http.Header{}, client) == nil {
+			t.Fatalf("client %d was admitted twice, want an error", client)
+		}
+	}
+}
+
+// TestSecurityHeaders checks that every answer has the security headers.
+func TestSecurityHeaders(t *testing.T) {
+	t.Parallel()
+	s := startService(t, memorySettings())
+	for path, want := range map[string]int{
+		"/users": 200, "/users/1": 404, "/nothing": 404, "/": 302, "//users": 301, "/docs": 200,
+		"/docs/start.js": 200, "/openapi.json": 200, "/healthz": 200, "/metrics": 200, "/users?x=1": 400,
+	} {
+		a := s.do("GET", path, "")
+		if a.status != want && a.status != 307 {
+			t.Errorf("GET %s: status %d, want %d", path, a.status, want)
+		}
+		for name, value := range map[string]string{
+			"Cache-Control":          "no-store",
+			"Referrer-Policy":        "no-referrer",
+			"X-Content-Type-Options": "nosniff",
+		} {
+			if got := a.header.Get(name); got != value {
+				t.Errorf("GET %s: %s: got %q, want %q", path, name, got, value)
+			}
+		}
+		policy := a.header.Get("Content-Security-Policy")
+		if !strings.HasPrefix(policy, "default-src 'none'") ||
+			strings.Contains(policy, "script") != (path == "/docs") {
+			t.Errorf("GET %s: Content-Security-Policy: got %q", path, policy)
+		}
+	}
+}
+
+// TestCrossOrigin checks which origins may send requests and read the answers.
+func TestCrossOrigin(t *testing.T) {
+	t.Parallel()
+	const ours, other = "https://app.example.com", "https://other.example.com"
+	set := memorySettings()
+	set.corsOrigins = []string{"http://localhost:3000", ours}
+	s := startService(t, set)
+	body := fmt.Sprintf(`{"name": "Ann", "surname": "Lee", "password": %q}`, secret)
+	for _, test := range []struct {
+		method  string
+		headers []string
+		want    int
+		allowed string // Access-Control-Allow-Origin
+	}{
+		{method: "POST", want: 201},
+		{method: "POST", headers: []string{"Origin: " + s.url}, want: 201},
+		{method: "POST", headers: []string{"Origin: " + s.url, "Sec-Fetch-Site: same-origin"}, want: 201},
+		{method: "POST", headers: []string{"Origin: " + other}, want: 403},
+		{method: "POST", headers: []string{"Origin: null"}, want: 403},
+		{method: "POST", headers: []string{"Origin: " + other, "Sec-Fetch-Site: cross-site"}, want: 403},
+		{method: "POST", headers: []string{"Sec-Fetch-Site: cross-site"}, want: 403},
+		{method: "POST", headers: []string{"Origin: " + ours, "Sec-Fetch-Site: cross-site"}, want: 201, allowed: ours},
+		{method: "GET", headers: []string{"Origin: " + ours, "Sec-Fetch-Site: cross-site"}, want: 200, allowed: ours},
+		{method: "GET", headers: []string{"Origin: " + other, "Sec-Fetch-Site: cross-site"}, want: 200},
+		{method: "OPTIONS", headers: []string{"Origin: " + ours, "Access-Control-Request-Method: POST"}, want: 204, allowed: ours},
+		{method: "OPTIONS", headers: []string{"Origin: " + other, "Access-Control-Request-Method: POST"}, want: 405},
+		{method: "OPTIONS", headers: []string{"Origin: " + ours}, want: 405, allowed: ours},
+		{method: "OPTIONS", want: 405},
+	} {
+		text := body
+		if test.method != "POST" {
+			text = ""
+		}
+		a := s.do(test.method, "/users", text, test.headers...)
+		if got := a.header.Get("Access-Control-Allow-Origin"); a.status != test.want || got != test.allowed {
+			t.Errorf("%s with %q: status %d, Access-Control-Allow-Origin %q, want %d, %q", test.method,
+				test.headers, a.status, got, test.want, test.allowed)
+		}
+		if got := a.header.Values("Vary"); len(got) != 1 || got[0] != "Origin" {
+			t.Errorf("%s with %q: Vary: got %q, want Origin", test.method, test.headers, got)
+		}
+		exposed := strings.Contains(a.header.Get("Access-Control-Expose-Headers"), "ETag")
+		if exposed != (test.allowed != "") {
+			t.Errorf("%s with %q: headers exposed: got %t, want %t", test.method, test.headers, exposed,
+				!exposed)
+		}
+		methods := a.header.Get("Access-Control-Allow-Methods")
+		headers := a.header.Get("Access-Control-Allow-Headers")
+		if a.status == 204 &&
+			(!strings.Contains(methods, "PATCH") || !strings.Contains(headers, "Authorization")) {
+			t.Errorf("preflight: got methods %q and headers %q, want PATCH and Authorization", methods,
+				headers)
+		}
+	}
+	plain := startService(t, memorySettings()).do("GET", "/users", "", "Origin: "+ours)
+	if plain.header.Get("Access-Control-Allow-Origin") != "" || plain.header.Get("Vary") != "" {
+		t.Errorf("without CORS_ORIGINS: got %v, want no CORS headers", plain.header)
+	}
+}
+
+// userRequests are a valid request for each route of users.
+var userRequests = []struct {
+	method, path, body string
+	conflicts          bool // the database may refuse the change
+}{
+	{method: "GET", path: "/users"},
+	{method: "POST", path: "/users", conflicts: true,
+		body: `{"name": "John", "surname": "Doe", "password": "correct horse"}`},
+	{method: "GET", path: "/users/1"},
+	{method: "PUT", path: "/users/1", body: `{"name": "Jane"}`, conflicts: true},
+	{method: "PATCH", path: "/users/1", body: `{"name": "Jane"}`, conflicts: true},
+	{method: "DELETE", path: "/users/1", conflicts: true},
+	{method: "POST", path: "/users/1/password/verify", body: `{"password": "correct horse"}`},
+}
+
+// TestErrorsOfStore sends requests to a store that fails.
+func TestErrorsOfStore(t *testing.T) {
+	t.Parallel()
+	for _, request := range userRequests {
+		faults := map[error]int{
+			errors.New("inside"): 500,
+			errUnavailable:       503,
+			errOutcomeUnknown:    503,
+		}
+		if request.conflicts {
+			faults[errReferenced], faults[errRefused] = 409, 409
+		}
+		for err, want := range faults {
+			server := newFaultyServer(faultyStore{err: err}, false)
+			checkProblem(t, ask(server, request.method, request.path, strings.NewReader(request.body)), want)
+		}
+		if request.body != "" {
+			stalled := iotest.ErrReader(os.ErrDeadlineExceeded)
+			server := newFaultyServer(faultyStore{}, false)
+			checkProblem(t, ask(server, request.method, request.path, stalled), 408)
+		}
+	}
+	create := strings.NewReader(userRequests[1].body)
+	server := newFaultyServer(faultyStore{}, false)
+	checkProblem(t, ask(server, "POST", "/users", create, "Idempotency-Key: running"), 409)
+}
+
+// checkProblem expects a problem document with a status.
+func checkProblem(t *testing.T, a answer, want int) {
+	t.Helper()
+	var p problem
+	if err := json.Unmarshal([]byte(a.body), &p); err != nil {
+		t.Fatalf("%v: %s", err, a.body)
+	}
+	if a.status != want || a.header.Get("Content-Type") != "application/problem+json" ||
+		p.Title != http.StatusText(want) || p.Status != want || p.TraceID != a.header.Get("X-Trace-Id") ||
+		(want == 503) != (a.header.Get("Retry-After") != "") || strings.Contains(a.body, "the cause") {
+		t.Errorf("status %d, not %d: %v %s", a.status, want, a.header, a.body)
+	}
+}
+
+// TestReadiness asks servers whose store is in each of its states.
+func TestReadiness(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		state    state
+		draining bool
+		want     int
+	}{
+		{"up", false, 200},
+		{"up", true, 503},
+		{"memory", true, 503},
+		{"down", false, 503},
+		{"read-only", false, 503},
+	} {
+		a := ask(newFaultyServer(faultyStore{state: test.state}, test.draining), "GET", "/readyz", nil)
+		if a.status != test.want || a.json(t, "database") != string(test.state) {
+			t.Errorf("%+v: status %d, %s", test, a.status, a.body)
+		}
+	}
+}
+
+// newFaultyServer returns the routes of the service over a store that fails. A request with the
+// idempotency key "running" is in progress.
+func newFaultyServer(store faultyStore, draining bool) http.Handler {
+	d := testDependencies(memorySettings(), store, slog.New(slog.DiscardHandler))
+	d.draining.Store(draining)
+	a := newAPI(d, &traffic{})
+	a.creating.Store("running", true)
+	h := &health{d.store, d.broker, d.metrics, d.draining}
+	return newServer(d, &traffic{}, newAccess(d.settings), append(publicRoutes(h), protectedRoutes(a, h)...))
+}
+
+// invalidFields returns the pointers and parameters of the errors in a problem document, sorted.
+func invalidFields(t *testing.T, a answer) []string {
+	t.Helper()
+	var p problem
+	if err := json.Unmarshal([]byte(a.body), &p); err != nil {
+		t.Fatalf("the body is not a problem document: %v: %s", err, a.body)
+	}
+	var fields []string
+	for _, e := range p.Errors {
+		if e.Detail == "" || (e.Pointer == "") == (e.Parameter == "") {
+			t.Errorf("error %+v, want either a pointer or a parameter, and a detail", e)
+		}
+		fields = append(fields, e.Pointer+e.Parameter)
+	}
+	slices.Sort(fields)
+	return fields
+}
+
+// checkBadRequest checks that an answer is a 400 whose errors are those of the wanted fields.
+func checkBadRequest(t *testing.T, what string, a answer, want ...string) {
+	t.Helper()
+	if got := invalidFields(t, a); a.status != http.StatusBadRequest || !slices.Equal(got, want) {
+		t.Errorf("%s: status %d, errors %q, want 400, %q: %s", what, a.status, got, want, a.body)
+	}
+}
+
+// TestProblemOfError checks the problem document for each error that a handler may return. The
+// log has the cause of a 500, the answer does not.
+func TestProblemOfError(t *testing.T) {
+	t.Parallel()
+	const cause = "at 10.0.0.1"
+	wrapped := func(err error) handler {
+		return func(*response, *http.Request, caller) error {
+			return fmt.Errorf("%s: %w", cause, fmt.Errorf("%w: %s", err, cause))
+		}
+	}
+	for name, test := range map[string]struct {
+		handler handler
+		want    int
+		detail  string // a substring of it
+	}{
+		"problem": {
+			wrapped(newProblem(418, "short and stout")), 418, "short and stout"},
+		"user not found":     {wrapped(errNotFound), 404, "not found"},
+		"version mismatch":   {wrapped(errVersionMismatch), 412, "If-Match"},
+		"invalid value":      {wrapped(errInvalidValue), 400, "value"},
+		"unavailable":        {wrapped(errUnavailable), 503, "nothing was changed"},
+		"busy":               {wrapped(errBusy), 503, "nothing was changed"},
+		"outcome unknown":    {wrapped(errOutcomeUnknown), 503, "may or may not"},
+		"unknown error":      {wrapped(io.ErrUnexpectedEOF), 500, "Internal error"},
+		"other deadline":     {wrapped(context.DeadlineExceeded), 500, "Internal error"},
+		"other cancellation": {wrapped(context.Canceled), 500, "Internal error"},
+		"panic":              {panicking, 500, "Internal error"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := serveHandler(t, test.handler)
+			a := s.do("GET", "/x?y=1", "", "X-Request-Id: trace-1")
+			if a.status != test.want || strings.Contains(a.body, cause) ||
+				!strings.Contains(fmt.Sprint(a.json(t, "detail")), test.detail) {
+				t.Errorf("status %d, want %d with %q but without %q: %s",
+					a.status, test.want, test.detail, cause, a.body)
+			}
+			s.waitForLine("Request completed",
+				"trace_id", "trace-1", "level", "INFO", "status", test.want)
+			if test.want != http.StatusInternalServerError {
+				return // the harness checks that no line has the level ERROR
+			}
+			s.log.allowErrors(1)
+			failure := s.waitForLine("Request failed", "trace_id", "trace-1", "level", "ERROR")
+			stack := fmt.Sprint(failure["stack"])
+			if !strings.Contains(fmt.Sprint(failure["error"]), cause) ||
+				!strings.Contains(stack, "ServeHTTP") {
+				t.Errorf("log line %v, want the cause %q and a stack", failure, cause)
+			}
+			if name == "panic" && !strings.Contains(stack, "panicking") {
+				t.Errorf("the stack does not contain the panicking function: %s", stack)
+			}
+		})
+	}
+}
+
+// TestInternalErrors checks that the log has the cause of an unexpected database error, that the
+// answer does not, and that the service recovers.
+func TestInternalErrors(t *testing.T) {
+	t.Parallel()
+	s := startService(t, postgresSettings(t))
+	conn := connect(t, s.settings.databaseURL)
+	if _, err := conn.Exec(t.Context(), "ALTER TABLE users RENAME TO gone"); err != nil {
+		t.Fatal(err)
+	}
+	requests := []struct{ method, path, body string }{
+		{"GET", "/users", ""},
+		{"GET", "/users/1", ""},
+		{"POST", "/users", john},
+		{"PUT", "/users/1", john},
+		{"DELETE", "/users/1", ""},
+	}
+	s.log.allowErrors(len(requests))
+	for _, r := range requests {
+		a := s.do(r.method, r.path, r.body)
+		if a.status != http.StatusInternalServerError {
+			t.Errorf("%s %s: status %d, want 500: %s", r.method, r.path, a.status, a.body)
+		}
+		for _, inner := range []string{"relation", "exist", "42P01", "SQLSTATE", "ERROR"} {
+			if strings.Contains(a.body, inner) {
+				t.Errorf("%s %s: the answer contains %q: %s", r.method, r.path, inner, a.body)
+			}
+		}
+		id := a.header.Get("X-Trace-Id")
+		failure := s.waitForLine("Request failed", "trace_id", id, "level", "ERROR")
+		if !strings.Contains(fmt.Sprint(failure["error"]), "42P01") || failure["stack"] == "" {
+			t.Errorf("%s %s: log line %v, want 42P01 and a stack", r.method, r.path, failure)
+		}
+		s.waitForLine("Request completed", "trace_id", id, "status", 500, "level", "INFO")
+	}
+	if _, err := conn.Exec(t.Context(), "ALTER TABLE gone RENAME TO users"); err != nil {
+		t.Fatal(err)
+	}
+	if a := s.do("POST", "/users", john); a.status != http.StatusCreated {
+		t.Errorf("POST /users after the errors: status %d, want 201: %s", a.status, a.body)
+	}
+}
+
+// ask sends a request with any body to a handler in this process.
+func ask(h http.Handler, method, target string, body io.Reader, headers ...string) answer {
+	request := httptest.NewRequest(method, target, body)
+	request.Header.Set("Content-Type", "application/json")
+	for _, header := range headers {
+		name, value, _ := strings.Cut(header, ": ")
+		request.Header.Set(name, value)
+	}
+	recorder := httptest.NewRecorder()
+	h.ServeHTTP(recorder, request)
+	return answer{recorder.Code, recorder.Header(), recorder.Body.String()}
+}
+
+// uuidV4 and uuidV7 match UUIDs of these versions (RFC 9562).
+var (
+	uuidV4 = regexp.MustCompile(
+		`^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`)
+	uuidV7 = regexp.MustCompile(
+		`^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`)
+)
+
+// TestUUIDs checks that UUIDs have their version and variant, that they are unique, and that those
+// of version 7 are in the order of time.
+func TestUUIDs(t *testing.T) {
+	t.Parallel()
+	seen := make(map[string]bool)
+	before := ""
+	start := time.Now().UnixMilli()
+	for range 1000 {
+		v4, v7 := newUUIDv4(), newUUIDv7()
+		if !uuidV4.MatchString(v4) || !uuidV7.MatchString(v7) || seen[v4] || seen[v7] {
+			t.Fatalf("%s is not a new UUIDv4 or %s is not a new UUIDv7", v4, v7)
+		}
+		if v7[:13] < before {
+			t.Errorf("%s is less than %s, which is older", v7, before)
+		}
+		seen[v4], seen[v7], before = true, true, v7[:13]
+	}
+	var last int64
+	fmt.Sscanf(strings.Replace(before, "-", "", 1), "%x", &last)
+	if last < start || last > time.Now().UnixMilli() {
+		t.Errorf("%s has the time %d, want %d or up to a few seconds later", before, last, start)
+	}
+}
+
+// traceIDTests are the headers of requests and the trace id of each request. An empty want stands
+// for a new UUID. traceIDParts expands the words that begin with a dollar sign.
+var traceIDTests = map[string]struct {
+	headers []string
+	want    string
+}{
+	"no header": {},
+	"all characters": {
+		headers: []string{"X-Request-Id: AZaz09._:-"}, want: "AZaz09._:-"},
+	"request id of 1 character": {
+		headers: []string{"X-Request-Id: x"}, want: "x"},
+	"request id of 128 characters": {
+		headers: []string{"X-Request-Id: $x128"}, want: "$x128"},
+	"request id of 129 characters": {
+		headers: []string{"X-Request-Id: $x128x"}},
+	"request id with a space": {headers: []string{"X-Request-Id: a b"}},
+	"request id with a slash": {headers: []string{"X-Request-Id: a/b"}},
+	"request id with a quote": {headers: []string{`X-Request-Id: a"b`}},
+	"request id with a letter outside ASCII": {
+		headers: []string{"X-Request-Id: é"}},
+	"request id with a comma": {headers: []string{"X-Request-Id: a,b"}},
+	"two request ids": {
+		headers: []string{"X-Request-Id: a", "X-Request-Id: b"}},
+	"the same request id twice": {
+		headers: []string{"X-Request-Id: a", "X-Request-Id: a"}},
+	"a valid and an invalid request id": {
+		headers: []string{"X-Request-Id: a", "X-Request-Id: /"}},
+	"traceparent": {
+		headers: []string{"traceparent: 00-$trace-$parent-01"}, want: "$trace"},
+	"not sampled": {
+		headers: []string{"traceparent: 00-$trace-$parent-00"}, want: "$trace"},
+	"unknown flags": {
+		headers: []string{"traceparent: 00-$trace-$parent-ff"}, want: "$trace"},
+	"version 00 with a fifth field": {
+		headers: []string{"traceparent: 00-$trace-$parent-01-x"}},
+	"version 00 with a dash at the end": {
+		headers: []string{"traceparent: 00-$trace-$parent-01-"}},
+	"version 01": {
+		headers: []string{"traceparent: 01-$trace-$parent-01"}, want: "$trace"},
+	"version fe with more fields": {
+		headers: []string{"traceparent: fe-$trace-$parent-01-a-b"}, want: "$trace"},
+	"version fe with text after the flags": {
+		headers: []string{"traceparent: fe-$trace-$parent-01.x"}},
+	"version ff": {headers: []string{"traceparent: ff-$trace-$parent-01"}},
+	"version of 1 digit": {
+		headers: []string{"traceparent: 0-$trace-$parent-01"}},
+	"version that is not hexadecimal": {
+		headers: []string{"traceparent: 0x-$trace-$parent-01"}},
+	"trace id of zeros": {
+		headers: []string{"traceparent: 00-$zeros-$parent-01"}},
+	"parent id of zeros": {
+		headers: []string{"traceparent: 00-$trace-$zeros16-01"}},
+	"trace id in upper case": {
+		headers: []string{"traceparent: 00-$TRACE-$parent-01"}},
+	"parent id in upper case": {
+		headers: []string{"traceparent: 00-$trace-$PARENT-01"}},
+	"flags in upper case": {
+		headers: []string{"traceparent: 00-$trace-$parent-0A"}},
+	"trace id of 31 digits": {
+		headers: []string{"traceparent: 00-$trace31-$parent-01"}},
+	"trace id of 33 digits": {
+		headers: []string{"traceparent: 00-0$trace-$parent-01"}},
+	"parent id of 15 digits": {
+		headers: []string{"traceparent: 00-$trace-$parent15-01"}},
+	"no flags":        {headers: []string{"traceparent: 00-$trace-$parent"}},
+	"only a trace id": {headers: []string{"traceparent: $trace"}},
+	"text before the version": {
+		headers: []string{"traceparent: x00-$trace-$parent-01"}},
+	"two traceparents": {
+		headers: []string{
+			"traceparent: 00-$trace-$parent-01", "traceparent: 00-$trace-$parent-01"}},
+	"request id and traceparent": {
+		headers: []string{"X-Request-Id: a", "traceparent: 00-$trace-$parent-01"}, want: "a"},
+	"invalid request id and traceparent": {
+		headers: []string{"X-Request-Id: /", "traceparent: 00-$trace-$parent-01"}, want: "$trace"},
+	"two request ids and traceparent": {
+		headers: []string{
+			"X-Request-Id: a", "X-Request-Id: a", "traceparent: 00-$trace-$parent-01"},
+		want: "$trace"},
+	"request id and invalid traceparent": {
+		headers: []string{"X-Request-Id: b", "traceparent: x"}, want: "b"},
+}
+
+// traceIDParts expands the words in traceIDTests.
+var traceIDParts = strings.NewReplacer(
+	"$trace31", "af7651916cd43dd8448eb211c80319c",
+	"$trace", "0af7651916cd43dd8448eb211c80319c",
+	"$TRACE", "0AF7651916CD43DD8448EB211C80319C",
+	"$parent15", "7ad6b7169203331",
+	"$parent", "b7ad6b7169203331",
+	"$PARENT", "B7AD6B7169203331",
+	"$zeros16", strings.Repeat("0", 16),
+	"$zeros", strings.Repeat("0", 32),
+	"$x128", strings.Repeat("x", 128),
+)
+
+// TestTraceID checks which header the trace id of a request comes from, and that the answer and
+// the log have it.
+func TestTraceID(t *testing.T) {
+	t.Parallel()
+	s := startService(t, memorySettings())
+	for name, test := range traceIDTests {
+		var headers []string
+		for _, header := range test.headers {
+			headers = append(headers, traceIDParts.Replace(header))
+		}
+		want := traceIDParts.Replace(test.want)
+		a := s.do("GET", "/nothing", "", headers...)
+		got := a.header.Get("X-Trace-Id")
+		if want == "" && !uuidV4.MatchString(got) || want != "" && got != want {
+			t.Errorf("%s: trace id %q, want %q", name, got, cmp.Or(want, "a UUIDv4"))
+		}
+		if n := len(a.header["X-Trace-Id"]); n != 1 {
+			t.Errorf("%s: %d X-Trace-Id headers, want 1", name, n)
+		}
+		s.waitForLine("Request started", "trace_id", got)
+		s.waitForLine("Request completed", "trace_id", got)
+	}
+	// net/http's client does not send an empty header.
+	a := s.send("GET /nothing HTTP/1.1\r\nHost: test\r\nX-Request-Id:\r\n\r\n")
+	if got := a.header.Get("X-Trace-Id"); !uuidV4.MatchString(got) {
+		t.Errorf("empty request id: trace id %q, want a UUIDv4", got)
+	}
+}
+
+// FuzzTraceID compares requestTraceID with wantTraceID, a second implementation.
+func FuzzTraceID(f *testing.F) {
+	const valid = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+	for _, parent := range []string{
+		"", valid, valid + "-x", "01" + valid[2:], "ff" + valid[2:],
+		"cc" + valid[2:] + "-a-b", "cc" + valid[2:] + ".x",
+		strings.ToUpper(valid), valid[:53], "0" + valid,
+		strings.Replace(valid, "b7ad6b7169203331", "0000000000000000", 1),
+		"00-00000000000000000000000000000000-b7ad6b7169203331-01",
+		"00-" + strings.Repeat("-", 32) + valid[35:],
+	} {
+		f.Add("", parent, byte(2)) // only the traceparent
+		f.Add("AZaz09._:-", parent, byte(3))
+		f.Add("a b", parent, byte(3))
+		f.Add("a", parent, byte(3|4)) // two request ids
+		f.Add("", parent, byte(2|8))  // two traceparents
+	}
+	for _, id := range []string{
+		strings.Repeat("x", 128), strings.Repeat("x", 129),
+		"a\n", "é", "a\xff", "\x00", "{}", "a,b",
+	} {
+		f.Add(id, valid, byte(1))
+		f.Add(id, valid, byte(3))
+	}
+	f.Fuzz(func(t *testing.T, id, parent string, given byte) {
+		if strings.Contains(parent, "\n") {
+			return // a header cannot contain it
+		}
+		h := make(http.Header)
+		for bit := byte(1); bit <= 8; bit <<= 1 {
+			switch given & bit {
+			case 1, 4:
+				h.Add("X-Request-Id", id)
+			case 2, 8:
+				h.Add("Traceparent", parent)
+			}
+		}
+		got, want := requestTraceID(h), wantTraceID(h)
+		if want != "" && got != want || want == "" && !uuidV4.MatchString(got) {
+			t.Fatalf("%q: trace id %q, want %q", h, got, cmp.Or(want, "a UUIDv4"))
+		}
+		if again := requestTraceID(http.Header{"X-Request-Id": {got}}); again != got {
+			t.Errorf("the trace id %q as X-Request-Id becomes %q", got, again)
+		}
+	})
+}
+
+// wantTraceID returns the trace id that a request must have, or "" for a new UUID.
+func wantTraceID(h http.Header) string {
+	const digits, letters = "0123456789", "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+	if ids := h["X-Request-Id"]; len(ids) == 1 && len(ids[0]) >= 1 && len(ids[0]) <= 128 &&
+		consistsOf(ids[0], digits+letters+"._:-") {
+		return ids[0]
+	}
+	if len(h["Traceparent"]) != 1 {
+		return ""
+	}
+	fields := strings.SplitN(h["Traceparent"][0], "-", 5)
+	if len(fields) < 4 || fields[0] == "ff" || fields[0] == "00" && len(fields) > 4 {
+		return ""
+	}
+	for i, length := range []int{2, 32, 16, 2} {
+		if len(fields[i]) != length || !consistsOf(fields[i], digits+"abcdef") {
+			return ""
+		}
+	}
+	if consistsOf(fields[1], "0") || consistsOf(fields[2], "0") {
+		return ""
+	}
+	return fields[1]
+}
+
+// consistsOf reports whether text contains only characters of a set.
+func consistsOf(text, characters string) bool {
+	return !strings.ContainsFunc(text, func(c rune) bool {
+		return !strings.ContainsRune(characters, c)
+	})
+}
+
+// TestTraceIDsOfBatch checks that changes that share a statement keep their trace ids.
+func TestTraceIDsOfBatch(t *testing.T) {
+	t.Parallel()
+	svc := startService(t, postgresSettings(t))
+	conn := connect(t, svc.settings.databaseURL)
+	const users = 48
+	execute(t, conn, `INSERT INTO users (name, surname, password)
+		SELECT 'John', 'Doe', 'x' FROM generate_series(1, $1)`, users)
+	for _, method := range []string{"PUT", "DELETE"} {
+		var group sync.WaitGroup
+		for id := 1; id <= users; id++ {
+			group.Go(func() {
+				body := map[string]string{"PUT": `{"name": "Jane"}`}[method]
+				a := svc.do(method, fmt.Sprintf("/users/%d", id), body,
+					fmt.Sprintf("X-Request-Id: %s-%d", method, id))
+				if a.status != 200 {
+					t.Errorf("%s /users/%d: status %d, want 200: %s", method, id, a.status, a.body)
+				}
+			})
+		}
+		group.Wait()
+	}
+	for id := 1; id <= users; id++ {
+		svc.waitForLine(fmt.Sprintf("Received event user.updated with user_id=%d", id),
+			"trace_id", fmt.Sprintf("PUT-%d", id), "version", 2)
+		svc.waitForLine(fmt.Sprintf("Received event user.deleted with user_id=%d", id),
+			"trace_id", fmt.Sprintf("DELETE-%d", id), "version", 3)
+	}
+	if n := strings.Count(svc.log.String(), `"Received event `); n != 3*users {
+		t.Errorf("received %d events, want %d", n, 3*users)
+	}
+}
+
+// TestTraceIDsOfUser checks that concurrent changes of one user keep their trace ids.
+func TestTraceIDsOfUser(t *testing.T) {
+	t.Parallel()
+	svc := startService(t, postgresSettings(t))
+	id := svc.createUser("John", "Doe")
+	const changes = 10
+	versions := make([]string, changes)
+	var group sync.WaitGroup
+	for i := range changes {
+		group.Go(func() {
+			a := svc.do("PUT", fmt.Sprint("/users/", id), fmt.Sprintf(`{"name": "name %d"}`, i),
+				fmt.Sprint("X-Request-Id: change-", i))
+			if a.status != 200 {
+				t.Errorf("PUT /users/%d: status %d, want 200: %s", id, a.status, a.body)
+			}
+			versions[i] = strings.Trim(a.header.Get("ETag"), `"`)
+		})
+	}
+	group.Wait()
+	for i, version := range versions {
+		svc.waitForLine(fmt.Sprintf("Received event user.updated with user_id=%d", id),
+			"trace_id", fmt.Sprint("change-", i), "version", version)
+	}
+}
+
+// TestHealthz checks the answer of GET /healthz with each store.
+func TestHealthz(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *service) {
+		a := s.do("GET", "/healthz", "")
+		if a.status != 200 || a.json(t, "status") != "ok" {
+			t.Errorf("GET /healthz: got %d %s, want 200 with status ok", a.status, a.body)
+		}
+	})
+}
+
+// checkReady waits until /readyz returns a status code and an object with exactly these three members.
+func (s *service) checkReady(want int, status, database, rabbitMQ string) {
+	s.t.Helper()
+	body := fmt.Sprint(map[string]any{"status": status, "database": database, "rabbitmq": rabbitMQ})
+	eventually(s.t, fmt.Sprintf("an answer %d of /readyz with %s", want, body), func() bool {
+		a := s.do("GET", "/readyz", "")
+		if got := a.header.Get("Content-Type"); got != "application/json" {
+			s.t.Errorf("GET /readyz: Content-Type: got %q, want application/json", got)
+		}
+		return a.status == want && fmt.Sprint(a.json(s.t)) == body
+	})
+}
+
+// TestReadyzInMemory checks GET and HEAD /readyz without PostgreSQL and RabbitMQ.
+func TestReadyzInMemory(t *testing.T) {
+	t.Parallel()
+	s := startService(t, memorySettings())
+	s.checkReady(200, "ready", "memory", "in-process")
+	if a := s.do("HEAD", "/readyz", ""); a.status != 200 {
+		t.Errorf("HEAD /readyz: got %d, want 200", a.status)
+	}
+}
+
+// TestReadyzWithRabbitMQ checks that /readyz reports the connection to RabbitMQ.
+func TestReadyzWithRabbitMQ(t *testing.T) {
+	t.Parallel()
+	settings := memorySettings()
+	settings.exchange = newExchange(t)
+	settings.rabbitURL = testRabbitURL
+	startService(t, settings).checkReady(200, "ready", "memory", "up")
+}
+
+// TestReadyzFollowsDatabase checks /readyz while the database is read-only, while it refuses connections,
+// and after it has recovered.
+func TestReadyzFollowsDatabase(t *testing.T) {
+	t.Parallel()
+	settings := postgresSettings(t)
+	settings.appName = uniqueName()
+	u, err := url.Parse(settings.databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	database := strings.TrimPrefix(u.Path, "/")
+	s := startService(t, settings)
+	alter := func(change string) {
+		err := admin(t.Context(), "ALTER DATABASE "+database+" "+change,
+			"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = '"+
+				settings.appName+"'")
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.checkReady(200, "ready", "up", "in-process")
+	alter("SET default_transaction_read_only = on")
+	s.checkReady(503, "not ready", "read-only", "in-process")
+	alter("RESET default_transaction_read_only")
+	s.checkReady(200, "ready", "up", "in-process")
+	alter("ALLOW_CONNECTIONS false")
+	s.checkReady(503, "not ready", "down", "in-process")
+	if a := s.do("GET", "/healthz", ""); a.status != 200 {
+		t.Errorf("GET /healthz without a database: got %d %s, want 200", a.status, a.body)
+	}
+	alter("ALLOW_CONNECTIONS true")
+	s.checkReady(200, "ready", "up", "in-process")
+}
+
+// TestReadyzFrozenDatabase checks that /readyz answers in time while the database accepts data but does not
+// answer.
+func TestReadyzFrozenDatabase(t *testing.T) {
+	t.Parallel()
+	settings := postgresSettings(t)
+	var freeze func()
+	settings.databaseURL, freeze = freezable(t, settings.databaseURL)
+	s := startService(t, settings)
+	s.checkReady(200, "ready", "up", "in-process")
+	freeze()
+	begin := time.Now()
+	if a := s.do("GET", "/readyz", ""); a.status != 503 || a.json(t, "database") != "down" {
+		t.Errorf("GET /readyz: got %d %s, want 503 with database down", a.status, a.body)
+	}
+	if took := time.Since(begin); took > 2*readyBudget {
+		t.Errorf("GET /readyz took %v, want at most %v", took, 2*readyBudget)
+	}
+}
+
+// freezable returns a URL of a database behind a proxy. After freeze, the proxy still accepts connections
+// and data, but forwards nothing.
+func freezable(t *testing.T, databaseURL string) (proxyURL string, freeze func()) {
+	t.Helper()
+	u, err := url.Parse(databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := u.Host
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	var frozen sync.RWMutex
+	forward := func(to, from net.Conn) {
+		defer to.Close()
+		buffer := make([]byte, 32<<10)
+		for {
+			n, err := from.Read(buffer)
+			frozen.RLock()
+			to.Write(buffer[:n])
+			frozen.RUnlock()
+			if err != nil {
+				return
+			}
+		}
+	}
+	go func() {
+		for {
+			in, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			out, err := net.Dial("tcp", server)
+			if err != nil {
+				in.Close()
+				continue
+			}
+			go forward(in, out)
+			go forward(out, in)
+		}
+	}()
+	u.Host = listener.Addr().String()
+	return u.String(), func() {
+		frozen.Lock()
+		t.Cleanup(frozen.Unlock)
+	}
+}
+
+// samplePattern matches a sample of the Prometheus text format, version 0.0.4: a series, which is a name
+// with or without labels, and a value.
+var samplePattern = regexp.MustCompile(
+	`^([a-zA-Z_:][\w:]*(?:\{(?:[a-zA-Z_]\w*="(?:[^"\\]|\\[\\"n])*"(?:, ?|\}))+)?) (\S+)$`)
+
+// samples returns the value of each series of /metrics.
+func (s *service) samples() map[string]float64 {
+	s.t.Helper()
+	a := s.do("GET", "/metrics", "")
+	if a.status != 200 || !strings.HasPrefix(a.header.Get("Content-Type"), "text/plain; version=0.0.4") {
+		s.t.Errorf("GET /metrics: status %d, Content-Type %q", a.status, a.header.Get("Content-Type"))
+	}
+	samples := make(map[string]float64)
+	for line := range strings.Lines(a.body) {
+		line = strings.TrimSuffix(line, "\n")
+		if strings.HasPrefix(line, "#") {
+			continue
+		}
+		fields := samplePattern.FindStringSubmatch(line)
+		if fields == nil {
+			s.t.Errorf("not a sample: %q", line)
+			continue
+		}
+		series := fields[1]
+		value, err := strconv.ParseFloat(fields[2], 64)
+		if err != nil {
+			s.t.Errorf("not a number: %q", line)
+		}
+		if _, ok := samples[series]; ok {
+			s.t.Errorf("duplicate series: %q", series)
+		}
+		samples[series] = value
+	}
+	return samples
+}
+
+// TestMetrics checks the values of metrics after some requests.
+func TestMetrics(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *service) {
+		s.createUser("John", "Doe")
+		s.createUser("Jane", "Doe")
+		s.do("GET", "/users/1", "")
+		s.do("GET", "/users/3", "")
+		s.do("GET", "/users/2", "")
+		s.do("GET", "/no/such/path", "")
+		var samples map[string]float64
+		eventually(t, "two consumed events", func() bool {
+			samples = s.samples()
+			return samples["events_published_total"] == 2 && samples["events_consumed_total"] == 2 &&
+				samples["outbox_pending"] == 0
+		})
+		for series, want := range map[string]float64{
+			"outbox_pending":        0,
+			"outbox_oldest_seconds": 0,
+			"events_returned_total": 0,
+			"relay_leader":          1,
+			"broker_connected":      1,
+			`http_requests_total{route="POST /users",status="201"}`:               2,
+			`http_requests_total{route="GET /users/{id}",status="200"}`:           2,
+			`http_requests_total{route="GET /users/{id}",status="404"}`:           1,
+			`http_requests_total{route="/",status="404"}`:                         1,
+			`http_request_duration_seconds_count{route="POST /users"}`:            2,
+			`http_request_duration_seconds_bucket{route="POST /users",le="+Inf"}`: 2,
+		} {
+			if got, ok := samples[series]; got != want || !ok {
+				t.Errorf("%s: got %v, want %v", series, got, want)
+			}
+		}
+	})
+}
+
+// TestDocsPage checks the page /docs and the redirects to it.
+func TestDocsPage(t *testing.T) {
+	t.Parallel()
+	s := startService(t, memorySettings())
+	a := s.do("GET", "/docs", "")
+	if got := a.header.Get("Content-Type"); a.status != 200 || got != "text/html; charset=utf-8" {
+		t.Errorf("GET /docs: status %d, Content-Type %q, want 200, text/html", a.status, got)
+	}
+	const policy = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; " +
+		"img-src 'self' data:; font-src 'self'; connect-src 'self'; base-uri 'none'; " +
+		"form-action 'none'; frame-ancestors 'none'"
+	if got := a.header.Get("Content-Security-Policy"); got != policy {
+		t.Errorf("Content-Security-Policy: got %q, want %q", got, policy)
+	}
+	for _, path := range []string{"/docs/", "/schema", "/"} {
+		a := s.do("GET", path, "")
+		if got := a.header.Get("Location"); a.status != 302 || got != "/docs" {
+			t.Errorf("GET %s: status %d, Location %q, want 302, /docs", path, a.status, got)
+		}
+	}
+}
+
+// TestDocsFiles checks the files of Swagger UI, with and without compression.
+func TestDocsFiles(t *testing.T) {
+	t.Parallel()
+	s := startService(t, memorySettings())
+	for _, test := range []struct{ name, contentType, prefix string }{
+		{name: "swagger-ui.css", contentType: "text/css; charset=utf-8", prefix: ".swagger-ui"},
+		{name: "swagger-ui-bundle.js", contentType: "text/javascript; charset=utf-8",
+			prefix: "/*! For license"},
+		{name: "start.js", contentType: "text/javascript; charset=utf-8", prefix: "SwaggerUIBundle("},
+		{name: "favicon-32x32.png", contentType: "image/png", prefix: "\x89PNG"},
+	} {
+		path := "/docs/" + test.name
+		plain := s.do("GET", path, "", "Accept-Encoding: identity")
+		if got := plain.header.Get("Content-Type"); plain.status != 200 || got != test.contentType {
+			t.Errorf("GET %s: status %d, Content-Type %q, want 200, %q", path, plain.status, got,
+				test.contentType)
+		}
+		if plain.header.Get("Content-Encoding") != "" || !strings.HasPrefix(plain.body, test.prefix) {
+			t.Errorf("GET %s: Content-Encoding %q, body %.40q, want a body with the prefix %q", path,
+				plain.header.Get("Content-Encoding"), plain.body, test.prefix)
+		}
+		zipped := s.do("GET", path, "", "Accept-Encoding: gzip, deflate, br")
+		if unzip(t, zipped) != plain.body {
+			t.Errorf("GET %s with gzip: got another file than without", path)
+		}
+		if vary := zipped.header.Get("Vary"); zipped.header.Get("Content-Encoding") != "" &&
+			vary != "Accept-Encoding" {
+			t.Errorf("GET %s: Vary: got %q, want Accept-Encoding", path, vary)
+		}
+		head := s.do("HEAD", path, "", "Accept-Encoding: identity")
+		for _, name := range []string{"Content-Type", "Content-Length", "Cache-Control", "Vary"} {
+			if got, want := head.header.Get(name), plain.header.Get(name); got != want {
+				t.Errorf("HEAD %s: %s: got %q, want %q", path, name, got, want)
+			}
+		}
+		if head.status != 200 || head.body != "" {
+			t.Errorf("HEAD %s: status %d with %d bytes, want 200 without a body", path, head.status,
+				len(head.body))
+		}
+	}
+	for _, name := range []string{"nothing.js", "swagger-ui.css.gz", "embed.go", "..%2fgo.mod"} {
+		if a := s.do("GET", "/docs/"+name, ""); a.status != 404 {
+			t.Errorf("GET /docs/%s: status %d, want 404", name, a.status)
+		}
+	}
+}
+
+// unzip returns the body without its Content-Encoding.
+func unzip(t *testing.T, a answer) string {
+	t.Helper()
+	if a.header.Get("Content-Encoding") == "" {
+		return a.body
+	}
+	reader, err := gzip.NewReader(strings.NewReader(a.body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	content, err := io.ReadAll(reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(content)
+}
+
+// routesBesideTheDocument are other spellings of documented routes, redirects to them, and
+// the parts of a page.
+var routesBesideTheDocument = []string{"GET /users/{$}", "POST /users/{$}", "GET /docs/{$}",
+	"GET /docs/start.js", "GET /docs/swagger-ui-bundle.js", "GET /docs/swagger-ui.css",
+	"GET /docs/favicon-32x32.png", "GET /schema", "GET /{$}"}
+
+// TestOpenAPIHasEveryRoute compares the routes with the document. What the document says about
+// each of them is checked from outside, in system/contract.
+func TestOpenAPIHasEveryRoute(t *testing.T) {
+	t.Parallel()
+	var document struct {
+		Paths map[string]map[string]any
+	}
+	text, err := assets.ReadFile("openapi.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(text, &document); err != nil {
+		t.Fatal(err)
+	}
+	missing := make(map[string]bool)
+	for _, route := range routesBesideTheDocument {
+		missing[route] = true
+	}
+	for path, methods := range document.Paths {
+		for method := range methods {
+			missing[strings.ToUpper(method)+" "+path] = true
+		}
+	}
+	for _, route := range append(publicRoutes(&health{}), protectedRoutes(&api{}, &health{})...) {
+		pattern := route.method + " " + route.path
+		if !missing[pattern] {
+			t.Errorf("the route %s is not documented", pattern)
+		}
+		delete(missing, pattern)
+	}
+	for pattern := range missing {
+		t.Errorf("%s is not a route", pattern)
+	}
+}
+
+// TestVersion checks that the document, the start line and the metrics show the same release.
+func TestVersion(t *testing.T) {
+	t.Parallel()
+	var document struct {
+		Info struct{ Version string }
+	}
+	text, err := assets.ReadFile("openapi.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(text, &document); err != nil {
+		t.Fatal(err)
+	}
+	if document.Info.Version != release {
+		t.Errorf("openapi.json has version %q, want %q", document.Info.Version, release)
+	}
+	s := startService(t, memorySettings())
+	shown, _ := s.waitForLine("Service started")["version"].(string)
+	if number, _, _ := strings.Cut(shown, "+"); number != release {
+		t.Errorf("the start line has version %q, want %q", shown, release)
+	}
+	want := fmt.Sprintf("build_info{version=%q,go=%q} 1", shown, runtime.Version())
+	if a := s.do("GET", "/metrics", ""); !strings.Contains(a.body, want) {
+		t.Errorf("the metrics do not have %s", want)
+	}
+}
+
+// onceRecorder is a recorder that fails the test if a handler writes a second status.
+type onceRecorder struct {
+	*httptest.ResponseRecorder
+	t       *testing.T
+	written bool
+}
+
+// WriteHeader records a status and fails the test if there is one already.
+func (r *onceRecorder) WriteHeader(status int) {
+	if r.written {
+		r.t.Errorf("a second status was written: %d", status)
+	}
+	r.written = true
+	r.ResponseRecorder.WriteHeader(status)
+}
+
+// jsonHeader is a header line of requestSeeds.
+const jsonHeader = "Content-Type: application/json\r\n"
+
+// requestSeeds are the seeds of FuzzRequest. headers are lines that end with CRLF.
+var requestSeeds = []struct{ method, target, headers, body string }{
+	{"GET", "/users?per_page=1&page=2", "", ""},
+	{"GET", "/users/?after=0", "", ""},
+	{"GET", "/users?page=0&x=%00", "", ""},
+	{"GET", "/users?%zz", "", ""},
+	{"HEAD", "/users/9", "", ""},
+	{"GET", "/users/1", "If-None-Match: W/\"1\"\r\n", ""},
+	{"GET", "/users/%31?a", "X-Request-Id: a\r\n", ""},
+	{"POST", "/users", jsonHeader, john},
+	{"POST", "/users/", jsonHeader, `{"name": "\ud800", "password": "` + secret},
+	{"POST", "/users", jsonHeader + "Idempotency-Key: \"used\"\r\n", john},
+	{"POST", "/users", jsonHeader, `{"name": "a", "surname": "b", "password": ["` + secret + `"]}`},
+	{"POST", "/users", jsonHeader, `{"x": "` + secret + `", "a/~": 1}`},
+	{"POST", "/users", jsonHeader + "Idempotency-Key: \"used\"\r\n",
+		strings.Replace(john, "Doe", "Roe", 1)},
+	{"POST", "/users", jsonHeader + "Idempotency-Key: \"\"\r\n", john},
+	{"POST", "/users", "", john},
+	{"POST", "/users", jsonHeader + "Transfer-Encoding: chunked\r\n", "2\r\n{}\r\n0\r\n\r\n"},
+	{"POST", "/users", jsonHeader + "Transfer-Encoding: chunked\r\n", "zz"},
+	{"POST", "/users", jsonHeader, strings.Repeat(" ", maxBodyBytes) + "{}"},
+	{"PUT", "/users/1", jsonHeader, `{"name": "Jane", "password": "` + secret + `"}`},
+	{"PUT", "/users/1", jsonHeader + "If-Match: \"1\"\r\n", `{"surname": " Roe "}`},
+	{"PATCH", "/users/1", "Content-Type: application/merge-patch+json\r\n", `{"name": "Jane"}`},
+	{"PATCH", "/users/1", jsonHeader + "If-Match: \"2\"\r\n", `{"name": "Jane"}`},
+	{"PUT", "/users/2", jsonHeader, `[]`},
+	{"DELETE", "/users/1", "", ""},
+	{"DELETE", "/users/1", "If-Match: x\r\n", ""},
+	{"DELETE", "/users/x", "", ""},
+	{"OPTIONS", "*", "", ""},
+	{"CONNECT", "a:1", "", ""},
+	{"FOO", "/users/1%2F2%0A%22", "", ""},
+	{"GET", "//users", "", ""},
+	{"GET", "/a/../users", "", ""},
+	{"GET", "http://a/healthz", "", ""},
+	{"GET", "/readyz", "", ""},
+	{"GET", "/metrics", "", ""},
+	{"GET", "/openapi.json", "Range: bytes=1-2\r\n", ""},
+	{"GET", "/docs", "", ""},
+	{"GET", "/docs/start.js", "", ""},
+	{"GET", "/", "", ""},
+	{"GET", "/x%ff?%ff",
+		"traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n", ""},
+}
+
+// FuzzRequest sends requests to a service that has one user, and checks what holds for every answer
+// and its log lines.
+func FuzzRequest(f *testing.F) {
+	for _, seed := range requestSeeds {
+		f.Add(seed.method, seed.target, seed.headers, []byte(seed.body))
+	}
+	hash, err := newTestHasher().hash(context.Background(), secret)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, method, target, headers string, body []byte) {
+		head := method + " " + target + " HTTP/1.1\r\nHost: test\r\n" + headers
+		if !strings.Contains(headers, "Transfer-Encoding") {
+			head += fmt.Sprintf("Content-Length: %d\r\n", len(body))
+		}
+		r, err := http.ReadRequest(bufio.NewReader(io.MultiReader(
+			strings.NewReader(head+"\r\n"), bytes.NewReader(body))))
+		if err != nil {
+			return // net/http answers without calling the handler
+		}
+		log := &logBuffer{}
+		out := &logWriter{w: log}
+		store := newMemory()
+		store.createUser(t.Context(), input("John", "Doe", hash), "used")
+		logger := newLogger(out, slog.LevelDebug)
+		server := newHandler(testDependencies(memorySettings(), store, logger))
+		recorder := httptest.NewRecorder()
+		aborted := serveOnce(server, &onceRecorder{ResponseRecorder: recorder, t: t}, r)
+		out.flush()
+
+		s := &service{t: t, log: log}
+		completed := s.checkRequestLog(r, recorder.Header().Get("X-Trace-Id"))
+		if aborted {
+			if completed["status"] != 499.0 || recorder.Body.Len() > 0 {
+				t.Fatalf("%q: the connection was aborted, but the log has %v", head, completed)
+			}
+			return
+		}
+		got := answer{recorder.Code, recorder.Header(), recorder.Body.String()}
+		if got.status >= 500 || completed["status"] != float64(got.status) {
+			t.Fatalf("%q %q: status %d, but the log has %v", head, body, got.status, completed)
+		}
+		checkFuzzedAnswer(t, r, head, got)
+		if repeatsPassword(head+r.URL.Path, r.URL.Query(), body) {
+			return // the answer may contain the password that is in the URL or a name
+		}
+		s.checkAnswer(r.Method, r.URL.EscapedPath(), got)
+		log.check(t)
+		all := fmt.Sprint(got, log)
+		if strings.Contains(all, secret) || strings.Contains(all, hash) {
+			t.Errorf("%q %q: the answer or the log contains the password: %s", head, body, all)
+		}
+	})
+}
+
+// checkFuzzedAnswer checks the headers of an answer that the service finished.
+func checkFuzzedAnswer(t *testing.T, r *http.Request, head string, got answer) {
+	t.Helper()
+	traceID := got.header.Get("X-Trace-Id")
+	if want := wantTraceID(r.Header); want != "" && traceID != want {
+		t.Errorf("%q: trace id %q, want %q", head, traceID, want)
+	}
+	if got.header.Get("Content-Type") == "application/json" && !json.Valid([]byte(got.body)) {
+		t.Errorf("%q: the body is not valid JSON: %s", head, got.body)
+	}
+	if (got.status == http.StatusMethodNotAllowed) != (got.header.Get("Allow") != "") {
+		t.Errorf("%q: status %d with the header %v, want Allow with 405 only",
+			head, got.status, got.header)
+	}
+}
+
+// serveOnce serves a request and reports whether the handler aborted the connection.
+func serveOnce(server http.Handler, w http.ResponseWriter, r *http.Request) (aborted bool) {
+	defer func() {
+		if v := recover(); v == http.ErrAbortHandler {
+			aborted = true
+		} else if v != nil {
+			panic(v)
+		}
+	}()
+	server.ServeHTTP(w, r)
+	return false
+}
+
+// checkRequestLog checks the two log lines of a request and returns the second.
+func (s *service) checkRequestLog(r *http.Request, id string) logLine {
+	s.t.Helper()
+	lines := s.log.lines("")
+	if len(lines) != 2 || strings.Count(s.log.String(), "\n") != 2 {
+		s.t.Fatalf("the log does not have two lines:\n%s", s.log)
+	}
+	for i, event := range []string{"Request started", "Request completed"} {
+		line, path := lines[i], string([]rune(r.URL.Path))
+		if line["event"] != event || line["trace_id"] != id || line["method"] != r.Method ||
+			line["path"] != path {
+			s.t.Errorf("%s %q: log line %v, want the event %q", r.Method, r.URL.Path, line, event)
+		}
+	}
+	return lines[1]
+}
+
+// repeatsPassword reports whether the client has put a password where the service may repeat it: in
+// the head, in the name of a member, or in the name of a user.
+func repeatsPassword(head string, query url.Values, body []byte) bool {
+	text := fmt.Sprint(head, query)
+	members, _ := parseObject(body)
+	for _, m := range members {
+		text += " " + m.name
+		if m.name == "name" || m.name == "surname" {
+			name, _ := parseString(m.value)
+			text += " " + name
+		}
+	}
+	return strings.Contains(text, secret) || strings.Contains(text, "argon2id")
 }

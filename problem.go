@@ -1,12 +1,14 @@
 package main
 
-// This file owns the answers to failed requests: the errors that handlers return become problem
-// documents (RFC 9457).
+// This file owns how answers are written: values as JSON, and the errors that handlers return as
+// problem documents (RFC 9457).
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
+	"strconv"
 )
 
 // statusClientGone is the status in the log of a request whose client left before the answer.
@@ -103,4 +105,31 @@ func writeProblem(w *response, r *http.Request, p *problem) error {
 	}
 	w.Header().Set("Content-Type", "application/problem+json")
 	return writeJSON(w, p.Status, answer)
+}
+
+// jsonAppender is implemented by types with an encoder of their own. It appends the bytes that
+// encoding/json would produce.
+type jsonAppender interface {
+	appendJSON(b []byte) []byte
+}
+
+// writeJSON answers with v and a line feed. The Content-Type is application/json unless one is set.
+// It fails, without having written anything, only if v cannot be encoded.
+func writeJSON(w http.ResponseWriter, status int, v any) error {
+	var body []byte
+	var err error
+	if a, ok := v.(jsonAppender); ok {
+		body = a.appendJSON(make([]byte, 0, 256))
+	} else if body, err = json.Marshal(v); err != nil {
+		return err
+	}
+	body = append(body, '\n')
+	h := w.Header()
+	if h.Get("Content-Type") == "" {
+		h.Set("Content-Type", "application/json")
+	}
+	h.Set("Content-Length", strconv.Itoa(len(body)))
+	w.WriteHeader(status)
+	_, _ = w.Write(body) // #nosec G705 -- never HTML; response records a failure
+	return nil
 }

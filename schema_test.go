@@ -1,11 +1,21 @@
 package main
 
+// Tests of schema.sql: the triggers, the repair of a damaged schema, and the upgrade of an older
+// one.
+
 import (
+	"context"
+	_ "embed"
 	"encoding/hex"
 	"fmt"
 	"math"
 	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -511,4 +521,939 @@ func TestTriggersOnManyRows(t *testing.T) {
 		t.Errorf("%d events, want %d", n, 3*rows+20)
 	}
 	checkTotal(t, conn)
+}
+
+// openLogged opens a database as the start of the service does, and closes it. It returns the log.
+func openLogged(t *testing.T, databaseURL string) (*logBuffer, error) {
+	t.Helper()
+	log := &logBuffer{}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	s, err := openPostgres(ctx, databaseURL, "test", newLogger(&logWriter{w: log}, 0))
+	if err == nil {
+		s.close()
+	}
+	return log, err
+}
+
+// repairs are changes of a database with the users 1 to 3, after which the service must start.
+var repairs = []struct {
+	name      string
+	sql       string
+	superuser bool
+	users     int    // after the change
+	line      string // a substring of the log of the repair, or "" if there is nothing to repair
+}{
+	{name: "all tables truncated",
+		sql: "TRUNCATE users, outbox, idempotency_keys, user_counts, relay_lease"},
+	{name: "all rows deleted", sql: `DELETE FROM users; DELETE FROM outbox;
+		DELETE FROM idempotency_keys; DELETE FROM user_counts; DELETE FROM relay_lease`},
+	{name: "triggers of users disabled", superuser: true, users: 5,
+		sql: `ALTER TABLE users DISABLE TRIGGER ALL;
+			INSERT INTO users (name, surname, password) VALUES ('a', 'b', 'c'), ('a', 'b', 'c')`,
+		line: "trigger"},
+	{name: "users restored without triggers", superuser: true, users: 5,
+		sql: `ALTER TABLE users DISABLE TRIGGER ALL;
+			INSERT INTO users (id, name, surname, password)
+			VALUES (70, 'a', 'b', 'c'), (71, 'a', 'b', 'c');
+			ALTER TABLE users ENABLE TRIGGER ALL`,
+		line: "total"},
+	{name: "users deleted with session_replication_role", superuser: true, users: 1,
+		sql: `SET session_replication_role = replica; DELETE FROM users WHERE id > 1;
+			RESET session_replication_role`,
+		line: "total"},
+	{name: "triggers of outbox disabled", users: 3, line: "trigger",
+		sql: "ALTER TABLE outbox DISABLE TRIGGER USER"},
+	{name: "triggers for replicas only", users: 3, line: "trigger",
+		sql: "ALTER TABLE users ENABLE REPLICA TRIGGER user_service_insert"},
+	{name: "TRUNCATE users", sql: "TRUNCATE users"},
+	{name: "TRUNCATE outbox", users: 3, sql: "TRUNCATE outbox"},
+	{name: "TRUNCATE outbox RESTART IDENTITY", users: 3, sql: "TRUNCATE outbox RESTART IDENTITY"},
+	{name: "TRUNCATE idempotency_keys", users: 3, sql: "TRUNCATE idempotency_keys"},
+	{name: "TRUNCATE user_counts", users: 3, sql: "TRUNCATE user_counts", line: "total"},
+	{name: "TRUNCATE relay_lease", users: 3, sql: "TRUNCATE relay_lease"},
+	{name: "DROP TABLE users", sql: "DROP TABLE users", line: "users"},
+	{name: "DROP TABLE outbox", users: 3, sql: "DROP TABLE outbox", line: "outbox"},
+	{name: "DROP TABLE idempotency_keys", users: 3, sql: "DROP TABLE idempotency_keys",
+		line: "idempotency_keys"},
+	{name: "DROP TABLE user_counts", users: 3, sql: "DROP TABLE user_counts", line: "total"},
+	{name: "DROP TABLE relay_lease", users: 3, sql: "DROP TABLE relay_lease", line: "relay_lease"},
+	{name: "users by CREATE TABLE AS", users: 3, line: "users",
+		sql: `CREATE TABLE copy AS SELECT * FROM users; DROP TABLE users;
+			ALTER TABLE copy RENAME TO users`},
+	{name: "users by LIKE", users: 3, line: "users",
+		sql: `CREATE TABLE copy (LIKE users); INSERT INTO copy SELECT * FROM users;
+			DROP TABLE users; ALTER TABLE copy RENAME TO users`},
+	{name: "users by LIKE INCLUDING ALL", users: 3, line: "users",
+		sql: `CREATE TABLE copy (LIKE users INCLUDING ALL); INSERT INTO copy SELECT * FROM users;
+			DROP TABLE users; ALTER TABLE copy RENAME TO users`},
+	{name: "outbox by CREATE TABLE AS", users: 3, line: "outbox",
+		sql: `CREATE TABLE copy AS SELECT * FROM outbox; DROP TABLE outbox;
+			ALTER TABLE copy RENAME TO outbox`},
+	{name: "outbox by LIKE INCLUDING ALL", users: 3, line: "outbox",
+		sql: `CREATE TABLE copy (LIKE outbox INCLUDING ALL); DROP TABLE outbox;
+			ALTER TABLE copy RENAME TO outbox`},
+	{name: "idempotency_keys by CREATE TABLE AS", users: 3, line: "idempotency_keys",
+		sql: `CREATE TABLE copy AS SELECT * FROM idempotency_keys; DROP TABLE idempotency_keys;
+			ALTER TABLE copy RENAME TO idempotency_keys`},
+	{name: "a trigger dropped", users: 3, sql: "DROP TRIGGER user_service_insert ON users",
+		line: "user_service_insert"},
+	{name: "the trigger of outbox dropped", users: 3, line: "user_service_adopt",
+		sql: "DROP TRIGGER user_service_adopt ON outbox"},
+	{name: "a function dropped", users: 3, sql: "DROP FUNCTION user_service_record CASCADE",
+		line: "user_service_insert"},
+	{name: "the function of event ids dropped", users: 3, line: "event_id",
+		sql: "DROP FUNCTION user_service_uuid CASCADE"},
+	{name: "the function of the schema version dropped", users: 3,
+		sql: "DROP FUNCTION user_service_schema"},
+	{name: "a check dropped", users: 3, sql: "ALTER TABLE users DROP CONSTRAINT user_service_id",
+		line: "check"},
+	{name: "the primary key dropped", users: 3, sql: "ALTER TABLE users DROP CONSTRAINT users_pkey",
+		line: "primary key"},
+	{name: "the identity dropped", users: 3, sql: "ALTER TABLE users ALTER id DROP IDENTITY",
+		line: "identity"},
+	{name: "the defaults dropped", users: 3, line: "default",
+		sql: "ALTER TABLE users ALTER version DROP DEFAULT, ALTER created_at DROP DEFAULT"},
+	{name: "the sequence of outbox set back", users: 3, line: "outbox",
+		sql: `INSERT INTO users (name, surname, password) VALUES ('a', 'b', 'c');
+			DELETE FROM users WHERE name = 'a'; ALTER TABLE outbox ALTER id RESTART`},
+	{name: "users inserted with ids", users: 5,
+		sql: `INSERT INTO users (id, name, surname, password)
+			VALUES (4, 'a', 'b', 'c'), (5, 'a', 'b', 'c')`},
+	{name: "users inserted with ids, without triggers", users: 5, superuser: true, line: "sequence",
+		sql: `SET session_replication_role = replica;
+			INSERT INTO users (id, name, surname, password)
+			VALUES (4, 'a', 'b', 'c'), (5, 'a', 'b', 'c')`},
+	{name: "the highest id", users: 4, sql: `INSERT INTO users (id, name, surname, password)
+			VALUES (9223372036854775807, 'a', 'b', 'c')`},
+	{name: "the sequence set back by setval", users: 3, line: "sequence",
+		sql: "SELECT setval('users_id_seq', 1)"},
+	{name: "the sequence restarted", users: 3, line: "sequence",
+		sql: "ALTER TABLE users ALTER id RESTART"},
+}
+
+// TestStartRepairs makes each of the changes in repairs and starts the service. It checks that the
+// service works and that a second start has nothing to repair.
+func TestStartRepairs(t *testing.T) {
+	t.Parallel()
+	for _, test := range repairs {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			url := newDatabase(t)
+			conn := connect(t, url)
+			execute(t, conn, `INSERT INTO users (name, surname, password)
+				SELECT 'John', 'Doe', 'x' FROM generate_series(1, 3)`)
+			if test.superuser {
+				execute(t, connect(t, asSuperuser(t, url)), test.sql)
+			} else {
+				execute(t, conn, test.sql)
+			}
+			checkRepaired(t, url, test.users, test.line)
+		})
+	}
+}
+
+// checkRepaired starts the service on a database with a number of users, and checks that it logs a
+// repair that contains line, that it works, and that a second start repairs nothing.
+func checkRepaired(t *testing.T, databaseURL string, users int, line string) {
+	t.Helper()
+	set := memorySettings()
+	set.databaseURL = databaseURL
+	svc := startService(t, set)
+	var repaired []string
+	for _, line := range svc.log.lines("Database repaired") {
+		repaired = append(repaired, fmt.Sprint(line["what"]))
+	}
+	if line != "" && !strings.Contains(strings.Join(repaired, "\n"), line) {
+		t.Errorf("repairs %q, want one that contains %q", repaired, line)
+	}
+	if log, err := openLogged(t, databaseURL); err != nil || len(log.lines("")) > 0 {
+		t.Errorf("second start: error %v, want none and an empty log:\n%s", err, log)
+	}
+	checkServes(t, svc, users)
+	conn := connect(t, databaseURL)
+	checkTotal(t, conn)
+	checkSchemaVersion(t, conn)
+	nullable := queryValue[string](t, conn, `SELECT coalesce(string_agg(attname, ', '), '')
+		FROM pg_attribute WHERE attrelid = 'users'::regclass AND attnum > 0 AND NOT attnotnull
+			AND NOT attisdropped`)
+	if nullable != "" {
+		t.Errorf("columns of users that are not NOT NULL: %s", nullable)
+	}
+}
+
+// checkServes checks that the service creates, changes, deletes and lists users, and publishes
+// their events. users is the number of other users.
+func checkServes(t *testing.T, svc *service, users int) {
+	t.Helper()
+	first := svc.do("POST", "/users", john, "Idempotency-Key: repaired")
+	again := svc.do("POST", "/users", john, "Idempotency-Key: repaired")
+	if first.status != 201 || first.body != again.body {
+		t.Fatalf("POST with one key: status %d, then %d, want 201 and the same body: %s %s",
+			first.status, again.status, first.body, again.body)
+	}
+	id := int64(first.json(t, "id").(float64))
+	second := svc.createUser("Ann", "Lee")
+	path := fmt.Sprint("/users/", id)
+	a := svc.do("PUT", path, `{"name": "Jane"}`)
+	if a.status != 200 || a.header.Get("ETag") != `"2"` {
+		t.Errorf("PUT %s: status %d, ETag %s, want 200, \"2\": %s",
+			path, a.status, a.header.Get("ETag"), a.body)
+	}
+	if a := svc.do("DELETE", fmt.Sprint("/users/", second), ""); a.status != 200 {
+		t.Errorf("DELETE /users/%d: status %d, want 200: %s", second, a.status, a.body)
+	}
+	a = svc.do("GET", "/users?per_page=100", "")
+	if a.status != 200 || a.json(t, "total") != float64(users+1) ||
+		len(a.json(t, "users").([]any)) != users+1 {
+		t.Errorf("GET /users: status %d, want 200 with %d users: %s", a.status, users+1, a.body)
+	}
+	svc.waitForLine(fmt.Sprintf("Received event user.updated with user_id=%d", id), "version", 2)
+	svc.waitForLine(fmt.Sprintf("Received event user.deleted with user_id=%d", second),
+		"version", 2)
+}
+
+// pgDump returns the output of pg_dump for a database, or "" if no pg_dump can read it.
+func pgDump(t *testing.T, databaseURL string, options ...string) string {
+	t.Helper()
+	commands, err := filepath.Glob("/usr/lib/postgresql/*/bin/pg_dump")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, command := range append([]string{"pg_dump"}, commands...) {
+		arguments := append(slices.Clone(options), databaseURL)
+		dump, err := exec.CommandContext(t.Context(), command, arguments...).Output()
+		if err == nil { // pg_dump is installed and not older than the server
+			return withoutPsql(string(dump))
+		}
+	}
+	return ""
+}
+
+// withoutPsql removes the psql commands that newer releases of pg_dump write.
+func withoutPsql(dump string) string {
+	var sql strings.Builder
+	for line := range strings.Lines(dump) {
+		if !strings.HasPrefix(line, `\`) {
+			sql.WriteString(line)
+		}
+	}
+	return sql.String()
+}
+
+// TestStartOnSchemaDump checks the start on a database into which a dump of the schema was
+// restored.
+func TestStartOnSchemaDump(t *testing.T) {
+	t.Parallel()
+	set := postgresSettings(t)
+	startService(t, set).createUser("John", "Doe")
+	dump := pgDump(t, set.databaseURL, "--schema-only")
+	url := emptyDatabase(t, "")
+	if dump == "" {
+		t.Log("there is no pg_dump")
+		return
+	}
+	execute(t, connect(t, url), dump)
+	checkRepaired(t, url, 0, "")
+}
+
+// TestStartOnDataDump checks the start on a database with the schema, into which a dump of data was
+// restored.
+func TestStartOnDataDump(t *testing.T) {
+	t.Parallel()
+	from := newDatabase(t)
+	source := openTestPostgres(t, from)
+	for _, key := range []string{"", "key", "other"} {
+		if _, err := source.createUser(t.Context(), input("John", "Doe", "hash"), key); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := source.updateUser(t.Context(), 3, input("Jane", "", ""), nil); err != nil {
+		t.Fatal(err)
+	}
+	for name, options := range map[string][]string{
+		"users":                     {"--table=users"},
+		"users, triggers disabled":  {"--table=users", "--disable-triggers"},
+		"tables":                    {},
+		"tables, triggers disabled": {"--disable-triggers"},
+	} {
+		dump := pgDump(t, from, append([]string{"--data-only", "--inserts"}, options...)...)
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			if dump == "" {
+				t.Log("there is no pg_dump")
+				return
+			}
+			url := newDatabase(t)
+			conn := connect(t, asSuperuser(t, url))
+			execute(t, conn, dump)
+			checkRepaired(t, url, 3, "")
+			version := queryValue[int](t, conn, "SELECT version FROM public.users WHERE id = 3")
+			if version != 2 {
+				t.Errorf("user 3 has version %d after the restore, want 2", version)
+			}
+		})
+	}
+}
+
+// TestConcurrentStarts opens an empty database concurrently, and checks that each call succeeds and
+// that a later one does not change the schema.
+func TestConcurrentStarts(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	conn := connect(t, url)
+	// Before PostgreSQL 15, the owner of a database does not own its schema public.
+	if _, err := conn.Exec(t.Context(), "DROP OWNED BY CURRENT_USER"); err != nil {
+		t.Fatal(err)
+	}
+	var group sync.WaitGroup
+	for range 5 {
+		group.Go(func() {
+			log := newLogger(&logWriter{w: t.Output()}, 0)
+			s, err := openPostgres(context.Background(), url, "test", log)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			s.close()
+		})
+	}
+	group.Wait()
+	const relations = `SELECT string_agg(c.oid || c.relname || c.relfilenode, ' ' ORDER BY c.oid)
+		FROM pg_class c WHERE relnamespace = 'public'::regnamespace`
+	before := queryValue[string](t, conn, relations)
+	mustCreate(t, openTestPostgres(t, url), "John")
+	if after := queryValue[string](t, conn, relations); after != before {
+		t.Errorf("a later start changed the schema from\n%s\nto\n%s", before, after)
+	}
+}
+
+// newestSchema replaces the version of the schema by one that this release cannot use.
+const newestSchema = `
+	CREATE OR REPLACE FUNCTION user_service_schema(OUT version int, OUT oldest int)
+	LANGUAGE sql IMMUTABLE AS 'SELECT 9, 9'`
+
+// unusableDatabases are databases that the service refuses to use.
+var unusableDatabases = []struct {
+	name      string
+	empty     bool     // the database has no schema
+	superuser bool     // a superuser runs sql, not the owner
+	sql       string   // $role is another role than the owner
+	other     bool     // $role opens the database, not the owner
+	says      []string // substrings of the error; | separates alternatives
+}{
+	{name: "a table users with other types", empty: true, says: []string{"public.users", "id"},
+		sql: `CREATE TABLE users (id uuid, name text, surname text, password text, version int,
+			created_at timestamptz, updated_at timestamptz)`},
+	{name: "a table users with other columns", empty: true,
+		sql:  "CREATE TABLE users (id serial PRIMARY KEY, email text, encrypted_password text)",
+		says: []string{"public.users", "name", "surname", "DATABASE_URL|database|schema"}},
+	{name: "a table outbox with other columns", empty: true,
+		sql:  "CREATE TABLE outbox (id bigint PRIMARY KEY, payload json)",
+		says: []string{"public.outbox", "event_id"}},
+	{name: "a view users", empty: true,
+		sql: `CREATE VIEW users AS SELECT 1::bigint AS id, '' AS name, '' AS surname,
+			'' AS password, 1::bigint AS version, now() AS created_at, now() AS updated_at`,
+		says: []string{"public.users"}},
+	{name: "a sequence users", empty: true, sql: "CREATE SEQUENCE users",
+		says: []string{"public.users"}},
+	{name: "a table of another role", superuser: true, other: true,
+		sql: `GRANT ALL ON ALL TABLES IN SCHEMA public TO $role;
+			GRANT ALL ON SCHEMA public TO $role`,
+		says: []string{"belongs to the role", "$role", "$owner"}},
+	{name: "a role without CREATE", empty: true, superuser: true, other: true,
+		sql:  "REVOKE CREATE ON SCHEMA public FROM PUBLIC",
+		says: []string{"public", "permission|rights"}},
+	{name: "a newer schema", sql: newestSchema, says: []string{"version 9", "2"}},
+}
+
+// TestStartRefuses checks that opening an unusable database fails without a second attempt, that
+// the error says what was found, and that nothing is changed.
+func TestStartRefuses(t *testing.T) {
+	t.Parallel()
+	for _, test := range unusableDatabases {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			role := newRole(t)
+			create := newDatabase
+			if test.empty {
+				create = func(t *testing.T) string { return emptyDatabase(t, "") }
+			}
+			url := create(t)
+			opened, conn := url, connect(t, url)
+			if test.other {
+				opened = asRole(t, url, role)
+			}
+			replacer := strings.NewReplacer("$role", role, "$owner", template.role)
+			sql := replacer.Replace(test.sql)
+			if test.superuser {
+				execute(t, connect(t, asSuperuser(t, url)), sql)
+			} else {
+				execute(t, conn, sql)
+			}
+			before := queryValue[string](t, conn, catalog)
+			log, err := openLogged(t, opened)
+			if err == nil || len(log.lines("")) > 0 {
+				t.Fatalf("error %v, want one without a line in the log:\n%s", err, log)
+			}
+			for _, text := range test.says {
+				if !containsAny(err.Error(), strings.Split(replacer.Replace(text), "|")) {
+					t.Errorf("the error does not contain %q: %v", text, err)
+				}
+			}
+			after := queryValue[string](t, conn, catalog)
+			if lines := differences(before, after); len(lines) > 0 {
+				t.Errorf("the refused database was changed: %q", lines)
+			}
+		})
+	}
+}
+
+// containsAny reports whether text contains one of the words.
+func containsAny(text string, words []string) bool {
+	for _, word := range words {
+		if strings.Contains(text, word) {
+			return true
+		}
+	}
+	return false
+}
+
+// TestStartOnNewerSchema checks that the service works on the schema of a newer release that
+// supports it, and repairs nothing, because it does not know that schema.
+func TestStartOnNewerSchema(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	conn := connect(t, url)
+	execute(t, conn, `
+		CREATE OR REPLACE FUNCTION user_service_schema(OUT version int, OUT oldest int)
+		LANGUAGE sql IMMUTABLE AS 'SELECT 3, 2';
+		DROP TRIGGER user_service_keep_ids ON users;
+		ALTER TABLE users ADD COLUMN email text;
+		ALTER TABLE users DROP CONSTRAINT user_service_times`)
+	before := queryValue[string](t, conn, catalog)
+	set := memorySettings()
+	set.databaseURL = url
+	svc := startService(t, set)
+	checkServes(t, svc, 0)
+	if lines := svc.log.lines("Database repaired"); len(lines) > 0 {
+		t.Errorf("the newer schema was repaired: %v", lines)
+	}
+	if lines := differences(before, queryValue[string](t, conn, catalog)); len(lines) > 0 {
+		t.Errorf("the newer schema was changed: %q", lines)
+	}
+}
+
+// TestStartGivesUp checks that opening a database fails after three attempts if the database or the
+// role does not exist. Somebody may be creating it, so one attempt is not enough.
+func TestStartGivesUp(t *testing.T) {
+	t.Parallel()
+	existing := newDatabase(t)
+	for name, url := range map[string]string{
+		"a missing database": databaseURL(uniqueName()),
+		"a missing role":     asRole(t, existing, uniqueName()),
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			log, err := openLogged(t, url)
+			if err == nil {
+				t.Fatal("no error")
+			}
+			if n := len(log.lines("Waiting for the database")); n != 2 {
+				t.Errorf("%d lines \"Waiting for the database\", want 2; error %v", n, err)
+			}
+		})
+	}
+}
+
+// TestStartWaitsForDatabase checks that the start succeeds if the missing database is created while
+// it waits.
+func TestStartWaitsForDatabase(t *testing.T) {
+	t.Parallel()
+	templateDatabase(t) // for the role
+	name := uniqueName()
+	t.Cleanup(func() { leftovers.dropDatabase(name) })
+	log := &logBuffer{}
+	opened := make(chan error)
+	go func() {
+		logger := newLogger(&logWriter{w: log}, 0)
+		s, err := openPostgres(context.Background(), databaseURL(name), "test", logger)
+		if err == nil {
+			s.close()
+		}
+		opened <- err
+	}()
+	eventually(t, "a line \"Waiting for the database\"", func() bool {
+		return len(log.lines("Waiting for the database")) > 0
+	})
+	err := admin(t.Context(), fmt.Sprintf("CREATE DATABASE %s OWNER %s", name, template.role))
+	if err != nil {
+		t.Error(err)
+	}
+	if err := <-opened; err != nil {
+		t.Error(err)
+	}
+}
+
+// previousSchema is the schema.sql of the release of commit c223611.
+var previousSchema = func() string {
+	text, err := os.ReadFile("system/testdata/schema-c223611.sql")
+	if err != nil {
+		panic(err)
+	}
+	return string(text)
+}()
+
+// The SQL statements of the release of commit c223611, word for word.
+const (
+	previousColumns = "id, name, surname, version, created_at, updated_at"
+	previousCreate  = `
+		WITH claimed AS (
+			INSERT INTO idempotency_keys AS k (key, user_id, name, surname, password)
+			SELECT $6::text, nextval('users_id_seq'), $1, $2, $3 WHERE $6 <> ''
+			ON CONFLICT (key) DO UPDATE SET user_id = excluded.user_id, name = excluded.name,
+				surname = excluded.surname, password = excluded.password, created_at = now()
+			WHERE k.created_at <= now() - $7::interval
+			RETURNING user_id
+		), created AS (
+			INSERT INTO users (id, name, surname, password)
+			SELECT coalesce((SELECT user_id FROM claimed), nextval('users_id_seq')), $1, $2, $3
+			WHERE $6 = '' OR EXISTS (SELECT FROM claimed)
+			RETURNING ` + previousColumns + `
+		), event AS (
+			INSERT INTO outbox (event_id, event_type, user_id, version, trace_id, occurred_at)
+			SELECT $4, 'user.created', id, version, $5, updated_at FROM created
+		)
+		SELECT ` + previousColumns + ` FROM created`
+	previousChange = `
+		WITH change AS (
+			SELECT * FROM json_to_recordset($1) AS change (user_id bigint, new_name text,
+				new_surname text, new_password text, match bigint[], event_id uuid, trace_id text)
+		), current AS (
+			SELECT *, match IS NULL OR version = ANY (match) AS matches
+			FROM change,
+				LATERAL (SELECT * FROM users WHERE id = user_id FOR UPDATE /* of several */) users
+		), `
+	previousUpdate = previousChange + `
+		changed AS (
+			UPDATE users SET
+				name = coalesce(new_name, c.name),
+				surname = coalesce(new_surname, c.surname),
+				password = coalesce(new_password, c.password),
+				version = c.version + 1,
+				updated_at = greatest(clock_timestamp(), c.updated_at + interval '1 microsecond')
+			FROM current c
+			WHERE users.id = c.id AND matches
+				AND (new_password IS NOT NULL OR new_name <> c.name OR new_surname <> c.surname)
+			RETURNING users.*, event_id, trace_id
+		), event AS (
+			INSERT INTO outbox (event_id, event_type, user_id, version, trace_id, occurred_at)
+			SELECT event_id, 'user.updated', id, version, trace_id, updated_at FROM changed
+		)
+		SELECT ` + previousColumns + `, true FROM changed
+		UNION ALL
+		SELECT ` + previousColumns + `, false FROM current WHERE id NOT IN (SELECT id FROM changed)`
+	previousDelete = previousChange + `
+		changed AS (
+			DELETE FROM users USING current c WHERE users.id = c.id AND matches RETURNING c.*
+		), event AS (
+			INSERT INTO outbox (event_id, event_type, user_id, version, trace_id, occurred_at)
+			SELECT event_id, 'user.deleted', id, version + 1, trace_id,
+				greatest(clock_timestamp(), updated_at + interval '1 microsecond')
+			FROM changed
+		)
+		SELECT ` + previousColumns + `, true FROM changed
+		UNION ALL
+		SELECT ` + previousColumns + `, false FROM current WHERE NOT matches`
+)
+
+// previousUserChange is an element of the parameter of previousUpdate and previousDelete.
+type previousUserChange struct {
+	ID       int64   `json:"user_id"`
+	Name     *string `json:"new_name"`
+	Surname  *string `json:"new_surname"`
+	Password *string `json:"new_password"`
+	Match    []int64 `json:"match"`
+	EventID  string  `json:"event_id"`
+	TraceID  string  `json:"trace_id"`
+}
+
+// previousRelease changes users with the statements of the release of commit c223611.
+type previousRelease struct{ conn *pgx.Conn }
+
+// create returns the new user, or one with the id 0 if the key was used before.
+func (r previousRelease) create(t *testing.T, key, traceID string) (u User) {
+	t.Helper()
+	rows, _ := r.conn.Query(t.Context(), previousCreate, "John", "Doe", "hash", newUUIDv7(),
+		traceID, key, keyLifetime)
+	if _, err := pgx.ForEachRow(rows, u.scanInto(), func() error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	return u
+}
+
+// change runs previousUpdate or previousDelete. It returns the users and which of them were
+// changed.
+func (r previousRelease) change(t *testing.T, sql string, changes ...previousUserChange) (
+	users map[int64]User, done map[int64]bool) {
+	t.Helper()
+	users, done = make(map[int64]User), make(map[int64]bool)
+	for i := range changes {
+		changes[i].EventID = newUUIDv7()
+	}
+	var u User
+	var changed bool
+	rows, _ := r.conn.Query(t.Context(), sql, changes)
+	_, err := pgx.ForEachRow(rows, append(u.scanInto(), &changed), func() error {
+		users[u.ID], done[u.ID] = u, changed
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return users, done
+}
+
+// eventsWithTraces returns the type, user, version and trace id of each event in the outbox.
+const eventsWithTraces = `SELECT coalesce(string_agg(format('%s %s/%s %s', substr(event_type, 6),
+	user_id, version, trace_id), ', ' ORDER BY user_id, version), '') FROM outbox`
+
+// TestPreviousReleaseStatements runs the statements of the previous release on the new schema, and
+// checks that each version has exactly one event, with the trace id of the statement.
+func TestPreviousReleaseStatements(t *testing.T) {
+	t.Parallel()
+	conn := connect(t, newDatabase(t))
+	old := previousRelease{conn}
+	jane, john := "Jane", "John"
+	for i, key := range []string{"", "key", "other", "", "key"} {
+		u := old.create(t, key, fmt.Sprint("create-", i+1))
+		if (u.ID == 0) != (i == 4) || u.ID != 0 && u.Version != 1 {
+			t.Errorf("creation %d with the key %q: %+v, want version 1 unless the key is used",
+				i, key, u)
+		}
+	}
+	const created = "created 1/1 create-1, created 2/1 create-2, created 3/1 create-3, " +
+		"created 4/1 create-4"
+	if got := queryValue[string](t, conn, eventsWithTraces); got != created {
+		t.Errorf("events of creations: %s, want %s", got, created)
+	}
+
+	execute(t, conn, "DELETE FROM outbox")
+	users, done := old.change(t, previousUpdate,
+		previousUserChange{ID: 1, Name: &jane, TraceID: "update-1"},
+		previousUserChange{ID: 2, Name: &john, TraceID: "update-2"},
+		previousUserChange{ID: 3, Name: &jane, Match: []int64{7}, TraceID: "update-3"},
+		previousUserChange{ID: 4, Surname: &jane, Match: []int64{1}, TraceID: "update-4"},
+		previousUserChange{ID: 99, Name: &jane, TraceID: "update-99"})
+	if !done[1] || done[2] || done[3] || !done[4] || len(done) != 4 {
+		t.Errorf("updates done: %v, want those of the users 1 and 4", done)
+	}
+	if users[1].Version != 2 || users[2].Version != 1 || users[4].Version != 2 {
+		t.Errorf("users after the updates: %+v, want the versions 2, 1 and 2 of 1, 2 and 4", users)
+	}
+	const updated = "updated 1/2 update-1, updated 4/2 update-4"
+	if got := queryValue[string](t, conn, eventsWithTraces); got != updated {
+		t.Errorf("events of updates: %s, want %s", got, updated)
+	}
+
+	execute(t, conn, "DELETE FROM outbox")
+	_, done = old.change(t, previousDelete,
+		previousUserChange{ID: 1, TraceID: "delete-1"},
+		previousUserChange{ID: 2, Match: []int64{7}, TraceID: "delete-2"},
+		previousUserChange{ID: 3, Match: []int64{1}, TraceID: "delete-3"})
+	if !done[1] || done[2] || !done[3] || len(done) != 3 {
+		t.Errorf("deletions done: %v, want those of the users 1 and 3", done)
+	}
+	const deleted = "deleted 1/3 delete-1, deleted 3/2 delete-3"
+	if got := queryValue[string](t, conn, eventsWithTraces); got != deleted {
+		t.Errorf("events of deletions: %s, want %s", got, deleted)
+	}
+	checkTotal(t, conn)
+	checkEvents(t, conn)
+}
+
+// TestReleasesShareUsers changes the same users with both releases concurrently, and checks that
+// each version and each change has one event.
+func TestReleasesShareUsers(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s := openTestPostgres(t, url)
+	const users, rounds = 4, 25
+	for range users {
+		mustCreate(t, s, "John")
+	}
+	var group sync.WaitGroup
+	for c := range 4 {
+		old := previousRelease{connect(t, url)}
+		group.Go(func() {
+			for i := range rounds {
+				name := fmt.Sprint("old ", c, " ", i)
+				id := int64((c+i)%users + 1)
+				trace := fmt.Sprintf("old-%d-%d", c, i)
+				old.change(t, previousUpdate,
+					previousUserChange{ID: id, Name: &name, TraceID: trace})
+			}
+		})
+		group.Go(func() {
+			for i := range rounds {
+				ctx := withTraceID(context.Background(), fmt.Sprintf("new-%d-%d", c, i))
+				in := input(fmt.Sprint("new ", c, " ", i), "", "")
+				if _, err := s.updateUser(ctx, int64((c+i)%users+1), in, nil); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	group.Wait()
+	versions, traces := make(map[int64]int64), make(map[string]bool)
+	for _, e := range allPending(t, s) {
+		if e.Data.Version != versions[e.Data.UserID]+1 {
+			t.Errorf("user %d: event of version %d after version %d",
+				e.Data.UserID, e.Data.Version, versions[e.Data.UserID])
+		}
+		versions[e.Data.UserID] = e.Data.Version
+		traces[e.TraceID] = true
+	}
+	for c := range 4 {
+		for i := range rounds {
+			for _, release := range []string{"old", "new"} {
+				if trace := fmt.Sprintf("%s-%d-%d", release, c, i); !traces[trace] {
+					t.Errorf("no event with the trace id %s", trace)
+				}
+			}
+		}
+	}
+}
+
+// previousDatabase returns a database of the previous release with five users and two pending
+// events. User 4 was created at -infinity, and user 5 was changed in the year 20000.
+func previousDatabase(t *testing.T) string {
+	t.Helper()
+	url := emptyDatabase(t, "")
+	conn := connect(t, url)
+	execute(t, conn, previousSchema)
+	old := previousRelease{conn}
+	for i := range 3 {
+		old.create(t, fmt.Sprint("key-", i), fmt.Sprint("create-", i+1))
+	}
+	execute(t, conn, `
+		DELETE FROM outbox WHERE user_id = 1;
+		INSERT INTO users (name, surname, password, created_at)
+		VALUES ('Ann', 'Lee', 'x', '-infinity');
+		INSERT INTO users (name, surname, password, updated_at)
+		VALUES ('Bob', 'Lee', 'x', '20000-01-01 00:00Z')`)
+	return url
+}
+
+// catalog is a query that returns a description of all objects that a start could change.
+const catalog = `
+	SELECT string_agg(item, E'\n' ORDER BY item) FROM (
+		SELECT format('relation %s %s %s %s %s', oid, relname, relfilenode, xmin, relchecks)
+		FROM pg_class WHERE relnamespace = current_schema()::regnamespace
+		UNION ALL SELECT format('trigger %s %s %s %s', oid, tgname, tgenabled, xmin)
+		FROM pg_trigger WHERE NOT tgisinternal
+		UNION ALL SELECT format('function %s %s %s', oid, proname, md5(prosrc))
+		FROM pg_proc WHERE pronamespace = current_schema()::regnamespace
+		UNION ALL SELECT format('constraint %s %s %s', oid, conname, xmin)
+		FROM pg_constraint WHERE connamespace = current_schema()::regnamespace
+		UNION ALL SELECT format('default %s %s %s', oid, adrelid, xmin) FROM pg_attrdef
+		UNION ALL SELECT format('schema %s %s', oid, nspname) FROM pg_namespace
+		WHERE nspname !~ '^pg_(toast_)?temp'
+	) AS items (item)`
+
+// differences returns the lines that only one of two texts has.
+func differences(before, after string) (lines []string) {
+	old, new := strings.Split(before, "\n"), strings.Split(after, "\n")
+	for _, line := range old {
+		if !slices.Contains(new, line) {
+			lines = append(lines, "- "+line)
+		}
+	}
+	for _, line := range new {
+		if !slices.Contains(old, line) {
+			lines = append(lines, "+ "+line)
+		}
+	}
+	return lines
+}
+
+// TestUpgrade checks that the upgrade of a database keeps its content, and that the previous
+// release can start on the upgraded database and use it.
+func TestUpgrade(t *testing.T) {
+	t.Parallel()
+	url := previousDatabase(t)
+	conn := connect(t, url)
+	content := func() string {
+		return queryValue[string](t, conn, `SELECT concat_ws(E'\n',
+			(SELECT string_agg(u::text, ' ' ORDER BY id) FROM users u),
+			(SELECT string_agg(o::text, ' ' ORDER BY id) FROM outbox o),
+			(SELECT string_agg(k::text, ' ' ORDER BY key) FROM idempotency_keys k))`)
+	}
+	before := content()
+	s := openTestPostgres(t, url)
+	if after := content(); after != before {
+		t.Errorf("content after the upgrade:\n%s\nwant\n%s", after, before)
+	}
+	_, total, err := s.listUsers(t.Context(), 0, 0, 1)
+	if err != nil || total != 5 {
+		t.Errorf("total %d, %v, want 5", total, err)
+	}
+	s.close()
+	checkSchemaVersion(t, conn)
+
+	upgraded := queryValue[string](t, conn, catalog)
+	execute(t, conn, previousSchema)
+	openTestPostgres(t, url).close()
+	if lines := differences(upgraded, queryValue[string](t, conn, catalog)); len(lines) > 0 {
+		t.Errorf("the start of the previous release changed the catalog: %q", lines)
+	}
+	if after := content(); after != before {
+		t.Errorf("content after the start of the previous release:\n%s\nwant\n%s", after, before)
+	}
+	old := previousRelease{conn}
+	if u := old.create(t, "key-2", "trace"); u.ID != 0 {
+		t.Errorf("creation with a used key: %+v, want none", u)
+	}
+	if u := old.create(t, "key-9", "trace"); u.ID <= 5 || u.Version != 1 {
+		t.Errorf("creation with a new key: %+v, want version 1 and an id above 5", u)
+	}
+	checkTotal(t, conn)
+}
+
+// checkSchemaVersion checks the version and the triggers of the schema.
+func checkSchemaVersion(t *testing.T, conn *pgx.Conn) {
+	t.Helper()
+	version := queryValue[int](t, conn, "SELECT version FROM user_service_schema()")
+	triggers := queryValue[string](t, conn, `SELECT string_agg(tgname, ' ' ORDER BY tgname)
+		FROM pg_trigger WHERE NOT tgisinternal`)
+	const want = "user_service_adopt user_service_delete user_service_insert " +
+		"user_service_keep_ids user_service_stamp user_service_truncate user_service_update"
+	if version != 2 || triggers != want {
+		t.Errorf("version %d with the triggers %s, want 2, %s", version, triggers, want)
+	}
+	old := queryValue[int](t, conn, "SELECT count(*) FROM pg_proc WHERE proname = 'count_users'")
+	if old != 0 {
+		t.Error("the function of the old triggers was not dropped")
+	}
+}
+
+// TestUpgradedRows checks that the service publishes the pending events of the previous release,
+// and reads and deletes its users, including those whose times JSON cannot represent.
+func TestUpgradedRows(t *testing.T) {
+	t.Parallel()
+	set := memorySettings()
+	set.databaseURL = previousDatabase(t)
+	svc := startService(t, set)
+	for id := 2; id <= 3; id++ { // with events in the outbox
+		svc.waitForLine(fmt.Sprintf("Received event user.created with user_id=%d", id),
+			"trace_id", fmt.Sprint("create-", id), "version", 1)
+	}
+	if a := svc.do("GET", "/users", ""); a.status != 200 || a.json(t, "total") != 5.0 ||
+		len(a.json(t, "users").([]any)) != 5 {
+		t.Errorf("GET /users: status %d, want 200 with 5 users: %s", a.status, a.body)
+	}
+	for id, want := range map[int][2]string{
+		4: {"created_at", "0001-01-01T00:00:00.000000Z"},
+		5: {"updated_at", "9999-12-31T23:59:59.999999Z"},
+	} {
+		path := fmt.Sprint("/users/", id)
+		if a := svc.do("GET", path, ""); a.status != 200 || a.json(t, want[0]) != want[1] {
+			t.Errorf("GET %s: status %d, want 200 with %s: %s", path, a.status, want, a.body)
+		}
+	}
+	for id := 1; id <= 5; id++ {
+		path := fmt.Sprint("/users/", id)
+		if a := svc.do("DELETE", path, ""); a.status != 200 {
+			t.Errorf("DELETE %s: status %d, want 200: %s", path, a.status, a.body)
+		}
+		svc.waitForLine(fmt.Sprintf("Received event user.deleted with user_id=%d", id),
+			"version", 2)
+	}
+	if a := svc.do("GET", "/users", ""); a.json(t, "total") != 0.0 {
+		t.Errorf("GET /users after the deletions: want the total 0: %s", a.body)
+	}
+	svc.createUser("John", "Doe")
+}
+
+// TestUpgradedRowsDoNotAffectBatch checks that updates of users whose times no new row may have,
+// which may be refused, do not affect concurrent updates of other users.
+func TestUpgradedRowsDoNotAffectBatch(t *testing.T) {
+	t.Parallel()
+	set := memorySettings()
+	set.databaseURL = previousDatabase(t)
+	svc := startService(t, set)
+	var group sync.WaitGroup
+	for i := range 40 {
+		id := i%5 + 1
+		group.Go(func() {
+			a := svc.do("PUT", fmt.Sprint("/users/", id), fmt.Sprintf(`{"name": "name %d"}`, i))
+			if a.status != 200 && (id <= 3 || a.status != 409) {
+				t.Errorf("PUT /users/%d: status %d, want 200, or 409 for the users 4 and 5: %s",
+					id, a.status, a.body)
+			}
+		})
+	}
+	group.Wait()
+}
+
+// TestUpgradeDoesNotBlock upgrades a database while a transaction that has read users is open. It
+// checks that other statements succeed meanwhile, and that the upgrade succeeds after the
+// transaction.
+func TestUpgradeDoesNotBlock(t *testing.T) {
+	t.Parallel()
+	url := previousDatabase(t)
+	tx, err := connect(t, url).Begin(t.Context())
+	if err == nil {
+		_, err = tx.Exec(t.Context(), "SELECT count(*) FROM users")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := &logBuffer{}
+	opened := make(chan error)
+	go func() {
+		logger := newLogger(&logWriter{w: log}, 0)
+		s, err := openPostgres(context.Background(), url, "upgrade", logger)
+		if err == nil {
+			s.close()
+		}
+		opened <- err
+	}()
+	old := previousRelease{connect(t, url)}
+	execute(t, old.conn, "SET lock_timeout = '5s'")
+	for i := 0; len(log.lines("Waiting for the database")) < 2; i++ {
+		old.create(t, "", fmt.Sprint("during-", i))
+	}
+	select {
+	case err := <-opened:
+		t.Errorf("the upgrade did not wait for the transaction: %v", err)
+		return
+	default:
+	}
+	if err := tx.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-opened; err != nil {
+		t.Error(err)
+	}
+	checkSchemaVersion(t, old.conn)
+	checkTotal(t, old.conn)
+	for range 3 {
+		old.create(t, "", "after")
+	}
+	checkTotal(t, old.conn)
+}
+
+// TestUpgradeKeepsOtherFunction checks that a function of the site is kept although it has the name
+// of one of the previous release.
+func TestUpgradeKeepsOtherFunction(t *testing.T) {
+	t.Parallel()
+	url := emptyDatabase(t, "")
+	conn := connect(t, url)
+	execute(t, conn,
+		"CREATE FUNCTION count_users() RETURNS bigint LANGUAGE sql AS 'SELECT 7::bigint'")
+	openTestPostgres(t, url)
+	if n := queryValue[int64](t, conn, "SELECT count_users()"); n != 7 {
+		t.Errorf("the function of the site returns %d, want 7", n)
+	}
 }

@@ -1,14 +1,26 @@
 package main
 
+// Tests of the stores: store.go, memory.go, database.go, outbox.go. Those of schema.sql are in
+// schema_test.go.
+
 import (
 	"context"
+	"crypto/tls"
+	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
+	"net/url"
 	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/jackc/pgx/v5"
 )
 
 // eachStoreAlone runs a test with each store, without a service. So no relay removes events from
@@ -386,6 +398,1294 @@ func TestPostgresCountsAllWriters(t *testing.T) {
 		_, total, err := s.listUsers(t.Context(), 0, 0, 1)
 		if err != nil || total != step.want {
 			t.Errorf("total after %q: %d, %v, want %d", step.sql, total, err, step.want)
+		}
+	}
+}
+
+// TestCreateSkipsUsedIDs checks that creations succeed while the sequence is behind ids in use.
+func TestCreateSkipsUsedIDs(t *testing.T) {
+	t.Parallel()
+	for _, key := range []string{"", "key"} {
+		t.Run("key="+key, func(t *testing.T) {
+			t.Parallel()
+			svc := startService(t, postgresSettings(t))
+			svc.createUser("John", "Doe")
+			conn := connect(t, svc.settings.databaseURL)
+			execute(t, conn, `INSERT INTO users (id, name, surname, password)
+				SELECT i, 'Copied', 'C', 'x' FROM generate_series(2, 40) AS i`)
+			var headers []string
+			if key != "" {
+				headers = []string{"Idempotency-Key: " + key}
+			}
+			a := svc.do("POST", "/users", john, headers...)
+			if a.status != 201 || a.json(t, "id").(float64) <= 40 {
+				t.Errorf("POST /users: status %d, want 201 with an id above 40: %s",
+					a.status, a.body)
+			}
+			execute(t, conn, "SELECT setval(pg_get_serial_sequence('users', 'id'), 1, false)")
+			if id := svc.createUser("Jane", "Doe"); id <= 41 {
+				t.Errorf("id %d after the sequence was set back, want more than 41", id)
+			}
+			checkTotal(t, conn)
+		})
+	}
+}
+
+// TestCreateDuringImport checks that a creation does not wait for an open transaction that has
+// inserted the next ids.
+func TestCreateDuringImport(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s := openTestPostgres(t, url)
+	last := mustCreate(t, s, "John").ID
+	tx, err := connect(t, url).Begin(t.Context())
+	if err == nil {
+		_, err = tx.Exec(t.Context(), `INSERT INTO users (id, name, surname, password)
+			SELECT id, 'copied', 'Doe', 'x'
+			FROM generate_series($1::bigint + 1, $1 + 100) AS id`, last)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback(context.Background())
+	if u := mustCreate(t, s, "Jane"); u.ID <= last+100 {
+		t.Errorf("id %d, want more than %d", u.ID, last+100)
+	}
+}
+
+// TestCreatePreventedByTrigger checks that a creation that a trigger of the site skips is answered
+// with 409, and that its idempotency key can be used again.
+func TestCreatePreventedByTrigger(t *testing.T) {
+	t.Parallel()
+	set := postgresSettings(t)
+	svc, conn := startService(t, set), connect(t, set.databaseURL)
+	execute(t, conn, `
+		CREATE FUNCTION prevent() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+		CREATE TRIGGER prevent BEFORE INSERT ON users FOR EACH ROW EXECUTE FUNCTION prevent()`)
+	for _, header := range []string{"", "Idempotency-Key: key-1"} {
+		if a := svc.do("POST", "/users", john, header); a.status != 409 {
+			t.Errorf("POST with %q: status %d, want 409: %s", header, a.status, a.body)
+		}
+	}
+	execute(t, conn, "DROP TRIGGER prevent ON users")
+	a := svc.do("POST", "/users", john, "Idempotency-Key: key-1")
+	if a.status != 201 || svc.do("GET", a.header.Get("Location"), "").status != 200 {
+		t.Errorf("POST with the key again: status %d, want 201: %s", a.status, a.body)
+	}
+}
+
+// TestCreateRefusedByIndex checks that a creation that a unique index of the site refuses is
+// answered with 409, and that others succeed.
+func TestCreateRefusedByIndex(t *testing.T) {
+	t.Parallel()
+	svc := startService(t, postgresSettings(t))
+	conn := connect(t, svc.settings.databaseURL)
+	execute(t, conn, "CREATE UNIQUE INDEX site ON users (name, surname)")
+	svc.createUser("John", "Doe")
+	for _, headers := range [][]string{nil, {"Idempotency-Key: key"}} {
+		if a := svc.do("POST", "/users", john, headers...); a.status != 409 {
+			t.Errorf("POST with %v: status %d, want 409: %s", headers, a.status, a.body)
+		}
+	}
+	if id := svc.createUser("Jane", "Doe"); id < 2 {
+		t.Errorf("id %d of the next user, want 2 or more", id)
+	}
+	checkTotal(t, conn)
+}
+
+// lockUser locks a user in an open transaction until unlock is called or the test ends.
+func lockUser(t *testing.T, url string, id int64) (unlock func()) {
+	t.Helper()
+	tx, err := connect(t, url).Begin(t.Context())
+	if err == nil {
+		_, err = tx.Exec(t.Context(), "SELECT FROM users WHERE id = $1 FOR UPDATE", id)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	unlock = sync.OnceFunc(func() { tx.Rollback(context.Background()) })
+	t.Cleanup(unlock)
+	return unlock
+}
+
+// blockedHere is a query that returns whether a statement in this database waits for a lock.
+const blockedHere = `SELECT EXISTS (SELECT FROM pg_stat_activity
+	WHERE datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0)`
+
+// changeLocked locks the first users and starts clients that change them. It returns when a change
+// waits. stop unlocks the users, waits for the clients, and returns the number of clients that were
+// answered before.
+func changeLocked(t *testing.T, svc *service, users, clients int) (stop func() int64) {
+	t.Helper()
+	url := svc.settings.databaseURL
+	tx, err := connect(t, url).Begin(t.Context())
+	if err == nil {
+		_, err = tx.Exec(t.Context(), "SELECT FROM users WHERE id <= $1 FOR UPDATE", users)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	var answered atomic.Int64
+	var group sync.WaitGroup
+	for i := range clients {
+		group.Go(func() {
+			path, body := fmt.Sprint("/users/", i%users+1), fmt.Sprintf(`{"name": "locked %d"}`, i)
+			a := svc.do("PUT", path, body)
+			if a.status != 200 && a.status != 503 {
+				t.Errorf("PUT %s: status %d, want 200 or 503: %s", path, a.status, a.body)
+			}
+			answered.Add(1)
+		})
+	}
+	watcher := connect(t, url)
+	eventually(t, "a change that waits", func() bool {
+		return queryValue[bool](t, watcher, blockedHere)
+	})
+	return func() int64 {
+		n := answered.Load()
+		if err := tx.Rollback(t.Context()); err != nil {
+			t.Error(err)
+		}
+		group.Wait()
+		return n
+	}
+}
+
+// TestChangeBatch checks which changes a batch makes: not those of users that are missing, that
+// have another version, or that another transaction has locked. The batch does not wait for the
+// lock.
+func TestChangeBatch(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s := openTestPostgres(t, url)
+	var users []User
+	for range 6 {
+		users = append(users, mustCreate(t, s, "John"))
+	}
+	lockUser(t, url, users[5].ID)
+	jane, john := "Jane", "John"
+	change := func(id int64, name *string, match ...int64) *userChange {
+		return &userChange{id: id, name: name, match: match, traceID: fmt.Sprint("trace-", id)}
+	}
+	changes := []*userChange{
+		0: change(users[0].ID, &jane),
+		1: change(users[1].ID, &jane, 1, 7),
+		2: change(users[2].ID, &jane, 7),
+		3: change(users[3].ID, &john),
+		4: change(1<<40, &jane),
+		5: change(users[5].ID, &jane),
+	}
+	results, err := s.changeBatch(t.Context(), updateUsers, s.write, changes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, want := range map[int]User{
+		0: {ID: users[0].ID, Version: 2, Name: jane},
+		1: {ID: users[1].ID, Version: 2, Name: jane},
+		3: {ID: users[3].ID, Version: 1, Name: john},
+	} {
+		got, ok := results[changes[i]]
+		if !ok || got.ID != want.ID || got.Version != want.Version || got.Name != want.Name {
+			t.Errorf("change %d: made %t, %+v, want %+v", i, ok, got, want)
+		}
+	}
+	if len(results) != 3 {
+		t.Errorf("%d changes were made, want 3", len(results))
+	}
+
+	changes = []*userChange{
+		change(users[0].ID, nil), change(users[1].ID, nil, 1), change(users[5].ID, nil)}
+	results, err = s.changeBatch(t.Context(), deleteUsers, s.write, changes)
+	if _, deleted := results[changes[0]]; err != nil || !deleted || len(results) != 1 {
+		t.Errorf("deletions: %+v, %v, want only that of user %d", results, err, users[0].ID)
+	}
+	var events []string
+	for _, e := range allPending(t, s)[len(users):] {
+		events = append(events, fmt.Sprintf("%s %d/%d %s",
+			e.Type, e.Data.UserID, e.Data.Version, e.TraceID))
+	}
+	slices.Sort(events)
+	want := "[user.deleted 1/3 trace-1 user.updated 1/2 trace-1 user.updated 2/2 trace-2]"
+	if got := fmt.Sprint(events); got != want {
+		t.Errorf("events %s, want %s", got, want)
+	}
+}
+
+// TestRefusedChangeDoesNotAffectBatch checks that one change that PostgreSQL refuses fails alone.
+// The first changes take long, so that the others share a batch.
+func TestRefusedChangeDoesNotAffectBatch(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s := openTestPostgres(t, url)
+	_, err := s.pool.Exec(t.Context(), `
+		CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+			$$ BEGIN RAISE 'refused'; END $$;
+		CREATE TRIGGER refuse BEFORE UPDATE ON users FOR EACH ROW
+			WHEN (NEW.name = 'refused') EXECUTE FUNCTION refuse();
+		CREATE FUNCTION linger() RETURNS trigger LANGUAGE plpgsql AS
+			$$ BEGIN PERFORM pg_sleep(0.2); RETURN NEW; END $$;
+		CREATE TRIGGER linger BEFORE UPDATE ON users FOR EACH ROW
+			WHEN (NEW.name = 'slow') EXECUTE FUNCTION linger();`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ids []int64
+	for range writesAlone + 5 {
+		ids = append(ids, mustCreate(t, s, "John").ID)
+	}
+	var callers sync.WaitGroup
+	for i, id := range ids {
+		name := "Jane"
+		if i < writesAlone {
+			name = "slow"
+		} else if i == len(ids)-1 {
+			name = "refused"
+		}
+		callers.Go(func() {
+			u, err := s.updateUser(t.Context(), id, userInput{name: &name}, nil)
+			if name == "refused" {
+				if err == nil || errors.Is(err, errUnavailable) ||
+					errors.Is(err, errOutcomeUnknown) {
+					t.Errorf("refused change: %+v, %v, want a permanent error", u, err)
+				}
+			} else if err != nil || u.Name != name || u.Version != 2 {
+				t.Errorf("change to %s: %+v, %v, want version 2", name, u, err)
+			}
+		})
+		if i == writesAlone-1 {
+			time.Sleep(50 * time.Millisecond)
+		}
+	}
+	callers.Wait()
+	if n := len(allPending(t, s)); n != 2*len(ids)-1 {
+		t.Errorf("%d events, want %d", n, 2*len(ids)-1)
+	}
+}
+
+// TestLockedUsersDoNotBlockOthers starts many changes of one locked user, and of more locked users
+// than there are connections. It checks that all other requests succeed before one of the changes
+// times out. The machine may be too slow for that, so there are several attempts.
+func TestLockedUsersDoNotBlockOthers(t *testing.T) {
+	t.Parallel()
+	const most = 2 * defaultPoolSize
+	for locked, clients := range map[int]int{1: 40, most: most} {
+		t.Run(fmt.Sprint(locked), func(t *testing.T) {
+			t.Parallel()
+			svc := startService(t, postgresSettings(t))
+			watcher := connect(t, svc.settings.databaseURL)
+			execute(t, watcher, `INSERT INTO users (name, surname, password)
+				SELECT 'John', 'Doe', 'x' FROM generate_series(1, $1)`, most+1)
+			free := fmt.Sprint("/users/", most+1)
+			answered := int64(1)
+			for attempt := 0; answered > 0 && attempt < 5; attempt++ {
+				stop := changeLocked(t, svc, locked, clients)
+				for _, step := range []struct{ method, path, body string }{
+					{"GET", "/users/1", ""}, {"GET", "/users", ""}, {"GET", "/readyz", ""},
+					{"PUT", free, fmt.Sprintf(`{"name": "free %d"}`, attempt)},
+					{"GET", "/metrics", ""},
+				} {
+					if a := svc.do(step.method, step.path, step.body); a.status != 200 {
+						t.Errorf("%s %s: status %d, want 200: %s",
+							step.method, step.path, a.status, a.body)
+					}
+				}
+				svc.createUser("Jane", "Doe")
+				blocked := queryValue[int](t, watcher, `SELECT count(*) FROM pg_stat_activity
+					WHERE datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0`)
+				if blocked > min(locked, defaultPoolSize/2) {
+					t.Errorf("%d connections wait for %d locked users, want %d or fewer",
+						blocked, locked, min(locked, defaultPoolSize/2))
+				}
+				answered = stop()
+			}
+			if answered > 0 {
+				t.Errorf("%d changes of locked users were answered before other requests", answered)
+			}
+		})
+	}
+}
+
+// siteTrigger returns the SQL of a trigger whose function has a body.
+func siteTrigger(body string) string {
+	return `CREATE FUNCTION site() RETURNS trigger LANGUAGE plpgsql AS
+			$$ BEGIN ` + body + ` END $$;
+		CREATE TRIGGER site BEFORE UPDATE ON users FOR EACH ROW WHEN (NEW.name = 'refused')
+		EXECUTE FUNCTION site()`
+}
+
+// siteRules are rules that a site may add to the table users. Each refuses the body refused, and
+// the answer has the status.
+var siteRules = []struct {
+	name, sql, refused string
+	status             int
+}{
+	{
+		name:    "CHECK",
+		sql:     "ALTER TABLE users ADD CONSTRAINT site CHECK (name <> 'refused')",
+		refused: `{"name": "refused"}`, status: 409,
+	},
+	{
+		name:    "UNIQUE",
+		sql:     "CREATE UNIQUE INDEX site ON users (surname) WHERE surname IN ('taken')",
+		refused: `{"surname": "taken"}`, status: 409,
+	},
+	{
+		name:    "trigger with an integrity violation",
+		sql:     siteTrigger("RAISE 'refused' USING ERRCODE = 'check_violation';"),
+		refused: `{"name": "refused"}`, status: 409,
+	},
+	{
+		name:    "trigger that raises",
+		sql:     siteTrigger("RAISE 'refused';"),
+		refused: `{"name": "refused"}`, status: 409,
+	},
+	{
+		name:    "trigger that skips the row",
+		sql:     siteTrigger("RETURN NULL;"),
+		refused: `{"name": "refused"}`, status: 409,
+	},
+	{
+		name:    "lock timeout",
+		sql:     siteTrigger("RAISE 'refused' USING ERRCODE = 'lock_not_available';"),
+		refused: `{"name": "refused"}`, status: 503,
+	},
+	{
+		name:    "statement timeout",
+		sql:     siteTrigger("RAISE 'refused' USING ERRCODE = 'query_canceled';"),
+		refused: `{"name": "refused"}`, status: 503,
+	},
+}
+
+// TestSiteRules checks that the change that a rule of the site refuses is answered with the right
+// status, and that all concurrent changes of other users succeed.
+func TestSiteRules(t *testing.T) {
+	t.Parallel()
+	for _, rule := range siteRules {
+		t.Run(rule.name, func(t *testing.T) {
+			t.Parallel()
+			svc := startService(t, postgresSettings(t))
+			conn := connect(t, svc.settings.databaseURL)
+			execute(t, conn, `INSERT INTO users (name, surname, password)
+				SELECT 'John', CASE i WHEN 20 THEN 'taken' ELSE 'Doe' END, 'x'
+				FROM generate_series(1, 20) AS i`)
+			execute(t, conn, rule.sql)
+			var group sync.WaitGroup
+			for i := range 60 {
+				id, body, want := i%20+1, fmt.Sprintf(`{"name": "name %d"}`, i), 200
+				if id == 7 {
+					body, want = rule.refused, rule.status
+				}
+				group.Go(func() {
+					a := svc.do("PUT", fmt.Sprint("/users/", id), body)
+					if a.status != want || strings.Contains(a.body, "site") {
+						t.Errorf("PUT /users/%d: status %d, want %d without \"site\": %s",
+							id, a.status, want, a.body)
+					}
+				})
+			}
+			group.Wait()
+			versions := queryValue[string](t, conn,
+				"SELECT string_agg(DISTINCT version::text, ' ') FROM users WHERE id <> 7")
+			version := queryValue[int](t, conn, "SELECT version FROM users WHERE id = 7")
+			if version != 1 || versions != "4" {
+				t.Errorf("versions: %d of the refused user, want 1, and %s of the others, want 4",
+					version, versions)
+			}
+		})
+	}
+}
+
+// TestReferencedUser checks that the deletion of a user that a table of the site references is
+// answered with 409, and that all concurrent deletions of other users succeed.
+func TestReferencedUser(t *testing.T) {
+	t.Parallel()
+	svc := startService(t, postgresSettings(t))
+	conn := connect(t, svc.settings.databaseURL)
+	execute(t, conn, `INSERT INTO users (name, surname, password)
+		SELECT 'John', 'Doe', 'x' FROM generate_series(1, 20)`)
+	execute(t, conn, `CREATE TABLE orders (user_id bigint REFERENCES users);
+		INSERT INTO orders VALUES (7)`)
+	var group sync.WaitGroup
+	for id := 1; id <= 20; id++ {
+		want := map[bool]int{true: 409, false: 200}[id == 7]
+		group.Go(func() {
+			if a := svc.do("DELETE", fmt.Sprint("/users/", id), ""); a.status != want {
+				t.Errorf("DELETE /users/%d: status %d, want %d: %s", id, a.status, want, a.body)
+			}
+		})
+	}
+	group.Wait()
+	execute(t, conn, "DROP TABLE orders")
+	if a := svc.do("DELETE", "/users/7", ""); a.status != 200 {
+		t.Errorf("DELETE without the reference: status %d, want 200: %s", a.status, a.body)
+	}
+	svc.waitForLine("Received event user.deleted with user_id=7", "version", 2)
+}
+
+// TestCanceledStatements checks that the service works after an administrator has canceled changes
+// that waited for a lock.
+func TestCanceledStatements(t *testing.T) {
+	t.Parallel()
+	svc := startService(t, postgresSettings(t))
+	svc.createUser("John", "Doe")
+	stop := changeLocked(t, svc, 1, 3)
+	watcher := connect(t, svc.settings.databaseURL)
+	const cancel = `SELECT count(*) FILTER (WHERE pg_cancel_backend(pid)) FROM pg_stat_activity
+		WHERE datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0`
+	for range 4 {
+		eventually(t, "a statement to cancel", func() bool {
+			return queryValue[int](t, watcher, cancel) > 0
+		})
+	}
+	stop()
+	if a := svc.do("PUT", "/users/1", `{"name": "after"}`); a.status != 200 {
+		t.Errorf("PUT after the cancellations: status %d, want 200: %s", a.status, a.body)
+	}
+}
+
+// TestChangeIsNotRepeated closes the connection while a change waits, and checks that its outcome
+// is unknown and that it is made at most once.
+func TestChangeIsNotRepeated(t *testing.T) {
+	t.Parallel()
+	direct := newDatabase(t)
+	p := newProxy(t, direct)
+	s, conn := openTestPostgres(t, throughProxy(t, direct, p)), connect(t, direct)
+	mustCreate(t, s, "John")
+	if _, err := conn.Exec(t.Context(), "BEGIN; SELECT FROM users FOR UPDATE"); err != nil {
+		t.Fatal(err)
+	}
+	failed := make(chan error)
+	go func() {
+		_, err := s.updateUser(context.Background(), 1, input("Jane", "", ""), nil)
+		failed <- err
+	}()
+	watcher := connect(t, direct)
+	eventually(t, "an update that waits for the lock", func() bool {
+		return queryValue[bool](t, watcher, blockedHere)
+	})
+	p.set(false)
+	if err := <-failed; !errors.Is(err, errOutcomeUnknown) {
+		t.Errorf("change with a lost answer: error %v, want errOutcomeUnknown", err)
+	}
+	p.set(true)
+	if _, err := conn.Exec(t.Context(), "COMMIT"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the end of all statements", func() bool {
+		return queryValue[int](t, watcher, `SELECT count(*) FROM pg_stat_activity
+			WHERE datname = current_database() AND state = 'active'`) == 1
+	})
+	if u, err := s.getUser(t.Context(), 1); err != nil || u.Version > 2 {
+		t.Errorf("version %d, %v after one change, want at most 2", u.Version, err)
+	}
+}
+
+// TestAlteredColumns alters, adds and drops columns under load, and checks that every request
+// succeeds.
+func TestAlteredColumns(t *testing.T) {
+	t.Parallel()
+	svc := startService(t, postgresSettings(t))
+	conn := connect(t, svc.settings.databaseURL)
+	for range 4 {
+		svc.createUser("John", "Doe")
+	}
+	done := make(chan struct{})
+	var group sync.WaitGroup
+	for c := range 4 {
+		group.Go(func() {
+			for i := 0; ; i++ {
+				select {
+				case <-done:
+					return
+				default:
+				}
+				path := fmt.Sprint("/users/", c+1)
+				name := fmt.Sprintf(`{"name": "name %d %d"}`, c, i)
+				for method, body := range map[string]string{"GET": "", "PUT": name} {
+					if a := svc.do(method, path, body); a.status != 200 {
+						t.Errorf("%s %s: status %d, want 200: %s", method, path, a.status, a.body)
+					}
+				}
+				if a := svc.do("GET", "/users", ""); a.status != 200 {
+					t.Errorf("GET /users: status %d, want 200: %s", a.status, a.body)
+				}
+			}
+		})
+	}
+	for _, ddl := range []string{
+		"ALTER COLUMN name TYPE varchar(300)", "ALTER COLUMN surname TYPE varchar(300)",
+		"ADD COLUMN email text", "ALTER COLUMN name TYPE text", "DROP COLUMN email",
+		"ALTER COLUMN surname TYPE text",
+	} {
+		execute(t, conn, "ALTER TABLE users "+ddl)
+		svc.createUser("Jane", "Doe")
+	}
+	close(done)
+	group.Wait()
+	checkTotal(t, conn)
+}
+
+// TestAlteredVersion alters columns that the triggers set. After that, the triggers fail in
+// sessions that have run them. The test checks that the store replaces these sessions.
+func TestAlteredVersion(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s := openTestPostgres(t, url)
+	id := mustCreate(t, s, "John").ID
+	for i, alter := range []string{"SELECT 1", "ALTER TABLE users ALTER version TYPE int",
+		"ALTER TABLE users ALTER updated_at TYPE timestamptz(3)"} {
+		execute(t, connect(t, url), alter)
+		u, err := s.updateUser(t.Context(), id, input(fmt.Sprint("name ", i), "", ""), nil)
+		if err != nil || u.Version != int64(i+2) {
+			t.Errorf("updateUser after %s: %+v, %v, want version %d", alter, u, err, i+2)
+		}
+	}
+}
+
+// TestMemoryListsManyUsers checks the last page of 100,000 users in memory.
+func TestMemoryListsManyUsers(t *testing.T) {
+	t.Parallel()
+	s := newMemory()
+	for range 100_000 {
+		mustCreate(t, s, "John")
+	}
+	users, total, err := s.listUsers(t.Context(), 99_990, 0, 100)
+	if err != nil || total != 100_000 || len(users) != 10 || users[0].ID != 99_991 {
+		t.Errorf("total %d, %d users, %v, want 100000, 10 users from 99991 on",
+			total, len(users), err)
+	}
+}
+
+// TestPoolConfigLimits checks the timeout of connecting, which no URL can disable, and the number
+// of connections.
+func TestPoolConfigLimits(t *testing.T) {
+	t.Parallel()
+	for url, want := range map[string]time.Duration{
+		"postgres://u@h/d":                               2 * time.Second,
+		"postgres://u@h/d?connect_timeout=0":             2 * time.Second,
+		"postgres://u@h/d?connect_timeout=1":             time.Second,
+		"postgres://u@h/d?connect_timeout=60":            2 * time.Second,
+		"postgres://u@h,i/d":                             1500 * time.Millisecond,
+		"postgres://u@h:1,h:2,h:3,h:4/d":                 750 * time.Millisecond,
+		"postgres://u@h,h/d?sslmode=disable":             2 * time.Second,
+		"postgres://u@a,b,c/d?connect_timeout=1":         time.Second,
+		"postgres://u@/d?host=/run/pg,/run/other&port=1": 1500 * time.Millisecond,
+	} {
+		config, err := poolConfig(url, "test")
+		if err != nil || config.ConnConfig.ConnectTimeout != want {
+			t.Errorf("%s: timeout %v, %v, want %v",
+				url, config.ConnConfig.ConnectTimeout, err, want)
+		}
+	}
+	for query, want := range map[string]int32{"": defaultPoolSize, "?pool_max_conns=7": 7,
+		"?pool_max_conns=1": minPoolSize, "?pool_max_conns=99": maxPoolSize} {
+		config, err := poolConfig("postgres://u@h/d"+query, "test")
+		if err != nil || config.MaxConns != want {
+			t.Errorf("%q: %d connections, %v, want %d", query, config.MaxConns, err, want)
+		}
+	}
+}
+
+// TestPoolConfigParameters checks that the startup parameters are those that PgBouncer accepts, and
+// that the URL cannot change them.
+func TestPoolConfigParameters(t *testing.T) {
+	t.Parallel()
+	config, err := poolConfig("postgres://u@h/d?client_encoding=LATIN1&DateStyle=German", "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]string{"application_name": "test", "client_encoding": "UTF8",
+		"datestyle": "ISO", "timezone": "UTC", "standard_conforming_strings": "on"}
+	if got := config.ConnConfig.RuntimeParams; !maps.Equal(got, want) {
+		t.Errorf("startup parameters %v, want %v", got, want)
+	}
+}
+
+// TestPoolConfigFindsPrimary checks that connections are validated if there are several hosts, of
+// which one takes writes.
+func TestPoolConfigFindsPrimary(t *testing.T) {
+	t.Parallel()
+	for url, want := range map[string]bool{
+		"postgres://u@h/d":                                       false,
+		"postgres://u@h,i/d":                                     true,
+		"postgres://u@h:1,h:2/d":                                 true,
+		"postgres://u@h/d?target_session_attrs=read-write":       true,
+		"postgres://u@h,i/d?target_session_attrs=prefer-standby": true,
+	} {
+		config, err := poolConfig(url, "test")
+		if err != nil || (config.ConnConfig.ValidateConnect != nil) != want {
+			t.Errorf("%s: validates %t, %v, want %t",
+				url, config.ConnConfig.ValidateConnect != nil, err, want)
+		}
+	}
+}
+
+// TestPoolConfigTLS checks in which order connections are tried with and without TLS. On loopback,
+// plain connections come first.
+func TestPoolConfigTLS(t *testing.T) {
+	t.Parallel()
+	for url, want := range map[string]string{
+		"postgres://u@127.0.0.1/d":                   "plain, TLS",
+		"postgres://u@[::1]/d?sslmode=prefer":        "plain, TLS",
+		"postgres://u@localhost/d":                   "plain, TLS",
+		"postgres://u@localhost/d?sslmode=require":   "TLS",
+		"postgres://u@localhost/d?sslmode=disable":   "plain",
+		"postgres://u@db.example.com/d":              "TLS, plain",
+		"postgres://u@192.0.2.1/d":                   "TLS, plain",
+		"postgres://u@127.0.0.1,db.example.com/d":    "TLS, plain, TLS, plain",
+		"postgres://u@localhost/d?sslmode=allow":     "plain, TLS",
+		"postgres://u@/d?host=/var/run/postgresql":   "plain",
+		"postgres://u@localhost/d?sslmode=verify-ca": "TLS",
+	} {
+		config, err := poolConfig(url, "test")
+		if err != nil {
+			t.Fatal(err)
+		}
+		attempts := []*tls.Config{config.ConnConfig.TLSConfig}
+		for _, f := range config.ConnConfig.Fallbacks {
+			attempts = append(attempts, f.TLSConfig)
+		}
+		got := make([]string, len(attempts))
+		for i, config := range attempts {
+			got[i] = map[bool]string{true: "plain", false: "TLS"}[config == nil]
+		}
+		if strings.Join(got, ", ") != want {
+			t.Errorf("%s: tries %s, want %s", url, strings.Join(got, ", "), want)
+		}
+	}
+}
+
+// TestPostgresReady checks the state of the store while the database is read-only, closed and open.
+func TestPostgresReady(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s, conn := openTestPostgres(t, url), connect(t, url)
+	name := conn.Config().Database
+	steps := []struct {
+		sql  []string
+		want state
+	}{
+		{nil, "up"},
+		{[]string{"ALTER DATABASE " + name + " SET default_transaction_read_only = on"},
+			"read-only"},
+		{[]string{"ALTER DATABASE " + name + " RESET default_transaction_read_only"}, "up"},
+		{[]string{"ALTER DATABASE " + name + " ALLOW_CONNECTIONS false"}, "down"},
+		{[]string{"ALTER DATABASE " + name + " ALLOW_CONNECTIONS true"}, "up"},
+	}
+	for _, step := range steps {
+		terminate := "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '" +
+			name + "' AND application_name = 'test'"
+		if err := admin(t.Context(), append(step.sql, terminate)...); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the state "+string(step.want), func() bool {
+			return s.ready(t.Context()) == step.want
+		})
+		if step.want != "read-only" {
+			continue
+		}
+		_, err := s.createUser(t.Context(), input("John", "Doe", "hash"), "")
+		if !errors.Is(err, errUnavailable) {
+			t.Errorf("createUser on a read-only database: error %v, want errUnavailable", err)
+		}
+	}
+}
+
+// TestUpdateOfLockedTable checks that an update that waits too long for a lock fails and changes
+// nothing.
+func TestUpdateOfLockedTable(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s, conn := openTestPostgres(t, url), connect(t, url)
+	mustCreate(t, s, "John")
+	if _, err := conn.Exec(t.Context(), "BEGIN; LOCK TABLE users"); err != nil {
+		t.Fatal(err)
+	}
+	_, err := s.updateUser(t.Context(), 1, input("Jane", "", ""), nil)
+	if !errors.Is(err, errUnavailable) {
+		t.Errorf("updateUser: error %v, want errUnavailable", err)
+	}
+	if _, err := conn.Exec(t.Context(), "ROLLBACK"); err != nil {
+		t.Fatal(err)
+	}
+	if u, err := s.getUser(t.Context(), 1); err != nil || u.Version != 1 {
+		t.Errorf("user after the lock: %+v, %v, want version 1", u, err)
+	}
+}
+
+// TestListsLeaveConnections checks that a statement about another table gets a connection while
+// more lists than there are connections wait for a locked table.
+func TestListsLeaveConnections(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s := openTestPostgres(t, url)
+	_, unlock := lockUsers(&service{t: t, settings: settings{databaseURL: url}})
+	ctx, leave := context.WithCancel(t.Context())
+	left := make(chan error)
+	lists := int(s.pool.Config().MaxConns) - reservedConns - 1
+	for range 2 * maxPoolSize {
+		go func() {
+			_, _, err := s.listUsers(ctx, 0, 0, 1)
+			left <- err
+		}()
+	}
+	watcher := connect(t, url)
+	eventually(t, "lists that wait for the lock", func() bool {
+		return queryValue[int](t, watcher, `SELECT count(*) FROM pg_stat_activity
+			WHERE datname = current_database() AND wait_event_type = 'Lock'`) == lists
+	})
+	if _, _, err := s.creationUnder(t.Context(), "key"); !errors.Is(err, errNotFound) {
+		t.Errorf("creationUnder while lists wait: error %v, want errNotFound", err)
+	}
+	leave() // lists without a connection fail immediately
+	for range 2*maxPoolSize - lists {
+		if err := <-left; !errors.Is(err, context.Canceled) {
+			t.Errorf("list without a connection: error %v, want %v", err, context.Canceled)
+		}
+	}
+	unlock()
+	for range lists {
+		if err := <-left; err != nil {
+			t.Errorf("list that had begun: error %v, want none", err)
+		}
+	}
+}
+
+// TestReadAfterLostConnections checks that a read succeeds after the server has closed every
+// connection of the store.
+func TestReadAfterLostConnections(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s, conn := openTestPostgres(t, url), connect(t, url)
+	mustCreate(t, s, "John")
+	for range 5 {
+		_, err := conn.Exec(t.Context(), `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+			WHERE datname = current_database() AND pid <> pg_backend_pid()`)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.getUser(t.Context(), 1); err != nil {
+			t.Errorf("getUser after the connections were closed: %v", err)
+		}
+	}
+}
+
+// TestCancellationKeepsConnections cancels callers while their statements run, and checks that
+// their connections are not replaced.
+func TestCancellationKeepsConnections(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s, conn := openTestPostgres(t, url), connect(t, url)
+	mustCreate(t, s, "John")
+	if _, err := conn.Exec(t.Context(), "BEGIN; LOCK TABLE users"); err != nil {
+		t.Fatal(err)
+	}
+	var group sync.WaitGroup
+	for range 200 {
+		timeout := time.Duration(rand.IntN(50)) * time.Millisecond
+		ctx, cancel := context.WithTimeout(t.Context(), timeout)
+		defer cancel()
+		group.Go(func() { s.getUser(ctx, 1) })
+	}
+	time.Sleep(100 * time.Millisecond)
+	if _, err := conn.Exec(t.Context(), "ROLLBACK"); err != nil {
+		t.Fatal(err)
+	}
+	group.Wait()
+	if opened := s.pool.Stat().NewConnsCount(); opened > defaultPoolSize {
+		t.Errorf("%d connections were opened, want %d or fewer", opened, defaultPoolSize)
+	}
+}
+
+// TestActivityHidesPasswords checks that the statements that pg_stat_activity shows contain neither
+// passwords nor hashes.
+func TestActivityHidesPasswords(t *testing.T) {
+	t.Parallel()
+	set := postgresSettings(t)
+	s := startService(t, set)
+	id := s.createUser("John", "Doe")
+	_, unlock := lockUsers(s)
+	var requests sync.WaitGroup
+	user := fmt.Sprintf(`{"name": "Ann", "surname": "Lee", "password": %q}`, secret)
+	requests.Go(func() { s.do("POST", "/users", user, "Idempotency-Key: key") })
+	requests.Go(func() { s.do("PUT", fmt.Sprintf("/users/%d", id), user) })
+	requests.Go(func() {
+		path := fmt.Sprintf("/users/%d/password/verify", id)
+		s.do("POST", path, fmt.Sprintf(`{"password": %q}`, secret))
+	})
+	const waiting = `SELECT coalesce(string_agg(query, E'\n'), '') FROM pg_stat_activity
+		WHERE datname = current_database() AND wait_event_type = 'Lock'`
+	watcher := connect(t, set.databaseURL)
+	var queries string
+	eventually(t, "three statements that wait", func() bool {
+		queries = queryValue[string](t, watcher, waiting)
+		return strings.Contains(queries, "INSERT INTO users") &&
+			strings.Contains(queries, "UPDATE users") &&
+			strings.Contains(queries, "SELECT password")
+	})
+	if strings.Contains(queries, secret) || strings.Contains(queries, "argon2id") {
+		t.Errorf("pg_stat_activity shows a password:\n%s", queries)
+	}
+	unlock()
+	requests.Wait()
+}
+
+// withParameter adds a parameter to the URL of a database.
+func withParameter(t *testing.T, databaseURL, name, value string) string {
+	t.Helper()
+	u, err := url.Parse(databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	query := u.Query()
+	query.Set(name, value)
+	u.RawQuery = strings.ReplaceAll(query.Encode(), "+", "%20") // pgx does not decode +
+	return u.String()
+}
+
+// strangeName has characters that are special in SQL, arrays, JSON or messages.
+const strangeName = `Łukasz 🙂 "quoted" {a,b} \ NULL '%s'`
+
+// userBody returns the body of a POST or PUT.
+func userBody(t *testing.T, name, surname string) string {
+	t.Helper()
+	user := map[string]string{"name": name, "surname": surname, "password": secret}
+	body, err := json.Marshal(user)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(body)
+}
+
+// conform checks every operation of a service with these settings.
+func conform(t *testing.T, s settings) {
+	t.Helper()
+	svc := startService(t, s)
+	conn := connect(t, s.databaseURL)
+	checkCreating(t, svc)
+	checkChanging(t, svc)
+	checkConcurrentChanges(t, svc, conn)
+	stored := queryValue[string](t, conn,
+		"SELECT encode(convert_to(name, 'UTF8'), 'hex') FROM users WHERE id = 2")
+	if want := hex.EncodeToString([]byte(strangeName)); stored != want {
+		t.Errorf("stored name: got %s, want %s", stored, want)
+	}
+	checkTotal(t, conn)
+	waitForEmptyOutbox(t, conn)
+	for _, line := range svc.log.lines("") {
+		switch line["event"] {
+		case "Database maintenance failed", "Event connection lost":
+			t.Errorf("unexpected log line: %v", line)
+		}
+	}
+}
+
+// checkCreating creates the users 1 and 2.
+func checkCreating(t *testing.T, svc *service) {
+	t.Helper()
+	body := userBody(t, strangeName, "Doe")
+	first := svc.do("POST", "/users", body, "X-Request-Id: create-1")
+	if first.status != 201 || first.json(t, "name") != strangeName {
+		t.Fatalf("POST: got %d %s, want 201 with the name %s", first.status, first.body, strangeName)
+	}
+	keyed := svc.do("POST", "/users", body, "Idempotency-Key: key", "X-Request-Id: create-2")
+	again := svc.do("POST", "/users", body, "Idempotency-Key: key")
+	if keyed.status != 201 || again.status != 201 || keyed.body != again.body {
+		t.Errorf("POST with a key: got %d %s, then %d %s, want the same answer twice",
+			keyed.status, keyed.body, again.status, again.body)
+	}
+	other := svc.do("POST", "/users", userBody(t, "John", "Doe"), "Idempotency-Key: key")
+	if other.status != 422 {
+		t.Errorf("POST of another body with the key: got %d %s, want 422", other.status, other.body)
+	}
+	if a := svc.do("GET", "/users/1", ""); a.status != 200 || a.body != first.body {
+		t.Errorf("GET: got %d %s, want %s", a.status, a.body, first.body)
+	}
+	if a := svc.do("GET", "/users", ""); a.status != 200 || a.json(t, "total") != 2.0 {
+		t.Errorf("GET /users: got %d %s, want the total 2", a.status, a.body)
+	}
+	for id := 1; id <= 2; id++ {
+		svc.waitForLine(fmt.Sprintf("Received event user.created with user_id=%d", id),
+			"trace_id", fmt.Sprint("create-", id), "version", 1)
+	}
+}
+
+// checkChanging changes user 1, verifies its password, and deletes it.
+func checkChanging(t *testing.T, svc *service) {
+	t.Helper()
+	name := strangeName + " II"
+	put := userBody(t, name, "Roe")
+	const verification = "/users/1/password/verify"
+	verify := func(password string) string { return fmt.Sprintf(`{"password": %q}`, password) }
+	for _, step := range []struct {
+		method, path, body string
+		headers            []string
+		status             int
+		contains           string
+	}{
+		{method: "PUT", path: "/users/1", body: put, status: 200},
+		{method: "PUT", path: "/users/1", body: `{"surname": "Roe"}`, status: 200},
+		{method: "PUT", path: "/users/1", body: `{"surname": "Poe"}`, status: 412,
+			headers: []string{`If-Match: "1", "7"`}},
+		{method: "PATCH", path: "/users/1", body: `{"surname": "Poe"}`, status: 200,
+			headers: []string{`If-Match: "2", "7"`}, contains: `"Poe"`},
+		{method: "GET", path: "/users/1", status: 200, contains: `"Poe"`},
+		{method: "POST", path: verification, body: verify(secret), status: 200, contains: "true"},
+		{method: "POST", path: verification, body: verify("other"), status: 200, contains: "false"},
+		{method: "PUT", path: "/users/99", body: put, status: 404},
+		{method: "DELETE", path: "/users/1", status: 412, headers: []string{`If-Match: "2"`}},
+		{method: "DELETE", path: "/users/1", status: 200, headers: []string{`If-Match: "3"`}},
+		{method: "DELETE", path: "/users/1", status: 404},
+		{method: "GET", path: "/users/1", status: 404},
+	} {
+		a := svc.do(step.method, step.path, step.body, step.headers...)
+		if a.status != step.status || !strings.Contains(a.body, step.contains) {
+			t.Errorf("%s %s %s with %v: got %d %s, want %d with %q", step.method, step.path, step.body,
+				step.headers, a.status, a.body, step.status, step.contains)
+		}
+		if step.method == "PATCH" && a.json(t, "name") != name {
+			t.Errorf("PATCH: got %s, want the name %s", a.body, name)
+		}
+	}
+	for version, change := range map[int]string{2: "updated", 3: "updated", 4: "deleted"} {
+		svc.waitForLine("Received event user."+change+" with user_id=1", "version", version)
+	}
+}
+
+// checkConcurrentChanges changes four new users from many clients.
+func checkConcurrentChanges(t *testing.T, svc *service, conn *pgx.Conn) {
+	t.Helper()
+	execute(t, conn, `INSERT INTO users (name, surname, password)
+		SELECT 'John', 'Doe', 'x' FROM generate_series(1, 4)`)
+	var ids []int64
+	rows, err := conn.Query(t.Context(), "SELECT id FROM users WHERE id > 2")
+	if err == nil {
+		ids, err = pgx.CollectRows(rows, pgx.RowTo[int64])
+	}
+	if err != nil || len(ids) != 4 {
+		t.Fatalf("new users: got %v, %v, want 4", ids, err)
+	}
+	var group sync.WaitGroup
+	const clients, rounds = 12, 4
+	for c := range clients {
+		group.Go(func() {
+			for i := range rounds {
+				body := fmt.Sprintf(`{"name": "name %d %d"}`, c, i)
+				a := svc.do("PUT", fmt.Sprint("/users/", ids[c%len(ids)]), body)
+				if a.status != 200 || !strings.Contains(a.body, fmt.Sprintf(`"name %d %d"`, c, i)) {
+					t.Errorf("PUT %s: got %d %s", body, a.status, a.body)
+				}
+			}
+		})
+	}
+	group.Wait()
+	for _, id := range ids {
+		for version := 2; version <= 1+rounds*clients/len(ids); version++ {
+			svc.waitForLine(fmt.Sprintf("Received event user.updated with user_id=%d", id),
+				"version", version)
+		}
+	}
+}
+
+// TestDatabaseSettings runs the service with settings of the database that differ from the defaults of
+// PostgreSQL.
+func TestDatabaseSettings(t *testing.T) {
+	t.Parallel()
+	for _, setting := range []string{
+		"default_transaction_isolation = 'repeatable read'",
+		"default_transaction_isolation = 'serializable'",
+		"default_transaction_isolation = 'read uncommitted'",
+		"default_transaction_deferrable = on",
+		"DateStyle = 'German, DMY'",
+		"IntervalStyle = 'sql_standard'",
+		"client_encoding = 'LATIN1'",
+		"timezone = 'Asia/Kathmandu'",
+		"synchronous_commit = off",
+		"plan_cache_mode = force_custom_plan",
+		"standard_conforming_strings = off",
+		"bytea_output = 'escape'",
+		"extra_float_digits = -15",
+		"array_nulls = off",
+		"row_security = off",
+		"session_replication_role = local",
+		"search_path = own, public",
+	} {
+		t.Run(setting, func(t *testing.T) {
+			t.Parallel()
+			conformWith(t, setting)
+		})
+	}
+}
+
+// conformWith runs the service with a setting of its role in its database. The schema named own exists.
+func conformWith(t *testing.T, setting string) {
+	t.Helper()
+	s := memorySettings()
+	s.databaseURL = emptyDatabase(t, "")
+	conn := connect(t, asSuperuser(t, s.databaseURL))
+	execute(t, conn, fmt.Sprintf(`CREATE SCHEMA own AUTHORIZATION %[1]s;
+		ALTER ROLE %[1]s IN DATABASE %[2]s SET %[3]s`,
+		template.role, conn.Config().Database, setting))
+	conform(t, s)
+	where := queryValue[string](t, conn,
+		"SELECT string_agg(schemaname, ', ') FROM pg_tables WHERE tablename = 'users'")
+	if want := strings.Contains(setting, "own"); (where == "own") != want {
+		t.Errorf("schema of the table users: got %s, want own: %t", where, want)
+	}
+}
+
+// TestExecModes runs the service in each mode in which pgx can send statements.
+func TestExecModes(t *testing.T) {
+	t.Parallel()
+	for _, mode := range []string{"cache_statement", "cache_describe", "describe_exec", "exec",
+		"simple_protocol"} {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			s := postgresSettings(t)
+			s.databaseURL = withParameter(t, s.databaseURL, "default_query_exec_mode", mode)
+			conform(t, s)
+		})
+	}
+}
+
+// TestSchemas checks that services in two schemas of one database do not share users or totals.
+func TestSchemas(t *testing.T) {
+	t.Parallel()
+	database := emptyDatabase(t, "")
+	conn := connect(t, database)
+	execute(t, conn, `CREATE SCHEMA one; CREATE SCHEMA "The other"`)
+	t.Run("conform", func(t *testing.T) {
+		for _, schema := range []string{"one", `"The other"`} {
+			t.Run(schema, func(t *testing.T) {
+				t.Parallel()
+				s := memorySettings()
+				s.databaseURL = withParameter(t, database, "search_path", schema)
+				conform(t, s)
+			})
+		}
+	})
+	for _, schema := range []string{"one", `"The other"`} {
+		n := queryValue[int](t, conn, "SELECT count(*) FROM "+schema+".users")
+		total := queryValue[int](t, conn, "SELECT sum(n) FROM "+schema+".user_counts")
+		if n != 5 || total != 5 {
+			t.Errorf("schema %s: got %d users and the total %d, want 5", schema, n, total)
+		}
+	}
+	execute(t, conn, `TRUNCATE one.users`)
+	if n := queryValue[int](t, conn, `SELECT sum(n) FROM "The other".user_counts`); n != 5 {
+		t.Errorf("total after TRUNCATE in another schema: got %d, want 5", n)
+	}
+}
+
+// TestSearchPathWithoutSchema checks that a database is refused, and not changed, if the search_path names
+// no schema.
+func TestSearchPathWithoutSchema(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	conn := connect(t, url)
+	before := queryValue[string](t, conn, catalog)
+	for _, path := range []string{"nowhere", ""} {
+		log, err := openLogged(t, withParameter(t, url, "search_path", path))
+		if err == nil || len(log.lines("")) > 0 || !strings.Contains(err.Error(), "search_path") {
+			t.Errorf("search_path %q: got %v, want an error about search_path and an empty log\n%s", path, err,
+				log)
+		}
+	}
+	if lines := differences(before, queryValue[string](t, conn, catalog)); len(lines) > 0 {
+		t.Errorf("changes of a refused database: got %q, want none", lines)
+	}
+}
+
+// TestEncodings checks that the service works with encodings that can store every name, and refuses others.
+func TestEncodings(t *testing.T) {
+	t.Parallel()
+	for encoding, usable := range map[string]bool{"UTF8": true, "SQL_ASCII": true, "LATIN1": false,
+		"EUC_JP": false} {
+		t.Run(encoding, func(t *testing.T) {
+			t.Parallel()
+			options := "TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C' ENCODING " + encoding
+			s := memorySettings()
+			s.databaseURL = emptyDatabase(t, options)
+			if usable {
+				conform(t, s)
+				return
+			}
+			log, err := openLogged(t, s.databaseURL)
+			if err == nil || len(log.lines("")) > 0 || !strings.Contains(err.Error(), encoding) {
+				t.Errorf("got %v, want an error about %s and an empty log\n%s", err, encoding, log)
+			}
+			tables := queryValue[int](t, connect(t, s.databaseURL),
+				"SELECT count(*) FROM pg_class WHERE relnamespace = current_schema()::regnamespace")
+			if tables > 0 {
+				t.Errorf("relations in a refused database: got %d, want none", tables)
+			}
+		})
+	}
+}
+
+// TestOneLeader checks that exactly one replica leads until it resigns or its lease expires, also
+// after a restore has added rows to the lease or removed them.
+func TestOneLeader(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	first, second := openTestPostgres(t, url), openTestPostgres(t, url)
+	conn := connect(t, url)
+	leads := func(s *postgres) bool {
+		leads, err := s.lead(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return leads
+	}
+	if !leads(first) || leads(second) || !leads(first) {
+		t.Error("want the first replica, which asked first, as the only leader")
+	}
+	if err := first.resign(t.Context()); err != nil || !leads(second) || leads(first) {
+		t.Errorf("resign: %v, want the second replica as the only leader", err)
+	}
+	for _, disturbance := range []string{
+		"DELETE FROM relay_lease",
+		"TRUNCATE relay_lease",
+		"INSERT INTO relay_lease VALUES ('restored', now() - interval '1 day')",
+		`INSERT INTO relay_lease
+			SELECT 'restored', now() - interval '1 day' FROM generate_series(1, 3)`,
+		"UPDATE relay_lease SET until = '-infinity'",
+		"UPDATE relay_lease SET holder = 'ahead', until = now() + interval '1 hour'",
+	} {
+		execute(t, conn, disturbance)
+		eventually(t, "a leader after "+disturbance, func() bool {
+			return leads(first) || leads(second)
+		})
+		for range 10 {
+			if leads(first) == leads(second) {
+				t.Errorf("both or none of the replicas lead after %s, want one", disturbance)
+			}
+		}
+	}
+	execute(t, conn, `UPDATE relay_lease
+		SET holder = 'frozen', until = clock_timestamp() + interval '2 s'`)
+	if leads(first) || leads(second) {
+		t.Error("a replica leads although another one holds the lease")
+	}
+	eventually(t, "a leader after the lease has ended", func() bool { return leads(first) })
+}
+
+// TestLeadNeedsWrites checks that no replica leads on a read-only database.
+func TestLeadNeedsWrites(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s, conn := openTestPostgres(t, url), connect(t, url)
+	execute(t, conn, "ALTER DATABASE "+conn.Config().Database+
+		" SET default_transaction_read_only = on")
+	s.pool.Reset()
+	if leads, err := s.lead(t.Context()); leads || !errors.Is(err, errUnavailable) {
+		t.Errorf("lead: %t, %v, want false, errUnavailable", leads, err)
+	}
+}
+
+// TestFoldKeepsTotal checks that the total equals the number of users in every snapshot, while many
+// clients create and delete users, two stores fold, and a transaction that created a user is open.
+func TestFoldKeepsTotal(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	first, second := openTestPostgres(t, url), openTestPostgres(t, url)
+	open, err := connect(t, url).Begin(t.Context())
+	if err == nil {
+		_, err = open.Exec(t.Context(),
+			"INSERT INTO users (name, surname, password) VALUES ('a', 'b', 'c')")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	var writers, folders sync.WaitGroup
+	for c := range 50 {
+		s := []*postgres{first, second}[c%2]
+		writers.Go(func() {
+			for range 8 {
+				u, err := s.createUser(context.Background(), input("John", "Doe", "hash"), "")
+				if err == nil && c%3 == 0 {
+					err = s.deleteUser(context.Background(), u.ID, nil)
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	done := make(chan struct{})
+	for _, s := range []*postgres{first, second} {
+		folders.Go(func() {
+			for working := true; working; {
+				select {
+				case <-done:
+					working = false
+				default:
+				}
+				if err := s.fold(context.Background()); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	go func() { writers.Wait(); close(done) }()
+	compareTotals(t, connect(t, url), done)
+	folders.Wait()
+	if err := open.Commit(t.Context()); err != nil {
+		t.Error(err)
+	}
+	conn := connect(t, url)
+	checkTotal(t, conn)
+	n := queryValue[int64](t, conn, "SELECT count(*) FROM users")
+	if _, total, err := first.listUsers(t.Context(), 0, 0, 1); err != nil || total != n {
+		t.Errorf("total %d of the list, %v, want %d", total, err, n)
+	}
+}
+
+// compareTotals compares the total with the number of users in one snapshot, again and again until
+// done is closed, and at least ten times.
+func compareTotals(t *testing.T, conn *pgx.Conn, done <-chan struct{}) {
+	t.Helper()
+	for compared, working := 0, true; working || compared < 10; compared++ {
+		select {
+		case <-done:
+			working = false
+		default:
+		}
+		options := pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}
+		err := pgx.BeginTxFunc(t.Context(), conn, options, func(pgx.Tx) error {
+			checkTotal(t, conn)
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestFold checks that fold replaces many rows by one with their sum, and leaves a few rows as they
+// are unless they occupy many pages.
+func TestFold(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s, conn := openTestPostgres(t, url), connect(t, url)
+	for _, test := range []struct {
+		name, rows string
+		want       string
+	}{
+		{"one row", "VALUES (7)", "1 7"},
+		{"a few rows", "SELECT 1 FROM generate_series(1, 49)", "49 49"},
+		{"many rows", "SELECT i FROM generate_series(1, 50) AS i", "1 1275"},
+		{"many rows with the sum 0", "SELECT (-1) ^ i FROM generate_series(1, 1000) AS i", "1 0"},
+		{"many rows of 0", "SELECT 0 FROM generate_series(1, 100)", "1 0"},
+		{"rows in many pages", "SELECT 1 FROM generate_series(1, 40000)", "1 40000"},
+		{"one row in many pages", "VALUES (7)", "1 7"},
+	} {
+		execute(t, conn, "DELETE FROM user_counts")
+		execute(t, conn, "INSERT INTO user_counts "+test.rows)
+		eventually(t, "a successful fold", func() bool { return s.fold(t.Context()) == nil })
+		got := queryValue[string](t, conn, "SELECT count(*) || ' ' || sum(n) FROM user_counts")
+		if got != test.want {
+			t.Errorf("%s: rows and sum %s, want %s", test.name, got, test.want)
 		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net/http"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -283,6 +284,37 @@ func inputOf(fields map[string]string) userInput {
 		return nil
 	}
 	return userInput{name: field("name"), surname: field("surname"), password: field("password")}
+}
+
+// appendJSON implements jsonAppender.
+func (u User) appendJSON(b []byte) []byte {
+	b = strconv.AppendInt(append(b, `{"id":`...), u.ID, 10)
+	b = appendJSONString(append(b, `,"name":`...), u.Name)
+	b = appendJSONString(append(b, `,"surname":`...), u.Surname)
+	b = u.CreatedAt.appendJSON(append(b, `,"created_at":`...))
+	b = u.UpdatedAt.appendJSON(append(b, `,"updated_at":`...))
+	return append(b, '}')
+}
+
+// appendJSON implements jsonAppender.
+func (l userList) appendJSON(b []byte) []byte {
+	b = append(b, `{"users":[`...)
+	for i, u := range l.Users {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = u.appendJSON(b)
+	}
+	b = strconv.AppendInt(append(b, `],"total":`...), l.Total, 10)
+	if l.Page > 0 {
+		b = strconv.AppendInt(append(b, `,"page":`...), l.Page, 10)
+	}
+	b = strconv.AppendInt(append(b, `,"per_page":`...), l.PerPage, 10)
+	b = append(b, `,"next_after":`...)
+	if l.NextAfter == nil {
+		return append(b, `null}`...)
+	}
+	return append(strconv.AppendInt(b, *l.NextAfter, 10), '}')
 }
 
 // checkName is the fieldRule of names and surnames. It trims white space.

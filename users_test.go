@@ -1,17 +1,33 @@
 package main
 
+// Tests of users.go and request.go: handlers, rules, bodies, conditional headers, lists,
+// idempotency.
+
 import (
+	"bytes"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math"
+	"math/big"
+	"mime"
 	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"reflect"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
+	"unicode/utf16"
+	"unicode/utf8"
 
 	"golang.org/x/crypto/argon2"
 )
@@ -388,4 +404,1774 @@ func TestVerifyImportedHash(t *testing.T) {
 	if events := len(s.log.lines("Received event user.updated with user_id=1")); events != 7 {
 		t.Errorf("%d events of 6 updates by SQL and 1 by the API, want 7", events)
 	}
+}
+
+// FuzzUserID compares userID with the rule that an id is a decimal int64 of 0 or more, without
+// leading zeros.
+func FuzzUserID(f *testing.F) {
+	for _, text := range []string{
+		"0", "1", "9223372036854775807", "9223372036854775808", "18446744073709551617", "00", "01",
+		"-0", "-1", "+1", " 1", "1 ", "", "1_0", "0x1", "1e0", "1.0", "\u0661", "\uff11", "1\x00",
+	} {
+		f.Add(text)
+	}
+	digits := regexp.MustCompile(`^(0|[1-9][0-9]{0,18})$`)
+	f.Fuzz(func(t *testing.T, text string) {
+		r := &http.Request{}
+		r.SetPathValue("id", text)
+		id, err := userID(r)
+		n, isNumber := new(big.Int).SetString(text, 10)
+		if isNumber && digits.MatchString(text) && n.IsInt64() {
+			if err != nil || id != n.Int64() {
+				t.Errorf("id %q: %d, %v, want %d", text, id, err, n)
+			}
+		} else if !errors.Is(err, errNoRoute) || id != 0 {
+			t.Errorf("id %q: %d, %v, want errNoRoute", text, id, err)
+		}
+	})
+}
+
+// TestUserIDs checks the 404 for an id without a user, and for a path whose id is not valid.
+func TestUserIDs(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *service) {
+		s.createUser("John", "Doe")
+		for id, want := range map[string]string{ // the detail of the 404
+			"1":                    "",
+			"%31":                  "",
+			"2":                    "User with id 2 not found",
+			"%37":                  "User with id 7 not found",
+			"1%30":                 "User with id 10 not found",
+			"9223372036854775807":  "User with id 9223372036854775807 not found",
+			"01":                   "No resource has this path",
+			"00":                   "No resource has this path",
+			"%301":                 "No resource has this path",
+			"+1":                   "No resource has this path",
+			"%2B1":                 "No resource has this path",
+			"-1":                   "No resource has this path",
+			"-0":                   "No resource has this path",
+			"1.0":                  "No resource has this path",
+			"1e0":                  "No resource has this path",
+			"0x1":                  "No resource has this path",
+			"1_0":                  "No resource has this path",
+			"one":                  "No resource has this path",
+			"9223372036854775808":  "No resource has this path",
+			"9999999999999999999":  "No resource has this path",
+			"18446744073709551617": "No resource has this path",
+			"00000000000000000001": "No resource has this path",
+			"%201":                 "No resource has this path",
+			"1%20":                 "No resource has this path",
+			"1%00":                 "No resource has this path",
+			"1%0A":                 "No resource has this path",
+			"%D9%A1":               "No resource has this path", // an Arabic-Indic 1
+			"%EF%BC%91":            "No resource has this path", // a fullwidth 1
+			"1%2F":                 "No resource has this path",
+			"1%2F2":                "No resource has this path",
+			"%2F1":                 "No resource has this path",
+			"1/":                   "No resource has this path",
+			"1/2":                  "No resource has this path",
+			"%2531":                "No resource has this path",
+		} {
+			a := s.do("GET", "/users/"+id, "")
+			if want == "" {
+				if a.status != http.StatusOK || a.json(t, "id") != 1.0 {
+					t.Errorf("GET /users/%s: status %d, want 200 with user 1: %s",
+						id, a.status, a.body)
+				}
+			} else if a.status != http.StatusNotFound || a.json(t, "detail") != want {
+				t.Errorf("GET /users/%s: status %d, want 404 with %q: %s",
+					id, a.status, want, a.body)
+			}
+		}
+		if a := s.do("GET", "/users/0", ""); a.status != http.StatusNotFound {
+			t.Errorf("GET /users/0: status %d, want 404: %s", a.status, a.body)
+		}
+	})
+}
+
+// contentTypes are values of Content-Type, and the methods that accept them.
+var contentTypes = map[string]string{
+	"application/json":                                "POST PUT PATCH",
+	"Application/JSON":                                "POST PUT PATCH",
+	"application/json; charset=utf-8":                 "POST PUT PATCH",
+	`application/json;charset="UTF-8"`:                "POST PUT PATCH",
+	"application/json ; Charset=Utf-8":                "POST PUT PATCH",
+	"application/json; profile=x":                     "POST PUT PATCH",
+	"application/merge-patch+json":                    "PATCH",
+	"Application/Merge-Patch+JSON":                    "PATCH",
+	"application/merge-patch+json; charset=utf-8":     "PATCH",
+	"application/merge-patch+json; charset=utf-16":    "",
+	"application/json; charset=latin1":                "",
+	"application/json; charset=us-ascii":              "",
+	"application/json; charset=":                      "",
+	`application/json; charset=""`:                    "",
+	"application/json; charset=utf-8; charset=latin1": "",
+	"application/json, application/json":              "",
+	"text/plain":                                      "",
+	"text/json":                                       "",
+	"application/x-www-form-urlencoded":               "",
+	"application/json5":                               "",
+	"application/vnd.api+json":                        "",
+	"application/json-patch+json":                     "",
+	"application/*":                                   "",
+	"*/*":                                             "",
+	"json":                                            "",
+	"":                                                "", // no header
+}
+
+// TestContentType checks which media types and parameters each method accepts.
+func TestContentType(t *testing.T) {
+	t.Parallel()
+	s := startService(t, memorySettings())
+	s.createUser("John", "Doe")
+	targets := []struct {
+		method, path string
+		success      int
+	}{
+		{"POST", "/users", http.StatusCreated},
+		{"PUT", "/users/1", http.StatusOK},
+		{"PATCH", "/users/1", http.StatusOK},
+	}
+	for contentType, methods := range contentTypes {
+		for _, target := range targets {
+			want := http.StatusUnsupportedMediaType
+			if slices.Contains(strings.Fields(methods), target.method) {
+				want = target.success
+			}
+			a := s.do(target.method, target.path, john, "Content-Type: "+contentType)
+			if a.status != want {
+				t.Errorf("%s as %q: status %d, want %d: %s",
+					target.method, contentType, a.status, want, a.body)
+			}
+		}
+	}
+	for name, fields := range map[string]string{
+		"two headers": "Content-Type: application/json\r\n" +
+			"Content-Type: application/json\r\n",
+		"a header and an empty one": "Content-Type: application/json\r\nContent-Type:\r\n",
+		"an empty header":           "Content-Type:\r\n",
+	} {
+		for _, target := range targets {
+			a := s.send(fmt.Sprintf(
+				"%s %s HTTP/1.1\r\nHost: test\r\n%sContent-Length: %d\r\n\r\n%s",
+				target.method, target.path, fields, len(john), john))
+			if a.status != http.StatusUnsupportedMediaType {
+				t.Errorf("%s with %s: status %d, want 415: %s",
+					target.method, name, a.status, a.body)
+			}
+		}
+	}
+	for _, target := range targets {
+		if a := s.do(target.method, target.path, ""); a.status != http.StatusUnsupportedMediaType {
+			t.Errorf("%s without a body: status %d, want 415: %s", target.method, a.status, a.body)
+		}
+	}
+}
+
+// TestBodySize checks the limit on the size of a body, with Content-Length and in chunks. A body
+// that is too large need not be complete.
+func TestBodySize(t *testing.T) {
+	t.Parallel()
+	s := startService(t, memorySettings())
+	s.createUser("John", "Doe")
+	const limit = 64 << 10
+	padded := func(size int) string { return john + strings.Repeat(" ", size-len(john)) }
+	for _, target := range []struct{ method, path string }{
+		{"POST", "/users"}, {"PUT", "/users/1"}, {"PATCH", "/users/1"},
+	} {
+		head := target.method + " " + target.path +
+			" HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+		for name, test := range map[string]struct {
+			rest string // of the request, after the Content-Type
+			fits bool
+		}{
+			"maximum size": {
+				fmt.Sprintf("Content-Length: %d\r\n\r\n%s", limit, padded(limit)), true},
+			"too large by a byte, not sent": {
+				fmt.Sprintf("Content-Length: %d\r\n\r\n", limit+1), false},
+			"1 TiB":                      {"Content-Length: 1099511627776\r\n\r\n{", false},
+			"chunks of the maximum size": {chunked(padded(limit)), true},
+			"chunks too large by a byte": {chunked(padded(limit + 1)), false},
+			"chunks too large, without end": {
+				strings.TrimSuffix(chunked(padded(limit+1)), "0\r\n\r\n"), false},
+		} {
+			a := s.send(head + test.rest)
+			if test.fits && a.status/100 != 2 ||
+				!test.fits && a.status != http.StatusRequestEntityTooLarge {
+				t.Errorf("%s, %s: status %d, want 413 unless it fits (%t): %s",
+					target.method, name, a.status, test.fits, a.body)
+			}
+		}
+	}
+}
+
+// chunked returns the header Transfer-Encoding and the body in chunks.
+func chunked(body string) string {
+	rest := "Transfer-Encoding: chunked\r\n\r\n"
+	for chunk := range slices.Chunk([]byte(body), 5000) {
+		rest += fmt.Sprintf("%x\r\n%s\r\n", len(chunk), chunk)
+	}
+	return rest + "0\r\n\r\n"
+}
+
+// TestErrorPrecedence checks which error is answered if a request has several: 404 for the path,
+// 405, 415, 413, 400, 404 for the user, 412.
+func TestErrorPrecedence(t *testing.T) {
+	t.Parallel()
+	const text, stale = "Content-Type: text/plain", `If-Match: "9"`
+	huge := `{"x": "` + strings.Repeat("x", 64<<10) + `"}`
+	eachStore(t, func(t *testing.T, s *service) {
+		s.createUser("John", "Doe")
+		for _, test := range []struct {
+			method, path, body string
+			headers            []string
+			want               int
+		}{
+			{"PATCH", "/users/x?page=0", huge, []string{text, stale}, http.StatusNotFound},
+			{"POST", "/users/x", huge, []string{text, stale}, http.StatusNotFound},
+			{"OPTIONS", "/users/01", "", nil, http.StatusNotFound},
+			{"POST", "/nothing", huge, []string{text, stale}, http.StatusNotFound},
+			{"PUT", "/users?page=0", huge, []string{text, stale}, http.StatusMethodNotAllowed},
+			{"POST", "/users/9", huge, []string{text, stale}, http.StatusMethodNotAllowed},
+			{"PUT", "/users/9", huge, []string{text, stale}, http.StatusUnsupportedMediaType},
+			{"POST", "/users", huge, []string{text}, http.StatusUnsupportedMediaType},
+			{"PUT", "/users/9", huge, []string{stale}, http.StatusRequestEntityTooLarge},
+			{"POST", "/users", huge, nil, http.StatusRequestEntityTooLarge},
+			{"PUT", "/users/9", `{"x": 1}`, []string{stale}, http.StatusBadRequest},
+			{"PATCH", "/users/9", `[]`, []string{stale}, http.StatusBadRequest},
+			{"PUT", "/users/1", `{}`, []string{stale}, http.StatusBadRequest},
+			{"PUT", "/users/9", john, []string{stale}, http.StatusNotFound},
+			{"DELETE", "/users/9", "", []string{stale}, http.StatusNotFound},
+			{"DELETE", "/users/9", "", []string{"If-Match: x"}, http.StatusNotFound},
+			{"PUT", "/users/1", john, []string{stale}, http.StatusPreconditionFailed},
+			{"DELETE", "/users/1", "", []string{stale}, http.StatusPreconditionFailed},
+		} {
+			a := s.do(test.method, test.path, test.body, test.headers...)
+			if a.status != test.want {
+				t.Errorf("%s %s %.20s %v: status %d, want %d: %s",
+					test.method, test.path, test.body, test.headers, a.status, test.want, a.body)
+			}
+		}
+	})
+}
+
+// quote returns text as a JSON string.
+func quote(text string) string {
+	literal, _ := json.Marshal(text)
+	return string(literal)
+}
+
+// otherFields completes a body of POST /users that begins with a name.
+const otherFields = `, "surname": "Doe", "password": "` + secret + `"}`
+
+// invalidCreations are bodies of POST /users, and the pointers to their invalid fields.
+var invalidCreations = map[string][]string{
+	`{}`:                                         {"#/name", "#/password", "#/surname"},
+	`{"name": "John"}`:                           {"#/password", "#/surname"},
+	`{"name": null` + otherFields:                {"#/name"},
+	`{"name": 5` + otherFields:                   {"#/name"},
+	`{"name": -1.5e3` + otherFields:              {"#/name"},
+	`{"name": true` + otherFields:                {"#/name"},
+	`{"name": ["John"]` + otherFields:            {"#/name"},
+	`{"name": {"name": "John"}` + otherFields:    {"#/name"},
+	`{"name": "John", "age": 5` + otherFields:    {"#/age"},
+	`{"name": "John", "id": null` + otherFields:  {"#/id"},
+	`{"NAME": "John"` + otherFields:              {"#/NAME", "#/name"},
+	`{"Name": "John"` + otherFields:              {"#/Name", "#/name"},
+	`{"name ": "John"` + otherFields:             {"#/name", "#/name%20"},
+	`{"ſurname": "a", "name": "b"` + otherFields: {"#/%C5%BFurname"}, // s under case folding
+
+	`{"name": "a", "name": "a"` + otherFields:      {"#/name"},
+	`{"name": "a", "n\u0061me": "b"` + otherFields: {"#/name"},
+	`{"\u006eame": "a"` + otherFields:              nil,
+
+	`{"name": "\ud83d\ude00"` + otherFields:                   nil,
+	`{"name": "\uD83D\uDE00"` + otherFields:                   nil,
+	`{"name": "a\ud800\udc00\udbff\udfffb"` + otherFields:     nil,
+	`{"name": "\\ud83d"` + otherFields:                        nil, // an escaped backslash
+	`{"name": "\\\\\udc00"` + otherFields:                     {"#/name"},
+	`{"name": "\ud83d"` + otherFields:                         {"#/name"},
+	`{"name": "\uD83D"` + otherFields:                         {"#/name"},
+	`{"name": "\uDFFF"` + otherFields:                         {"#/name"},
+	`{"name": "\udBfF\uDc00"` + otherFields:                   nil,
+	`{"name": "\ud83dx"` + otherFields:                        {"#/name"},
+	`{"name": "\ude00"` + otherFields:                         {"#/name"},
+	`{"name": "x\udfff"` + otherFields:                        {"#/name"},
+	`{"name": "\ude00\ud83d"` + otherFields:                   {"#/name"},
+	`{"name": "\ud83d\ud83d\ude00"` + otherFields:             {"#/name"},
+	`{"name": "\ud83d\ude00\ude00"` + otherFields:             {"#/name"},
+	`{"name": "\ud83dx\ude00"` + otherFields:                  {"#/name"},
+	`{"name": "\ud83d\n\ude00"` + otherFields:                 {"#/name"},
+	`{"name": "\ud83d\\ude00"` + otherFields:                  {"#/name"},
+	`{"name": "\ud7ff\ue000"` + otherFields:                   nil, // next to the surrogates
+	"{\"name\": \"\xff\"" + otherFields:                       {"#/name"},
+	"{\"name\": \"caf\xe9\"" + otherFields:                    {"#/name"}, // Latin-1
+	"{\"name\": \"\xc3\"" + otherFields:                       {"#/name"},
+	"{\"name\": \"\xc0\xaf\"" + otherFields:                   {"#/name"}, // overlong
+	"{\"name\": \"\xed\xa0\xbd\xed\xb8\x80\"" + otherFields:   {"#/name"}, // CESU-8
+	"{\"name\": \"\xf4\x90\x80\x80\"" + otherFields:           {"#/name"}, // above U+10FFFF
+	"{\"name\": \"\ufffd\"" + otherFields:                     nil,
+	`{"name": "\u0000"` + otherFields:                         {"#/name"},
+	`{"name": "a\u0000"` + otherFields:                        {"#/name"},
+	"{\"na\xffme\": 1, \"name\": \"a\"" + otherFields:         {"#/na%EF%BF%BDme"},
+	" \t\r\n{\n\"name\"\t:\r\"John\" " + otherFields + "\n\n": nil,
+
+	`{"name": "a", "surname": "\ud800", "password": "` + secret + `\udc00"}`: {
+		"#/password", "#/surname"},
+	"{\"name\": \"a\", \"surname\": \"\xff\", \"password\": \"" + secret + "\xff\"}": {
+		"#/password", "#/surname"},
+	`{"name": "a", "surname": [], "password": 12345678}`: {"#/password", "#/surname"},
+	`{"name": null, "surname": null, "password": null}`:  {"#/name", "#/password", "#/surname"},
+	`{"name": "", "surname": 5, "password": "short", "x": 1, "y": 2}`: {
+		"#/name", "#/password", "#/surname", "#/x", "#/y"},
+	`{"surname": "a", "surname": "b", "NAME": "c", "password": "` + secret + `\u0000"}`: {
+		"#/NAME", "#/name", "#/password", "#/surname"},
+}
+
+// TestCreateErrors checks that the 400 to a POST has an error for each field of invalidCreations,
+// and that a body without invalid fields is accepted.
+func TestCreateErrors(t *testing.T) {
+	t.Parallel()
+	s := startService(t, memorySettings())
+	for body, want := range invalidCreations {
+		a := s.do("POST", "/users", body)
+		if want == nil {
+			if a.status != http.StatusCreated {
+				t.Errorf("POST %q: status %d, want 201: %s", body, a.status, a.body)
+			}
+			continue
+		}
+		checkBadRequest(t, quote(body), a, want...)
+		if n := len(want); n > 1 && a.json(t, "detail") != fmt.Sprint(n, " fields are not valid") {
+			t.Errorf("POST %q: want a detail with %d fields: %s", body, n, a.body)
+		}
+	}
+}
+
+// TestUpdateErrors checks that the 400 to a PUT or PATCH has an error for each invalid field, and
+// that nothing is changed.
+func TestUpdateErrors(t *testing.T) {
+	t.Parallel()
+	s := startService(t, memorySettings())
+	s.createUser("John", "Doe")
+	for _, how := range []struct{ method, contentType string }{
+		{"PUT", "application/json"},
+		{"PATCH", "application/json"},
+		{"PATCH", "application/merge-patch+json"},
+	} {
+		for body, want := range map[string][]string{
+			`{"name": null}`:                      {"#/name"},
+			`{"name": "Jane", "password": null}`:  {"#/password"},
+			`{"name": "Jane", "version": 1}`:      {"#/version"},
+			`{"Name": "Jane"}`:                    {"#/Name"},
+			`{"id": 1}`:                           {"#/id"},
+			`{"name": "Jane", "name": "Jane"}`:    {"#/name"},
+			`{"name": "", "surname": "", "x": 1}`: {"#/name", "#/surname", "#/x"},
+			`{}`:                                  nil,
+			` { } `:                               nil,
+		} {
+			a := s.do(how.method, "/users/1", body, "Content-Type: "+how.contentType)
+			checkBadRequest(t, fmt.Sprint(how, body), a, want...)
+		}
+	}
+	if a := s.do("GET", "/users/1", ""); a.header.Get("ETag") != `"1"` {
+		t.Errorf("ETag %s after refused updates, want \"1\": %s", a.header.Get("ETag"), a.body)
+	}
+}
+
+// notObjects are bodies that are not one JSON object.
+var notObjects = map[string]string{
+	"empty":                           "",
+	"white space":                     " \t\r\n",
+	"an array":                        "[]",
+	"an array of one":                 "[" + john + "]",
+	"a string":                        `"name"`,
+	"a number":                        "5",
+	"null":                            "null",
+	"true":                            "true",
+	"incomplete word":                 "nul",
+	"form":                            "name=John&surname=Doe",
+	"two objects":                     john + " {}",
+	"two objects on lines":            john + "\n" + john,
+	"an object and a brace":           john + "}",
+	"an object and a comma":           john + ",",
+	"an object and a NUL":             john + "\x00",
+	"an object and a no-break space":  john + "\u00a0",
+	"an object and a comment":         john + " // John",
+	"only a brace":                    "{",
+	"no closing brace":                strings.TrimSuffix(john, "}"),
+	"cut off in a string":             john[:len(john)-3],
+	"cut off after a name":            `{"name"`,
+	"cut off after a colon":           `{"name":`,
+	"cut off after a comma":           `{"name": "John",`,
+	"a byte order mark":               "\ufeff" + john,
+	"UTF-16":                          "{\x00\"\x00n\x00",
+	"a comma after the last member":   `{"name": "John",}`,
+	"a comma before the first member": `{,"name": "John"}`,
+	"two commas":                      `{"name": "John",,"surname": "Doe"}`,
+	"no comma":                        `{"name": "John" "surname": "Doe"}`,
+	"no colon":                        `{"name" "John"}`,
+	"no value":                        `{"name": }`,
+	"no name":                         `{"John"}`,
+	"a name without quotes":           `{name: "John"}`,
+	"a number as a name":              `{1: "John"}`,
+	"null as a name":                  `{null: "John"}`,
+	"single quotes":                   `{'name': 'John'}`,
+	"closed by a bracket":             `{"name": "John"]`,
+	"an open array as value":          `{"name": [}`,
+	"a number with a leading zero":    `{"name": 01}`,
+	"not a number":                    `{"name": NaN}`,
+	"an unknown escape":               `{"name": "\x41"}`,
+	"a short escape":                  `{"name": "\u41"}`,
+	"a line feed in a string":         "{\"name\": \"Jo\nhn\"}",
+	"a NUL in a string":               "{\"name\": \"Jo\x00hn\"}",
+	"invalid UTF-8 outside strings":   "{\xff\"name\": \"John\"}",
+}
+
+// TestBodyIsObject checks that a body that is not one JSON object is refused with a 400 without
+// field errors.
+func TestBodyIsObject(t *testing.T) {
+	t.Parallel()
+	s := startService(t, memorySettings())
+	s.createUser("John", "Doe")
+	for name, body := range notObjects {
+		for _, target := range []struct{ method, path string }{
+			{"POST", "/users"}, {"PUT", "/users/1"}, {"PATCH", "/users/1"},
+		} {
+			a := s.do(target.method, target.path, body, "Content-Type: application/json")
+			if a.status != http.StatusBadRequest ||
+				!strings.Contains(fmt.Sprint(a.json(t, "detail")), "JSON object") ||
+				slices.Contains(keys(a.body), "errors") {
+				t.Errorf("%s, %s: status %d, want 400 with \"JSON object\" and without errors: %s",
+					target.method, name, a.status, a.body)
+			}
+		}
+	}
+}
+
+// TestPointers checks the pointer to a member as a URI fragment, with the examples of RFC 6901,
+// section 6, and others.
+func TestPointers(t *testing.T) {
+	t.Parallel()
+	s := startService(t, memorySettings())
+	for name, want := range map[string]string{
+		"":      "#/",
+		"a/b":   "#/a~1b",
+		"c%d":   "#/c%25d",
+		"e^f":   "#/e%5Ef",
+		"g|h":   "#/g%7Ch",
+		`i\j`:   "#/i%5Cj",
+		`k"l`:   "#/k%22l",
+		" ":     "#/%20",
+		"m~n":   "#/m~0n",
+		"~1":    "#/~01",
+		"~":     "#/~0",
+		"/":     "#/~1",
+		"//~~":  "#/~1~1~0~0",
+		"#":     "#/%23",
+		"é":     "#/%C3%A9",
+		"😀":     "#/%F0%9F%98%80",
+		"name/": "#/name~1",
+		"\n":    "#/%0A",
+		"\x00":  "#/%00",
+		"a.b":   "#/a.b",
+		"0":     "#/0",
+	} {
+		body := strings.Replace(john, "{", "{"+quote(name)+": 1, ", 1)
+		checkBadRequest(t, quote(name), s.do("POST", "/users", body), want)
+	}
+}
+
+// FuzzParseObject compares parseObject with encoding/json, which keeps the last of several members
+// with the same name.
+func FuzzParseObject(f *testing.F) {
+	for _, body := range []string{
+		``, ` `, `{}`, ` { } `, john,
+		`{"a": 1, "a": [2, {"b": null}], "\u0061": "\ud800"}`, `{"a": 1,}`,
+		`{"a"}`, `{"a":}`, `{"a" 1}`, `{1: 2}`, `{`, `{"a": 1`, `{} {}`, `{}x`, `{}]`,
+		`[]`, `[{}]`, `null`,
+		`"a"`, `5`, "\ufeff{}", "{\"\xff\": \"\xff\"}", `{"a": 1]`, `{"a": 01}`, `{"a": "\x"}`,
+		"{\"a\": \"\n\"}",
+	} {
+		f.Add([]byte(body))
+	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		members, err := parseObject(body)
+		var want map[string]json.RawMessage
+		isObject := json.Unmarshal(body, &want) == nil && want != nil // nil is null
+		if (err == nil) != isObject {
+			t.Fatalf("parseObject(%q): error %v, but a JSON object: %t", body, err, isObject)
+		}
+		if err != nil {
+			p, ok := err.(*problem)
+			if !ok || p.Status != http.StatusBadRequest || p.Errors != nil {
+				t.Errorf("parseObject(%q): error %#v, want a 400 without field errors", body, err)
+			}
+			return
+		}
+		got := make(map[string]json.RawMessage)
+		for _, m := range members {
+			got[m.name] = m.value
+		}
+		equal := func(a, b json.RawMessage) bool { return bytes.Equal(a, b) }
+		if !maps.EqualFunc(got, want, equal) {
+			t.Errorf("parseObject(%q): members %s, want %s", body, got, want)
+		}
+		if n := countMembers(body); len(members) != n {
+			t.Errorf("parseObject(%q): %d members, want %d", body, len(members), n)
+		}
+	})
+}
+
+// countMembers returns the number of members of a JSON object: of its colons outside names and
+// values.
+func countMembers(object []byte) int {
+	count, depth, quoted := 0, 0, false
+	for i := 0; i < len(object); i++ {
+		switch c := object[i]; {
+		case quoted && c == '\\':
+			i++
+		case c == '"':
+			quoted = !quoted
+		case quoted:
+		case c == '{', c == '[':
+			depth++
+		case c == '}', c == ']':
+			depth--
+		case c == ':' && depth == 1:
+			count++
+		}
+	}
+	return count
+}
+
+// FuzzParseString compares parseString with encoding/json, and with decodeUTF16 for strings in
+// which encoding/json would insert U+FFFD.
+func FuzzParseString(f *testing.F) {
+	for _, value := range []string{
+		`"John"`, `""`, `null`, `5`, `{}`, `"\u0000"`,
+		`"\ud83d\ude00"`, `"\ud83d"`, `"\ude00\ud83d"`,
+		`"\\ud83d"`, `"\ud83d\\ude00"`, `"\ud83d\ud83d\ude00"`, `"\ufffd"`, `"\uD83D\n\uDE00"`,
+		`"\\\udc00"`, `"\ud83d\ude00\udE00"`, `"\udc00\udc00"`,
+		`"\uD7ff\uE000"`, `" \u0000"`, "\"\\u005cud83d\ufffd\"",
+		`"\"\/\b\f\n\r\t"`, "\"\xff\"", "\"\xed\xa0\xbd\"", "\"\xed\xa0\xbd\\ude00\"",
+	} {
+		f.Add([]byte(value))
+	}
+	f.Fuzz(func(t *testing.T, value []byte) {
+		value = bytes.Trim(value, " \t\r\n") // as parseObject does
+		if !json.Valid(value) {
+			return
+		}
+		text, err := parseString(value)
+		var want *string
+		isString := json.Unmarshal(value, &want) == nil && want != nil && utf8.Valid(value) &&
+			*want == decodeUTF16(value) && !strings.Contains(*want, "\x00")
+		if isString != (err == nil) {
+			t.Fatalf("parseString(%q): error %v, but a valid string: %t", value, err, isString)
+		}
+		if !isString {
+			return
+		}
+		if text != *want || !utf8.ValidString(text) {
+			t.Errorf("parseString(%q) = %q, want %q", value, text, *want)
+		}
+		if again, err := parseString(json.RawMessage(quote(text))); err != nil || again != text {
+			t.Errorf("parseString(%q) = %q, but parseString(%q) = %q, %v",
+				value, text, quote(text), again, err)
+		}
+	})
+}
+
+// decodeUTF16 decodes a valid JSON string as UTF-16 code units (RFC 8259, section 7). Half of a
+// surrogate pair becomes a byte that is not valid UTF-8.
+func decodeUTF16(literal []byte) string {
+	var units []uint16
+	inner := literal[1 : len(literal)-1]
+	for len(inner) > 0 {
+		c, size := utf8.DecodeRune(inner)
+		if c == '\\' {
+			c, size = rune(inner[1]), 2
+			if i := strings.IndexRune("bfnrt", c); i >= 0 {
+				c = rune("\b\f\n\r\t"[i])
+			}
+			if c == 'u' {
+				unit, _ := strconv.ParseUint(string(inner[2:6]), 16, 16)
+				units, inner = append(units, uint16(unit)), inner[6:]
+				continue
+			}
+		}
+		units, inner = utf16.AppendRune(units, c), inner[size:]
+	}
+	var text []byte
+	for i := 0; i < len(units); i++ {
+		c := rune(units[i])
+		if utf16.IsSurrogate(c) && i+1 < len(units) {
+			if pair := utf16.DecodeRune(c, rune(units[i+1])); pair != utf8.RuneError {
+				c = pair
+				i++
+			}
+		}
+		if utf16.IsSurrogate(c) {
+			text = append(text, 0xff)
+		} else {
+			text = utf8.AppendRune(text, c)
+		}
+	}
+	return string(text)
+}
+
+// fragmentPattern matches URI fragments with a JSON pointer.
+var fragmentPattern = regexp.MustCompile(`^#/[!-~]*$`)
+
+// userBodies are seeds of FuzzReadUser.
+var userBodies = []string{
+	``, `{}`, `[]`, `null`, john, john + "{}", `{"name": "Jane"}`, `{"name": " Jane\u00a0"}`,
+	`{"password": " ` + secret + `\u0001 "}`,
+	`{"password": "7 chars"}`, `{"password": "8letters"}`,
+	`{"name": "a", "n\u0061me": "a"}`, `{"NAME": "a"}`, `{"\u017furname": "a"}`,
+	`{"a/b~c%": 1, "": 2}`,
+	`{"name": null, "surname": 5, "password": []}`, `{"name": "\ud83d", "surname": "\u0000"}`,
+	`{"name": "\u0085", "surname": "\u200b"}`, "{\"name\": \"\xff\", \"\xff\": 1}",
+	`{"surname": "` + strings.Repeat("é", 255) + `"}`,
+	`{"surname": "` + strings.Repeat("x", 256) + `"}`,
+	`{"password": "` + strings.Repeat("😀", 128) + `"}`,
+	`{"password": "` + strings.Repeat("x", 129) + `"}`,
+}
+
+// FuzzReadUser compares readFields with wantUser, a second implementation on top of encoding/json.
+// The result of an accepted body must be accepted again and have the same result, and the error of
+// any other body must name its invalid fields.
+func FuzzReadUser(f *testing.F) {
+	for _, body := range userBodies {
+		f.Add([]byte(body), "application/json", true)
+		f.Add([]byte(body), "application/json", false)
+	}
+	f.Add([]byte(john), `Application/JSON; charset="UTF-8"`, true)
+	f.Add([]byte(john), "application/json; charset=latin1", true)
+	f.Add([]byte(john), "application/json, application/json", true)
+	f.Add([]byte(strings.Repeat(" ", maxBodyBytes)+"{}"), "application/json", true)
+	f.Fuzz(func(t *testing.T, body []byte, contentType string, creates bool) {
+		var required []string
+		if creates {
+			required = []string{"name", "surname", "password"}
+		}
+		log := slog.New(slog.DiscardHandler)
+		a := newAPI(testDependencies(memorySettings(), nil, log), &traffic{})
+		read := func(body []byte) (userInput, error) {
+			r := httptest.NewRequest("POST", "/users", bytes.NewReader(body))
+			r.Header.Set("Content-Type", contentType)
+			fields, err := readFields(
+				httptest.NewRecorder(), r, a.rules, required, "application/json")
+			return inputOf(fields), err
+		}
+		in, err := read(body)
+		want, status, wrong := wantUser(body, contentType, required)
+		if err == nil {
+			if status != http.StatusOK || !reflect.DeepEqual(in, want) {
+				t.Fatalf("%q is read as %s, want %s and the status %d",
+					body, userJSON(in), userJSON(want), status)
+			}
+			if again, err := read(userJSON(in)); err != nil || !reflect.DeepEqual(again, in) {
+				t.Errorf("%q is read as %s, and that as %s, %v",
+					body, userJSON(in), userJSON(again), err)
+			}
+			return
+		}
+		p, ok := err.(*problem)
+		if !ok || p.Status != status || !reflect.DeepEqual(in, userInput{}) {
+			t.Fatalf("%q: error %+v, want a problem with the status %d", body, err, status)
+		}
+		got := make(map[string]bool)
+		for _, e := range p.Errors {
+			got[e.Pointer] = true
+			if !fragmentPattern.MatchString(e.Pointer) || e.Detail == "" {
+				t.Errorf("%q: invalid field error %+v", body, e)
+			}
+		}
+		if !maps.Equal(got, wrong) {
+			t.Errorf("%q: errors for %v, want %v", body, got, wrong)
+		}
+	})
+}
+
+// userJSON returns a body with the fields of in.
+func userJSON(in userInput) []byte {
+	members := make(map[string]string)
+	for name, text := range map[string]*string{
+		"name": in.name, "surname": in.surname, "password": in.password,
+	} {
+		if text != nil {
+			members[name] = *text
+		}
+	}
+	body, _ := json.Marshal(members)
+	return body
+}
+
+// wantUser returns what a body must be read as, or the status of its error and the pointers to the
+// invalid fields.
+func wantUser(body []byte, contentType string, required []string) (in userInput, status int,
+	wrong map[string]bool) {
+	mediaType, parameters, err := mime.ParseMediaType(contentType)
+	charset, given := parameters["charset"]
+	var values map[string]json.RawMessage
+	switch {
+	case err != nil, mediaType != "application/json", given && !strings.EqualFold(charset, "utf-8"):
+		return in, http.StatusUnsupportedMediaType, nil
+	case len(body) > 65536:
+		return in, http.StatusRequestEntityTooLarge, nil
+	case json.Unmarshal(body, &values) != nil, values == nil, len(values) == 0 && required == nil:
+		return in, http.StatusBadRequest, nil
+	}
+	wrong = make(map[string]bool)
+	members, _ := parseObject(body) // FuzzParseObject checks it
+	count := make(map[string]int)
+	for _, m := range members {
+		count[m.name]++
+		text, ok := wantText(m)
+		if !ok || count[m.name] > 1 {
+			name := strings.ReplaceAll(strings.ReplaceAll(m.name, "~", "~0"), "/", "~1")
+			u := url.URL{Fragment: name}
+			wrong["#/"+u.EscapedFragment()] = true
+		}
+		switch m.name {
+		case "name":
+			in.name = &text
+		case "surname":
+			in.surname = &text
+		case "password":
+			in.password = &text
+		}
+	}
+	for _, name := range required {
+		if _, given := values[name]; !given {
+			wrong["#/"+name] = true
+		}
+	}
+	if len(wrong) > 0 {
+		return userInput{}, http.StatusBadRequest, wrong
+	}
+	return in, http.StatusOK, nil
+}
+
+// wantText returns what a member must be read as. ok is false if it is not valid.
+func wantText(m member) (text string, ok bool) {
+	if json.Unmarshal(m.value, &text) != nil || string(m.value) == "null" || !utf8.Valid(m.value) ||
+		text != decodeUTF16(m.value) || strings.Contains(text, "\x00") {
+		return "", false
+	}
+	switch m.name {
+	case "name", "surname":
+		text = strings.TrimSpace(text)
+		n := len([]rune(text))
+		return text, n >= 1 && n <= 255 && !regexp.MustCompile(`\p{Cc}`).MatchString(text)
+	case "password":
+		n := len([]rune(text))
+		return text, n >= 8 && n <= 128
+	}
+	return "", false
+}
+
+// conditionTest is a conditional header that is sent when the version of the user is 2.
+type conditionTest struct {
+	lines []string // of the header
+	lists bool     // whether they list version 2
+}
+
+// ifMatchTests are values of If-Match.
+var ifMatchTests = map[string]conditionTest{
+	"a star":                          {[]string{`*`}, true},
+	"the version":                     {[]string{`"2"`}, true},
+	"a list":                          {[]string{`"1", "2", "3"`}, true},
+	"a list without spaces":           {[]string{`"1","2"`}, true},
+	"a list with a weak tag":          {[]string{`W/"7", "2"`}, true},
+	"a list with empty members":       {[]string{`, "1" ,	,"2",`}, true},
+	"several lines":                   {[]string{`"1"`, `"2"`}, true},
+	"a comma in a tag":                {[]string{`"1,", ",", "2"`}, true},
+	"a backslash in a tag":            {[]string{`"1\", "2"`}, true},
+	"a letter outside ASCII in a tag": {[]string{`"é", "2"`}, true},
+
+	"an older version":                {[]string{`"1"`}, false},
+	"a later version":                 {[]string{`"3"`}, false},
+	"other versions":                  {[]string{`"1", "3"`, `"4"`}, false},
+	"the weak version":                {[]string{`W/"2"`}, false},
+	"a list of weak versions":         {[]string{`W/"1", W/"2"`}, false},
+	"the version within a tag":        {[]string{`"1,2,3"`, `" 2 "`}, false},
+	"the version with a leading zero": {[]string{`"02"`}, false},
+	"the version with a sign":         {[]string{`"+2"`}, false},
+	"the version without quotes":      {[]string{`2`}, false},
+	"an open quote":                   {[]string{`"2`}, false},
+	"only the closing quote":          {[]string{`2"`}, false},
+	"the version and an open quote":   {[]string{`"2", "3`}, false},
+	"two tags without a comma":        {[]string{`"2" "3"`}, false},
+	"the version and a letter":        {[]string{`"2"x`}, false},
+	"a space in a tag":                {[]string{`"2", "a b"`}, false},
+	"a star in a list":                {[]string{`*, "2"`}, false},
+	"a star after a tag":              {[]string{`"2"`, `*`}, false},
+	"two stars":                       {[]string{`*`, `*`}, false},
+	"a weak tag in lower case":        {[]string{`w/"2", "2"`}, false},
+	"a weak tag with a space":         {[]string{`W/ "3", "2"`}, false},
+	"a number above 64 bits":          {[]string{`"18446744073709551618"`}, false}, // 2 in 64 bits
+	"an empty tag":                    {[]string{`""`}, false},
+	"only commas":                     {[]string{`,`}, false},
+}
+
+// TestIfMatch checks which values of If-Match allow a change.
+func TestIfMatch(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *service) {
+		s.createUser("John", "Doe")
+		s.do("PUT", "/users/1", `{"name": "Jane"}`)
+		for what, test := range ifMatchTests {
+			var headers []string
+			for _, line := range test.lines {
+				headers = append(headers, "If-Match: "+line)
+			}
+			methods, want := []string{"PUT", "PATCH"}, http.StatusOK // nothing changes
+			if !test.lists {
+				methods, want = append(methods, "DELETE"), http.StatusPreconditionFailed
+			}
+			for _, method := range methods {
+				a := s.do(method, "/users/1", `{"name": "Jane"}`, headers...)
+				if a.status != want {
+					t.Errorf("%s with %s: status %d, want %d: %s",
+						method, what, a.status, want, a.body)
+				}
+			}
+			a := s.do("PUT", "/users/9", `{"name": "Jane"}`, headers...)
+			if a.status != http.StatusNotFound {
+				t.Errorf("PUT /users/9 with %s: status %d, want 404", what, a.status)
+			}
+		}
+		// net/http's client does not send an empty header.
+		a := s.send("DELETE /users/1 HTTP/1.1\r\nHost: test\r\nIf-Match:\r\n\r\n")
+		if a.status != http.StatusPreconditionFailed {
+			t.Errorf("DELETE with an empty If-Match: status %d, want 412", a.status)
+		}
+
+		a = s.do("GET", "/users/1", "", `If-None-Match: "2"`)
+		if a.status != http.StatusNotModified {
+			t.Errorf("GET after refused changes: status %d, want 304: %s", a.status, a.body)
+		}
+		a = s.do("DELETE", "/users/9", "", `If-Match: "1"`)
+		if a.status != http.StatusNotFound {
+			t.Errorf("DELETE /users/9: status %d, want 404", a.status)
+		}
+		a = s.do("PUT", "/users/1", `{"name": "Jack"}`, `If-Match: "2"`)
+		if a.header.Get("ETag") != `"3"` {
+			t.Errorf("PUT of the current version: status %d, ETag %s, want \"3\": %s",
+				a.status, a.header.Get("ETag"), a.body)
+		}
+		a = s.do("DELETE", "/users/1", "", `If-Match: "2", "3"`)
+		if a.status != http.StatusOK {
+			t.Errorf("DELETE of the current version: status %d, want 200: %s", a.status, a.body)
+		}
+	})
+}
+
+// ifNoneMatchTests are values of If-None-Match.
+var ifNoneMatchTests = map[string]conditionTest{
+	"a star":               {[]string{`*`}, true},
+	"the version":          {[]string{`"2"`}, true},
+	"the weak version":     {[]string{`W/"2"`}, true},
+	"a list":               {[]string{`"1", W/"2"`}, true},
+	"several lines":        {[]string{`"a,b"`, `"2"`}, true},
+	"an older version":     {[]string{`"1"`}, false},
+	"other versions":       {[]string{`"1", W/"3"`, `"22"`}, false},
+	"the version unquoted": {[]string{`2`}, false},
+	"an open quote":        {[]string{`"2", "3`}, false},
+	"a star in a list":     {[]string{`*, "2"`}, false},
+	"W/ within a tag":      {[]string{`"W/2"`}, false},
+}
+
+// TestIfNoneMatch checks which values of If-None-Match are answered with 304.
+func TestIfNoneMatch(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *service) {
+		s.createUser("John", "Doe")
+		user := s.do("PUT", "/users/1", `{"name": "Jane"}`).body
+		for what, test := range ifNoneMatchTests {
+			var headers []string
+			for _, line := range test.lines {
+				headers = append(headers, "If-None-Match: "+line)
+			}
+			status, body := http.StatusOK, user
+			if test.lists {
+				status, body = http.StatusNotModified, ""
+			}
+			for method, body := range map[string]string{"GET": body, "HEAD": ""} {
+				a := s.do(method, "/users/1", "", headers...)
+				if a.status != status || a.body != body || a.header.Get("ETag") != `"2"` {
+					t.Errorf("%s with %s: status %d, ETag %s, want %d, \"2\": %s",
+						method, what, a.status, a.header.Get("ETag"), status, a.body)
+				}
+			}
+			if a := s.do("GET", "/users/9", "", headers...); a.status != http.StatusNotFound {
+				t.Errorf("GET /users/9 with %s: status %d, want 404", what, a.status)
+			}
+		}
+	})
+}
+
+// TestIgnoredConditions checks that If-Match and If-None-Match are ignored by the methods for which
+// they are not defined.
+func TestIgnoredConditions(t *testing.T) {
+	t.Parallel()
+	s := startService(t, memorySettings())
+	s.createUser("John", "Doe")
+	for _, test := range []struct {
+		method, path, body, header string
+		want                       int
+	}{
+		{"GET", "/users/1", "", `If-Match: "9"`, http.StatusOK},
+		{"HEAD", "/users/1", "", `If-Match: "9"`, http.StatusOK},
+		{"GET", "/users", "", `If-Match: "9"`, http.StatusOK},
+		{"POST", "/users", john, `If-Match: "9"`, http.StatusCreated},
+		{"GET", "/users", "", `If-None-Match: *`, http.StatusOK},
+		{"POST", "/users", john, `If-None-Match: *`, http.StatusCreated},
+		{"PUT", "/users/1", john, `If-None-Match: *`, http.StatusOK},
+		{"PATCH", "/users/1", john, `If-None-Match: *`, http.StatusOK},
+		{"DELETE", "/users/1", "", `If-None-Match: *`, http.StatusOK},
+	} {
+		if a := s.do(test.method, test.path, test.body, test.header); a.status != test.want {
+			t.Errorf("%s %s with %s: status %d, want %d: %s",
+				test.method, test.path, test.header, a.status, test.want, a.body)
+		}
+	}
+}
+
+// TestParseEntityTags checks the syntax of entity tags and their lists.
+func TestParseEntityTags(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		lines []string
+		want  []string
+	}{
+		{nil, nil},
+		{[]string{""}, nil},
+		{[]string{" ,\t, "}, nil},
+		{[]string{"*"}, []string{"*"}},
+		{[]string{" * "}, []string{"*"}},
+		{[]string{"*", "*"}, nil},
+		{[]string{"**"}, nil},
+		{[]string{`"*"`}, []string{`"*"`}},
+		{[]string{`""`}, []string{`""`}},
+		{[]string{`"a"`}, []string{`"a"`}},
+		{[]string{`W/"a"`}, []string{`W/"a"`}},
+		{[]string{`"a","b"`}, []string{`"a"`, `"b"`}},
+		{[]string{"\"a\"\t, ,\t\"b\""}, []string{`"a"`, `"b"`}},
+		{[]string{`"a", W/"b"`, `"c"`}, []string{`"a"`, `W/"b"`, `"c"`}},
+		{[]string{`"a,b", "c, W/"`}, nil}, // a tag has no spaces
+		{[]string{`"a,b", "c,W/"`}, []string{`"a,b"`, `"c,W/"`}},
+		{[]string{`"a\"`, `"b"`}, []string{`"a\"`, `"b"`}},
+		{[]string{"\"\xff\""}, []string{"\"\xff\""}}, // obs-text
+		{[]string{"\"\x7f\""}, nil},
+		{[]string{"\"\x01\""}, nil},
+		{[]string{`"a`}, nil},
+		{[]string{`"`}, nil},
+		{[]string{`a"`}, nil},
+		{[]string{`W/`}, nil},
+		{[]string{`W/a`}, nil},
+		{[]string{`W/*`}, nil},
+		{[]string{`W/W/"a"`}, nil},
+		{[]string{`w/"a"`}, nil},
+		{[]string{`W/ "a"`}, nil},
+		{[]string{`"a" "b"`}, nil},
+		{[]string{`"a"; "b"`}, nil},
+		{[]string{`"a"`, `b`}, nil},
+		{[]string{`"a"`, ``}, []string{`"a"`}},
+	} {
+		if got := parseEntityTags(test.lines); !slices.Equal(got, test.want) {
+			t.Errorf("parseEntityTags(%q) = %q, want %q", test.lines, got, test.want)
+		}
+	}
+}
+
+// FuzzEntityTags compares parseEntityTags, matchVersions and noneMatchFails with scanEntityTags, a
+// second implementation. Several lines are one list, and a tag that is appended to a list is in it.
+func FuzzEntityTags(f *testing.F) {
+	for _, line := range []string{
+		``, `*`, `"2"`, `W/"1", "2"`, `"a,b" ,, "c\"`, `"a" "b"`, `W/`, "\"\xff\"",
+		` , "2"	,`, `"02", "+2", "-2"`,
+		`*, "2"`, `"2", *`, `"2`, `w/"2"`, `W/ "2"`, `W/"2"W/"3"`,
+		`"", "2""3"`, `"9223372036854775808"`, "\"2\x7f\"",
+	} {
+		f.Add(line, `W/"1"`, int64(1))
+		f.Add(`"2"`, line, int64(math.MaxInt64))
+	}
+	f.Fuzz(func(t *testing.T, first, second string, version int64) {
+		field := first + "," + second
+		tags, any := scanEntityTags(field), strings.Trim(field, " \t,") == "*"
+		h := http.Header{"If-Match": {first, second}, "If-None-Match": {first, second}}
+		if got := parseEntityTags([]string{field}); !slices.Equal(got, tags) && !any {
+			t.Fatalf("parseEntityTags(%q) = %q, want %q", field, got, tags)
+		}
+		var want []int64
+		named := any
+		for _, tag := range tags {
+			n, err := strconv.ParseInt(strings.Trim(tag, `"`), 10, 64)
+			if err == nil && tag == fmt.Sprintf(`"%d"`, n) {
+				want = append(want, n)
+			}
+			named = named || strings.TrimPrefix(tag, "W/") == fmt.Sprintf(`"%d"`, version)
+		}
+		if got := matchVersions(h); !slices.Equal(got, want) || (got == nil) != any {
+			t.Errorf("If-Match %q, %q: versions %v, want %v", first, second, got, want)
+		}
+		if got := noneMatchFails(h, version); got != named {
+			t.Errorf("If-None-Match %q, %q: lists %d %t, want %t",
+				first, second, version, got, named)
+		}
+		h = http.Header{"If-Match": append(tags, entityTag(version))}
+		if got := matchVersions(h); !slices.Equal(got, append(want, version)) {
+			t.Errorf("%q: versions %v, want %v and %d", h, got, want, version)
+		}
+	})
+}
+
+// scanEntityTags parses a list of entity tags (RFC 9110, section 5.6.1) from left to right. It
+// returns nil if the list is not valid.
+func scanEntityTags(list string) (tags []string) {
+	for list = strings.TrimLeft(list, " \t,"); list != ""; {
+		weak := strings.HasPrefix(list, "W/")
+		opaque := strings.TrimPrefix(list, "W/")
+		end := strings.IndexByte(strings.TrimPrefix(opaque, `"`), '"')
+		if opaque == "" || opaque[0] != '"' || end < 0 {
+			return nil
+		}
+		opaque = opaque[:end+2]
+		for _, c := range []byte(opaque) {
+			if c <= ' ' || c == 0x7f {
+				return nil
+			}
+		}
+		tag := opaque
+		if weak {
+			tag = "W/" + opaque
+		}
+		tags = append(tags, tag)
+		list = strings.TrimLeft(list[len(tag):], " \t")
+		if list != "" && list[0] != ',' {
+			return nil
+		}
+		list = strings.TrimLeft(list, " \t,")
+	}
+	return tags
+}
+
+// page is a query of GET /users and the answer that it must have. links are the targets by
+// relation.
+type page struct {
+	query string
+	ids   []int64
+	tail  string // of the body, after the users
+	links map[string]string
+}
+
+// check requests the page with GET and HEAD.
+func (p page) check(t *testing.T, s *service) {
+	t.Helper()
+	a := s.do("GET", "/users"+p.query, "")
+	var list userList
+	if err := json.Unmarshal([]byte(a.body), &list); err != nil || a.status != http.StatusOK {
+		t.Errorf("%q: status %d, want 200 with a list: %v: %s", p.query, a.status, err, a.body)
+		return
+	}
+	var ids []int64
+	for _, u := range list.Users {
+		ids = append(ids, u.ID)
+	}
+	_, tail, isList := strings.Cut(a.body, "]")
+	if !isList || !slices.Equal(ids, p.ids) || strings.TrimSpace(tail) != p.tail {
+		t.Errorf("%q: users %v and %s, want %v and %s", p.query, ids, tail, p.ids, p.tail)
+	}
+	if got := links(t, a); fmt.Sprint(got) != fmt.Sprint(p.links) {
+		t.Errorf("%q: links\n%v, want\n%v", p.query, got, p.links)
+	}
+	head := s.do("HEAD", "/users"+p.query, "")
+	if head.status != a.status || head.header.Get("Link") != a.header.Get("Link") ||
+		head.body != "" {
+		t.Errorf("HEAD %q: status %d, Link %q, want those of GET, without a body: %s",
+			p.query, head.status, head.header.Get("Link"), head.body)
+	}
+}
+
+// linkPattern matches a link of the Link header. Its groups are the target and the relation.
+var linkPattern = regexp.MustCompile(`^<([^>]*)>; rel="([a-z]+)"$`)
+
+// links returns the targets in the Link header of an answer by relation.
+func links(t *testing.T, a answer) map[string]string {
+	t.Helper()
+	targets := make(map[string]string)
+	for _, field := range a.header["Link"] {
+		for link := range strings.SplitSeq(field, ", ") {
+			parts := linkPattern.FindStringSubmatch(link)
+			if parts == nil {
+				t.Errorf("malformed link %q", link)
+			} else if targets[parts[2]] != "" {
+				t.Errorf("two links with the relation %q", parts[2])
+			} else {
+				targets[parts[2]] = parts[1]
+			}
+		}
+	}
+	return targets
+}
+
+// TestListUsers checks the users, the members and the links of pages.
+func TestListUsers(t *testing.T) {
+	t.Parallel()
+	type targets = map[string]string
+	all := []int64{1, 2, 3, 5, 6, 7, 8}
+	pages := []page{
+		{"", all, `,"total":7,"page":1,"per_page":10,"next_after":null}`,
+			targets{"first": "/users?page=1", "last": "/users?page=1"}},
+		{"?", all, `,"total":7,"page":1,"per_page":10,"next_after":null}`,
+			targets{"first": "/users?page=1", "last": "/users?page=1"}},
+		{"/?per_page=7", all, `,"total":7,"page":1,"per_page":7,"next_after":null}`,
+			targets{"first": "/users?page=1&per_page=7", "last": "/users?page=1&per_page=7"}},
+		{"?per_page=6", all[:6], `,"total":7,"page":1,"per_page":6,"next_after":7}`,
+			targets{"first": "/users?page=1&per_page=6", "next": "/users?after=7&per_page=6",
+				"last": "/users?page=2&per_page=6"}},
+		{"?per_page=3&page=1", all[:3], `,"total":7,"page":1,"per_page":3,"next_after":3}`,
+			targets{"first": "/users?page=1&per_page=3", "next": "/users?after=3&per_page=3",
+				"last": "/users?page=3&per_page=3"}},
+		{"?p%61ge=2&per_page=3", all[3:6], `,"total":7,"page":2,"per_page":3,"next_after":7}`,
+			targets{"first": "/users?page=1&per_page=3", "prev": "/users?page=1&per_page=3",
+				"next": "/users?after=7&per_page=3", "last": "/users?page=3&per_page=3"}},
+		{"?page=3&per_page=3", all[6:], `,"total":7,"page":3,"per_page":3,"next_after":null}`,
+			targets{"first": "/users?page=1&per_page=3", "prev": "/users?page=2&per_page=3",
+				"last": "/users?page=3&per_page=3"}},
+		{"?page=4&per_page=3", nil, `,"total":7,"page":4,"per_page":3,"next_after":null}`,
+			targets{"first": "/users?page=1&per_page=3", "prev": "/users?page=3&per_page=3",
+				"last": "/users?page=3&per_page=3"}},
+		{"?page=50", nil, `,"total":7,"page":50,"per_page":10,"next_after":null}`,
+			targets{"first": "/users?page=1", "prev": "/users?page=1", "last": "/users?page=1"}},
+
+		{"?after=0", all, `,"total":7,"per_page":10,"next_after":null}`, targets{}},
+		{"?after=3&per_page=3", all[3:6], `,"total":7,"per_page":3,"next_after":7}`,
+			targets{"next": "/users?after=7&per_page=3"}},
+		{"?after=4&per_page=1", all[3:4], `,"total":7,"per_page":1,"next_after":5}`,
+			targets{"next": "/users?after=5&per_page=1"}},
+		{"?per_page=1&after=7", all[6:], `,"total":7,"per_page":1,"next_after":null}`, targets{}},
+		{"?after=8", nil, `,"total":7,"per_page":10,"next_after":null}`, targets{}},
+		{"?after=9223372036854775807", nil, `,"total":7,"per_page":10,"next_after":null}`,
+			targets{}},
+
+		// The last pages that do not skip too many users.
+		{"?page=100001&per_page=1", nil, `,"total":7,"page":100001,"per_page":1,"next_after":null}`,
+			targets{"first": "/users?page=1&per_page=1", "prev": "/users?page=7&per_page=1",
+				"last": "/users?page=7&per_page=1"}},
+		{"?page=1001&per_page=100", nil, `,"total":7,"page":1001,"per_page":100,"next_after":null}`,
+			targets{"first": "/users?page=1&per_page=100", "prev": "/users?page=1&per_page=100",
+				"last": "/users?page=1&per_page=100"}},
+		{"?page=14286&per_page=7", nil, `,"total":7,"page":14286,"per_page":7,"next_after":null}`,
+			targets{"first": "/users?page=1&per_page=7", "prev": "/users?page=1&per_page=7",
+				"last": "/users?page=1&per_page=7"}},
+	}
+	eachStore(t, func(t *testing.T, s *service) {
+		for range 8 {
+			s.createUser("John", "Doe")
+		}
+		s.do("DELETE", "/users/4", "")
+		for _, page := range pages {
+			page.check(t, s)
+		}
+	})
+}
+
+// TestListNoUsers checks the pages of an empty list.
+func TestListNoUsers(t *testing.T) {
+	t.Parallel()
+	type targets = map[string]string
+	eachStore(t, func(t *testing.T, s *service) {
+		for _, page := range []page{
+			{"", nil, `,"total":0,"page":1,"per_page":10,"next_after":null}`,
+				targets{"first": "/users?page=1", "last": "/users?page=1"}},
+			{"?page=3", nil, `,"total":0,"page":3,"per_page":10,"next_after":null}`,
+				targets{"first": "/users?page=1", "prev": "/users?page=1",
+					"last": "/users?page=1"}},
+			{"?after=0&per_page=5", nil, `,"total":0,"per_page":5,"next_after":null}`, targets{}},
+		} {
+			page.check(t, s)
+		}
+	})
+}
+
+// TestLastLink checks that there is a link to the last page only if that page does not skip too
+// many users.
+func TestLastLink(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		query string
+		total int64
+		last  string
+	}{
+		{"per_page=1", 100_001, "/users?page=100001&per_page=1"},
+		{"per_page=1", 100_002, ""},
+		{"per_page=100", 100_100, "/users?page=1001&per_page=100"},
+		{"per_page=100", 100_101, ""},
+	} {
+		q, err := parseListQuery(test.query)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a := answer{header: http.Header{"Link": {q.links(q.list([]User{}, test.total))}}}
+		if got := links(t, a)["last"]; got != test.last {
+			t.Errorf("%s of %d users: last %q, want %q", test.query, test.total, got, test.last)
+		}
+	}
+}
+
+// listQueries are seeds of FuzzListQuery.
+var listQueries = []string{
+	"", "page=1", "page=3&per_page=7", "per_page=100&page=1001",
+	"per_page=100&page=1002", "after=0",
+	"after=9223372036854775807", "after=9223372036854775808",
+	"page=9223372036854775807&per_page=1", "page=4611686018427387905&per_page=4",
+	"page=100001&per_page=1", "page=1&after=1", "p%61ge=%31",
+	"page=+1", "page=-1", "page=01", "page=1_0", "page=", "page", "page=1&page=1",
+	"PAGE=1&x=%00&%zz", "per_page=0", "per_page=101", "a;b", "page=%D9%A1", "&&",
+	"after=-0", "after=4&per_page=2&per_page=",
+}
+
+// FuzzListQuery compares parseListQuery with wantInvalid, and checks the links of a list of users
+// whose ids are even.
+func FuzzListQuery(f *testing.F) {
+	for _, query := range listQueries {
+		for _, total := range []uint32{0, 1, 10, 200_001} {
+			f.Add(query, total)
+		}
+	}
+	f.Fuzz(func(t *testing.T, query string, size uint32) {
+		q, err := parseListQuery(query)
+		invalid, parsed := wantInvalid(query)
+		if err != nil {
+			got := make(map[string]bool)
+			p, ok := err.(*problem)
+			if !ok || p.Status != http.StatusBadRequest || parsed != (len(p.Errors) > 0) {
+				t.Fatalf("%q: error %+v, want a 400 for %v", query, err, invalid)
+			}
+			for _, e := range p.Errors {
+				got[e.Parameter] = true
+			}
+			if !maps.Equal(got, invalid) || parsed && len(invalid) == 0 {
+				t.Errorf("%q: errors for %v, want %v", query, got, invalid)
+			}
+			return
+		}
+		if !parsed || len(invalid) > 0 {
+			t.Fatalf("%q: no error, want one for %v", query, invalid)
+		}
+		checkEvenList(t, query, q, int64(size%300_000))
+	})
+}
+
+// checkEvenList checks the page of a list of evenUsers and its links.
+func checkEvenList(t *testing.T, query string, q listQuery, total int64) {
+	t.Helper()
+	list := q.list(evenUsers(q, total), total)
+	if n := int64(len(list.Users)); n > q.perPage || q.offset() < 0 || q.offset() > 100_000 {
+		t.Fatalf("%q: %d users after an offset of %d", query, n, q.offset())
+	}
+	last := max(0, total-1)/q.perPage + 1 // the number of the last page
+	want := map[string]listQuery{}
+	if q.page > 0 {
+		want["first"] = listQuery{page: 1, perPage: q.perPage}
+		if (last-1)*q.perPage <= 100_000 {
+			want["last"] = listQuery{page: last, perPage: q.perPage}
+		}
+	}
+	if q.page > 1 {
+		want["prev"] = listQuery{page: min(q.page-1, last), perPage: q.perPage}
+	}
+	if n := len(list.Users); n > 0 && list.Users[n-1].ID < 2*total {
+		want["next"] = listQuery{after: list.Users[n-1].ID, perPage: q.perPage}
+	}
+	a := answer{header: http.Header{"Link": {q.links(list)}}}
+	if a.header.Get("Link") == "" {
+		a.header.Del("Link")
+	}
+	got := links(t, a)
+	for relation, target := range got {
+		linked, err := parseListQuery(strings.TrimPrefix(target, "/users?"))
+		linked.values = nil
+		if err != nil || !reflect.DeepEqual(linked, want[relation]) {
+			t.Errorf("%q of %d: link %s to %s (%v), want %+v",
+				query, total, relation, target, err, want[relation])
+		}
+	}
+	if len(got) != len(want) {
+		t.Errorf("%q of %d: links %v, want %v", query, total, got, want)
+	}
+}
+
+// evenUsers returns what a store of users with the even ids from 2 to 2*total returns for q.
+func evenUsers(q listQuery, total int64) []User {
+	users := []User{}
+	first := min(q.after, 2*total)/2 + q.offset()
+	for i := first; i < total && int64(len(users)) <= q.perPage; i++ {
+		users = append(users, User{ID: 2 * (i + 1)})
+	}
+	return users
+}
+
+// wantInvalid returns the parameters that must be refused. ok is false if the query is malformed.
+func wantInvalid(query string) (invalid map[string]bool, ok bool) {
+	values, err := url.ParseQuery(query)
+	if err != nil {
+		return nil, false
+	}
+	invalid = make(map[string]bool)
+	const maxInt64 = "9223372036854775807"
+	high := map[string]string{"page": maxInt64, "per_page": "100", "after": maxInt64}
+	number := map[string]*big.Int{"page": big.NewInt(1), "per_page": big.NewInt(10)}
+	for name, texts := range values {
+		limit, _ := new(big.Int).SetString(high[name], 10)
+		n, isNumber := new(big.Int).SetString(texts[0], 10)
+		if high[name] == "" || len(texts) > 1 || !isNumber ||
+			strings.Trim(texts[0], "0123456789") != "" ||
+			n.Cmp(limit) > 0 || name != "after" && n.Sign() == 0 {
+			invalid[name] = true
+		}
+		number[name] = n
+	}
+	skipped := new(big.Int)
+	if len(invalid) == 0 {
+		skipped.Mul(skipped.Sub(number["page"], big.NewInt(1)), number["per_page"])
+	}
+	switch {
+	case values.Has("page") && values.Has("after"):
+		invalid["after"] = true
+	case skipped.Cmp(big.NewInt(100_000)) > 0:
+		invalid["page"] = true
+	}
+	return invalid, true
+}
+
+// invalidQueries are queries of GET /users, and their invalid parameters.
+var invalidQueries = map[string][]string{
+	"page=0":                              {"page"},
+	"page=-1":                             {"page"},
+	"page=%2B1":                           {"page"},
+	"page=+1":                             {"page"}, // a space and a 1
+	"page=1e3":                            {"page"},
+	"page=1.0":                            {"page"},
+	"page=0x1":                            {"page"},
+	"page=1_0":                            {"page"},
+	"page=one":                            {"page"},
+	"page=%D9%A1":                         {"page"}, // an Arabic-Indic 1
+	"page=":                               {"page"},
+	"page":                                {"page"},
+	"page=1&page=1":                       {"page"},
+	"page=9223372036854775807":            {"page"},
+	"page=9223372036854775808":            {"page"},
+	"page=18446744073709551617":           {"page"},
+	"per_page=0":                          {"per_page"},
+	"per_page=101":                        {"per_page"},
+	"per_page=-5":                         {"per_page"},
+	"per_page=":                           {"per_page"},
+	"per_page=5&per_page=6":               {"per_page"},
+	"per_page=18446744073709551621":       {"per_page"},
+	"after=-1":                            {"after"},
+	"after=":                              {"after"},
+	"after=%2B0":                          {"after"},
+	"after=9223372036854775808":           {"after"},
+	"after=1&after=1":                     {"after"},
+	"page=1&after=0":                      {"after"},
+	"per_page=10&page=1&after=1":          {"after"},
+	"limit=5":                             {"limit"},
+	"Page=1":                              {"Page"},
+	"page[]=1":                            {"page[]"},
+	"limit=5&limit=6":                     {"limit"},
+	"page=0&per_page=0&x=&y=1":            {"page", "per_page", "x", "y"},
+	"after=x&per_page=101":                {"after", "per_page"},
+	"page=10002":                          {"page"}, // skips 100,010
+	"page=100002&per_page=1":              {"page"},
+	"page=1002&per_page=100":              {"page"},
+	"page=14287&per_page=7":               {"page"}, // skips 100,002
+	"page=4611686018427387905&per_page=4": {"page"}, // skips 2^64
+}
+
+// TestListErrors checks that the 400 names each invalid parameter of a list.
+func TestListErrors(t *testing.T) {
+	t.Parallel()
+	s := startService(t, memorySettings())
+	for query, want := range invalidQueries {
+		checkBadRequest(t, query, s.do("GET", "/users?"+query, ""), want...)
+	}
+	for _, query := range []string{"page=10002", "page=9223372036854775807"} {
+		if a := s.do("GET", "/users?"+query, ""); !strings.Contains(a.body, "use after") {
+			t.Errorf("%s: want a detail that recommends after: %s", query, a.body)
+		}
+	}
+	for _, query := range []string{
+		"%zz", "page=%", "page=1&per_page=%2", "page=1;per_page=2", "a;b",
+	} {
+		a := s.do("GET", "/users?"+query, "")
+		if a.status != http.StatusBadRequest ||
+			!strings.Contains(fmt.Sprint(a.json(t, "detail")), "query") {
+			t.Errorf("%s: status %d, want 400 with a detail about the query: %s",
+				query, a.status, a.body)
+		}
+	}
+}
+
+// TestIgnoredQuery checks that every route except the list ignores an invalid query.
+func TestIgnoredQuery(t *testing.T) {
+	t.Parallel()
+	s := startService(t, memorySettings())
+	const query = "?page=0&x=1&%zz;"
+	for _, test := range []struct {
+		method, path, body string
+		want               int
+	}{
+		{"POST", "/users", john, http.StatusCreated},
+		{"POST", "/users", "[]", http.StatusBadRequest},
+		{"GET", "/users/1", "", http.StatusOK},
+		{"PUT", "/users/1", john, http.StatusOK},
+		{"DELETE", "/users/1", "", http.StatusOK},
+		{"DELETE", "/users/1", "", http.StatusNotFound},
+		{"OPTIONS", "/users", "", http.StatusMethodNotAllowed},
+		{"GET", "/nothing", "", http.StatusNotFound},
+		{"GET", "/docs", "", http.StatusOK},
+		{"GET", "/openapi.json", "", http.StatusOK},
+		{"GET", "/healthz", "", http.StatusOK},
+		{"GET", "/readyz", "", http.StatusOK},
+		{"GET", "/metrics", "", http.StatusOK},
+	} {
+		if a := s.do(test.method, test.path+query, test.body); a.status != test.want {
+			t.Errorf("%s %s: status %d, want %d: %s",
+				test.method, test.path, a.status, test.want, a.body)
+		}
+	}
+}
+
+// TestIdempotencyKey checks when a POST with a key returns the first answer, and when it creates a user.
+func TestIdempotencyKey(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *service) {
+		first := s.do("POST", "/users", john, "Idempotency-Key: key-1")
+		s.do("PUT", "/users/1", `{"name": "Jane"}`)
+		for name, test := range map[string]struct {
+			body, key string
+			want      int
+		}{
+			"the same body": {body: john, key: "key-1", want: 201},
+			"a quoted key":  {body: john, key: `"key-1"`, want: 201},
+			"an equivalent body": {body: strings.Replace(john, ` "John"`, `"\u004aohn  "`, 1), key: "key-1",
+				want: 201},
+			"another name":    {body: strings.Replace(john, "John", "Jane", 1), key: "key-1", want: 422},
+			"another surname": {body: strings.Replace(john, "Doe", "Roe", 1), key: "key-1", want: 422},
+			"another password": {body: strings.Replace(john, secret, secret+"!", 1), key: "key-1",
+				want: 422},
+			"an invalid body": {body: `{}`, key: "key-1", want: 400},
+		} {
+			a := s.do("POST", "/users/", test.body, "Idempotency-Key: "+test.key)
+			if a.status != test.want {
+				t.Errorf("%s: got %d %s, want %d", name, a.status, a.body, test.want)
+			}
+			if test.want == 201 && (a.body != first.body || a.header.Get("Location") != "/users/1" ||
+				a.header.Get("ETag") != `"1"`) {
+				t.Errorf("%s: got %s with %v, want the first answer", name, a.body, a.header)
+			}
+		}
+		s.do("DELETE", "/users/1", "")
+		if a := s.do("POST", "/users", john, "Idempotency-Key: key-1"); a.body != first.body {
+			t.Errorf("after the user is deleted: got %d %s, want the first answer", a.status, a.body)
+		}
+		for i, headers := range [][]string{{}, {"Idempotency-Key: key-2"}, {"Idempotency-Key: KEY-1"}} {
+			a := s.do("POST", "/users", john, headers...)
+			if got := a.json(t, "id"); fmt.Sprint(got) != fmt.Sprint(i+2) {
+				t.Errorf("POST with %v: got id %v, want %d", headers, got, i+2)
+			}
+		}
+		if total := s.do("GET", "/users", "").json(t, "total"); total != 3.0 {
+			t.Errorf("total: got %v, want 3", total)
+		}
+	})
+}
+
+// TestParseIdempotencyKey checks which header lines are valid keys, and that keys of different callers
+// differ.
+func TestParseIdempotencyKey(t *testing.T) {
+	t.Parallel()
+	long := strings.Repeat("k", 255)
+	for name, test := range map[string]struct {
+		lines []string
+		want  string // "" if the key is invalid
+	}{
+		"a token":              {lines: []string{"8e03978e-40d5-43dd-bc93-6894a57f9324"}, want: "8e03978e-40d5-43dd-bc93-6894a57f9324"},
+		"a token with signs":   {lines: []string{"a/b+c=d;e,f"}, want: "a/b+c=d;e,f"},
+		"a string":             {lines: []string{`"a b"`}, want: "a b"},
+		"a string with quotes": {lines: []string{`"\"\\"`}, want: `"\`},
+		"the longest":          {lines: []string{long}, want: long},
+		"the longest string":   {lines: []string{`"` + long + `"`}, want: long},
+		"too long":             {lines: []string{long + "k"}},
+		"a string too long":    {lines: []string{`"k` + long + `"`}},
+		"empty":                {lines: []string{""}},
+		"an empty string":      {lines: []string{`""`}},
+		"an open string":       {lines: []string{`"a`}},
+		"an invalid escape":    {lines: []string{`"\n"`}},
+		"a space":              {lines: []string{"a b"}},
+		"text after a string":  {lines: []string{`"a";b`}},
+		"beyond ASCII":         {lines: []string{"clé"}},
+		"a control character":  {lines: []string{"\"a\tb\""}},
+		"two lines":            {lines: []string{"a", "a"}},
+	} {
+		got, err := idempotencyKey(map[string][]string{"Idempotency-Key": test.lines}, caller{})
+		if got != test.want || (err == nil) != (test.want != "") {
+			t.Errorf("%s: got %q, %v, want %q", name, got, err, test.want)
+		}
+	}
+	owned, err := idempotencyKey(map[string][]string{"Idempotency-Key": {"key"}}, caller{name: "shop"})
+	if owned != "shop\tkey" || err != nil {
+		t.Errorf("key of the caller shop: got %q, %v", owned, err)
+	}
+	if key, err := idempotencyKey(nil, caller{}); key != "" || err != nil {
+		t.Errorf("no header: got %q, %v, want no key and no error", key, err)
+	}
+}
+
+// TestIdempotencyKeyCheckedLast checks that an unsupported content type is reported before an invalid key.
+func TestIdempotencyKeyCheckedLast(t *testing.T) {
+	t.Parallel()
+	s := startService(t, memorySettings())
+	for want, headers := range map[int][]string{
+		415: {"Idempotency-Key: two words", "Content-Type: text/plain"},
+		400: {"Idempotency-Key: two words"},
+	} {
+		if a := s.do("POST", "/users", john, headers...); a.status != want {
+			t.Errorf("POST with %v: got %d %s, want %d", headers, a.status, a.body, want)
+		}
+	}
+}
+
+// TestIdempotencyKeyPerCaller checks that callers with different API keys can use the same Idempotency-Key.
+func TestIdempotencyKeyPerCaller(t *testing.T) {
+	t.Parallel()
+	for name, set := range map[string]func(*testing.T) settings{
+		"memory":   func(*testing.T) settings { return memorySettings() },
+		"postgres": postgresSettings,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			shop, shopKey := newTestKey(t, "shop", false)
+			crm, crmKey := newTestKey(t, "crm", false)
+			s := set(t)
+			s.apiKeys = []apiKey{shopKey, crmKey}
+			svc := startService(t, s)
+			jane := strings.Replace(john, "John", "Jane", 1)
+			for _, step := range []struct {
+				owner, key, body string
+				status           int
+				id               float64
+			}{
+				{owner: shop, key: "order-1", body: john, status: 201, id: 1},
+				{owner: crm, key: "order-1", body: john, status: 201, id: 2},
+				{owner: shop, key: "order-2", body: john, status: 201, id: 3},
+				{owner: crm, key: "order-2", body: jane, status: 201, id: 4},
+				{owner: shop, key: "order-1", body: john, status: 201, id: 1},
+				{owner: crm, key: "order-1", body: john, status: 201, id: 2},
+				{owner: crm, key: "order-2", body: john, status: 422},
+			} {
+				a := svc.do("POST", "/users", step.body, "Authorization: Bearer "+step.owner,
+					"Idempotency-Key: "+step.key)
+				if a.status != step.status || step.id > 0 && a.json(t, "id") != step.id {
+					t.Errorf("POST with %s: got %d %s, want %d with id %v", step.key, a.status, a.body,
+						step.status, step.id)
+				}
+			}
+		})
+	}
+}
+
+// TestIdempotencyKeyGuessing checks that repeated creations with other passwords count against the limit of
+// verifications, which allows another one every six seconds.
+func TestIdempotencyKeyGuessing(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *service) {
+		s.do("POST", "/users", john, "Idempotency-Key: key")
+		const most = 3 * maxVerifications
+		tries, a := 0, answer{status: 422}
+		for ; a.status == 422 && tries < most; tries++ {
+			body := strings.Replace(john, secret, fmt.Sprint(secret, tries), 1)
+			a = s.do("POST", "/users", body, "Idempotency-Key: key")
+		}
+		if a.status != 429 || a.header.Get("Retry-After") == "" || tries <= maxVerifications {
+			t.Errorf("after %d requests: got %d %s, want 429 after more than %d", tries, a.status, a.body,
+				maxVerifications)
+		}
+		for path, body := range map[string]string{
+			"/users":                   john,
+			"/users/1/password/verify": fmt.Sprintf(`{"password": %q}`, secret),
+		} {
+			status := 0
+			for n := 0; status != 429 && n < maxVerifications/2; n++ {
+				status = s.do("POST", path, body, "Idempotency-Key: key").status
+			}
+			if status != 429 {
+				t.Errorf("POST %s after too many verifications: got %d, want 429", path, status)
+			}
+		}
+		if a := s.do("POST", "/users", john, "Idempotency-Key: other"); a.status != 201 {
+			t.Errorf("POST with another key: got %d %s, want 201", a.status, a.body)
+		}
+	})
+}
+
+// TestIdempotencyKeyRace checks that concurrent requests with one key to two replicas create one user, and
+// that each answer 201 has that user.
+func TestIdempotencyKeyRace(t *testing.T) {
+	t.Parallel()
+	settings := postgresSettings(t)
+	replicas := []*service{startService(t, settings), startService(t, settings)}
+	for round := range 5 {
+		key := fmt.Sprint("Idempotency-Key: round-", round)
+		answers := make(chan answer, 12)
+		var group sync.WaitGroup
+		for i := range cap(answers) {
+			group.Go(func() { answers <- replicas[i%2].do("POST", "/users", john, key) })
+		}
+		group.Wait()
+		close(answers)
+		created := make(map[string]int)
+		for a := range answers {
+			switch a.status {
+			case 201:
+				created[a.body]++
+			case 409:
+			default:
+				t.Errorf("POST: got %d %s, want 201 or 409", a.status, a.body)
+			}
+		}
+		if len(created) != 1 {
+			t.Errorf("different answers 201: got %d, want 1", len(created))
+		}
+	}
+	if total := replicas[0].do("GET", "/users", "").json(t, "total"); total != 5.0 {
+		t.Errorf("users of 5 keys: got %v, want 5", total)
+	}
+}
+
+// TestIdempotencyKeyWhileRunning checks that a request is refused while another with its key is in
+// progress.
+func TestIdempotencyKeyWhileRunning(t *testing.T) {
+	t.Parallel()
+	settings := postgresSettings(t)
+	s, conn := startService(t, settings), connect(t, settings.databaseURL)
+	if _, err := conn.Exec(t.Context(), "BEGIN; LOCK TABLE users"); err != nil {
+		t.Fatal(err)
+	}
+	first := s.goDo("POST", "/users", john, "Idempotency-Key: key-1")
+	watcher := connect(t, settings.databaseURL)
+	eventually(t, "a statement that waits for the lock", func() bool {
+		return queryValue[bool](t, watcher, blockedHere)
+	})
+	if a := s.do("POST", "/users", john, "Idempotency-Key: key-1"); a.status != 409 {
+		t.Errorf("second request during the first: got %d %s, want 409", a.status, a.body)
+	}
+	if _, err := conn.Exec(t.Context(), "COMMIT"); err != nil {
+		t.Fatal(err)
+	}
+	if a := <-first; a.status != 201 {
+		t.Errorf("first request: got %d %s, want 201", a.status, a.body)
+	}
+	if a := s.do("POST", "/users", john, "Idempotency-Key: key-1"); a.status != 201 {
+		t.Errorf("third request after the first: got %d %s, want 201", a.status, a.body)
+	}
+}
+
+// TestPostgresKeyLifetime checks that a key expires after a day, and that a sweep deletes expired keys.
+func TestPostgresKeyLifetime(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s, conn := openTestPostgres(t, url), connect(t, url)
+	in := input("John", "Doe", "hash")
+	for _, key := range []string{"old-1", "old-2", "young"} {
+		if _, err := s.createUser(t.Context(), in, key); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, err := conn.Exec(t.Context(), `UPDATE idempotency_keys SET created_at = created_at
+		- interval '1 day' + interval '1 minute' * (key = 'young')::int`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := s.creationUnder(t.Context(), "old-1"); !errors.Is(err, errNotFound) {
+		t.Errorf("expired key: got %v, want errNotFound", err)
+	}
+	if u, hash, err := s.creationUnder(t.Context(), "young"); err != nil || u.ID != 3 || hash != "hash" {
+		t.Errorf("valid key: got %+v, %q, %v, want user 3", u, hash, err)
+	}
+	if u, err := s.createUser(t.Context(), in, "old-1"); err != nil || u.Version != 1 {
+		t.Errorf("createUser with an expired key: got %+v, %v, want a new user", u, err)
+	}
+	if _, err := s.createUser(t.Context(), in, "young"); !errors.Is(err, errKeyUsed) {
+		t.Errorf("createUser with a valid key: got %v, want errKeyUsed", err)
+	}
+	if n := len(allPending(t, s)); n != 4 {
+		t.Errorf("pending events: got %d, want 4", n)
+	}
+	if err := s.sweepKeys(t.Context()); err != nil {
+		t.Error(err)
+	}
+	const left = "SELECT string_agg(key, ' ' ORDER BY key) FROM idempotency_keys"
+	if got := queryValue[string](t, conn, left); got != "old-1 young" {
+		t.Errorf("keys after the sweep: got %q, want %q", got, "old-1 young")
+	}
+}
+
+// TestPostgresSweepsManyKeys checks a sweep of more pages than one statement reads, with expired and valid
+// keys.
+func TestPostgresSweepsManyKeys(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s, conn := openTestPostgres(t, url), connect(t, url)
+	execute(t, conn, `
+		INSERT INTO idempotency_keys (key, user_id, name, surname, password, created_at)
+		SELECT i, i, 'John', 'Doe', repeat('x', 100),
+			now() - interval '1 day' + CASE WHEN i % 100 = 0 THEN interval '1 minute' ELSE '0' END
+		FROM generate_series(1, 40000) AS i`)
+	pages := queryValue[int](t, conn, `SELECT pg_relation_size('idempotency_keys')
+		/ current_setting('block_size')::int`)
+	if pages <= keyPages {
+		t.Fatalf("%d pages, want more than the %d of one statement", pages, keyPages)
+	}
+	if err := s.sweepKeys(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	got := queryValue[string](t, conn, `SELECT count(*) || ' ' ||
+		count(*) FILTER (WHERE user_id % 100 = 0) FROM idempotency_keys`)
+	if got != "400 400" {
+		t.Errorf("keys after the sweep, and valid ones: got %s, want 400 400", got)
+	}
+}
+
+// TestMemoryKeyLifetime checks that a key of the memory store expires after keyLifetime.
+func TestMemoryKeyLifetime(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory()
+		in := input("John", "Doe", "hash")
+		for i, step := range []struct {
+			wait time.Duration
+			want error
+		}{
+			{wait: 0, want: nil},
+			{wait: keyLifetime - time.Second, want: errKeyUsed},
+			{wait: time.Second, want: nil},
+			{wait: 0, want: errKeyUsed},
+		} {
+			time.Sleep(step.wait)
+			if _, err := m.createUser(t.Context(), in, "key"); !errors.Is(err, step.want) {
+				t.Errorf("step %d: got %v, want %v", i, err, step.want)
+			}
+		}
+		if len(m.byKey) != 1 || len(m.keysByAge) != 1 || len(m.users) != 2 {
+			t.Errorf("got %d keys, %d entries by age, %d users, want 1, 1, 2", len(m.byKey), len(m.keysByAge),
+				len(m.users))
+		}
+	})
 }
