@@ -115,7 +115,7 @@ func TestDependabot(t *testing.T) {
 			updated[update.Ecosystem+" "+directory] = update.Schedule.Interval != ""
 		}
 	}
-	for _, want := range []string{"gomod /", "gomod /system", "docker /deploy", "github-actions /"} {
+	for _, want := range []string{"gomod /", "gomod /system", "docker /", "github-actions /"} {
 		if !updated[want] {
 			t.Errorf("%s is not updated", want)
 		}
