@@ -76,7 +76,7 @@ var template struct {
 
 // parallelTests is how many tests run at the same time: most of them wait for a server or a timeout,
 // so that one test a core would leave the machine idle. The flag -parallel overrides it.
-const parallelTests = 8
+const parallelTests = 12
 
 func TestMain(m *testing.M) {
 	flag.Parse()
