@@ -181,6 +181,9 @@ func (r *relay) session(ctx, work context.Context, onReady func()) error {
 		if n == relayRead {
 			continue
 		}
+		if n > 0 {
+			sleep(ctx, relayPause)
+		}
 		changed, pause := r.outbox.changed(), relayPoll
 		if !leads {
 			changed, pause = nil, leadInterval
