@@ -160,18 +160,26 @@ func machineLimits() limits {
 	return newLimits(runtime.GOMAXPROCS(0), memory)
 }
 
-// applyToRuntime sets what GOMEMLIMIT, GOGC and GOMAXPROCS do not. The heap is small, so garbage
-// may grow to four times its size before a collection. One thread more than cores lets the kernel
-// choose between hashing and requests: on a busy core, the Go scheduler lets a request wait for 10
-// ms.
-func (l limits) applyToRuntime() {
-	debug.SetMemoryLimit(l.memory)
+// heapFloor is how much garbage the smallest heap may collect, in bytes. Serving reads, the live
+// heap is 4 MiB, and the collector would run 16 times a second.
+const heapFloor = 16 << 20
+
+// applyToRuntime sets what GOMEMLIMIT, GOGC and GOMAXPROCS do not. The floor of the heap is a block
+// that is never touched, so that it takes no memory, but counts as live: raising GOGC instead would
+// let a large heap, of passwords being hashed, grow by as much again. One thread more than cores
+// lets the kernel choose between hashing and requests: on a busy core, the Go scheduler lets a
+// request wait for 10 ms. The caller keeps the floor alive while the service runs.
+func (l limits) applyToRuntime() (floor []byte) {
 	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(400)
+		floor = make([]byte, heapFloor)
+	}
+	if l.memory < math.MaxInt64 {
+		debug.SetMemoryLimit(l.memory + int64(len(floor)))
 	}
 	if os.Getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(l.cores + 1)
 	}
+	return floor
 }
 
 // cgroupMemory returns the lowest memory limit of this process's cgroup and its parents, in bytes,

@@ -63,8 +63,9 @@ func command(ctx context.Context, args []string, stdout io.Writer) int {
 	switch strings.Join(args, " ") {
 	case "":
 		machine := machineLimits()
-		machine.applyToRuntime()
+		floor := machine.applyToRuntime()
 		err = run(ctx, s, machine, out)
+		runtime.KeepAlive(floor)
 	case "healthcheck":
 		err = checkHealth(s)
 	default:
