@@ -178,21 +178,25 @@ func (r *relay) session(ctx, work context.Context, onReady func()) error {
 		if p.closed() {
 			return errBrokerGone
 		}
-		if n == relayRead {
-			continue
+		if n < relayRead {
+			r.wait(ctx, leads, n)
 		}
-		if n > 0 {
-			sleep(ctx, relayPause)
-		}
-		changed, pause := r.outbox.changed(), relayPoll
-		if !leads {
-			changed, pause = nil, leadInterval
-		}
-		select {
-		case <-ctx.Done():
-		case <-changed:
-		case <-time.After(pause):
-		}
+	}
+}
+
+// wait returns when there may be events to publish, or when it is time to try to lead.
+func (r *relay) wait(ctx context.Context, leads bool, published int) {
+	changed, pause := r.outbox.changed(), relayPoll
+	if !leads {
+		changed, pause = nil, leadInterval
+	}
+	if published > 0 {
+		sleep(ctx, relayPause)
+	}
+	select {
+	case <-ctx.Done():
+	case <-changed:
+	case <-time.After(pause):
 	}
 }
 

@@ -437,15 +437,15 @@ func settleOnce(ctx context.Context, deliveries []amqp.Delivery, handler message
 // number.
 func received(d amqp.Delivery, more <-chan amqp.Delivery) []amqp.Delivery {
 	deliveries := []amqp.Delivery{d}
-	for ok := true; ok; {
+	for {
 		select {
-		case d, ok = <-more:
-			if ok {
-				deliveries = append(deliveries, d)
+		case d, ok := <-more:
+			if !ok {
+				return deliveries
 			}
+			deliveries = append(deliveries, d)
 		default:
-			ok = false
+			return deliveries
 		}
 	}
-	return deliveries
 }
