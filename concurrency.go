@@ -1,7 +1,7 @@
 package main
 
-// This file owns the tools for goroutines: calls that share a batch, calls that wait in a queue, and
-// functions that run in the background.
+// This file owns the tools for goroutines: calls that share a batch, calls that wait in a queue,
+// and functions that run in the background.
 
 import (
 	"context"

@@ -76,7 +76,7 @@ const (
 	publishWait  = leaseTime * 2 / 3 // for the confirms of one window
 	relayPoll    = 100 * time.Millisecond
 	relayPause   = 10 * time.Millisecond // between two reads, so that events share their cost
-	relayRead    = 5000                  // events of one read, which skips the dead rows of earlier ones
+	relayRead    = 5000                  // events of one read, which has to skip dead rows
 	relayWindow  = 500                   // events in flight to the broker
 )
 

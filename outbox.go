@@ -155,7 +155,8 @@ func (s *postgres) sweepKeys(ctx context.Context) error {
 					AND ctid < format('(%s,0)', $2::int)::tid
 					AND created_at <= now() - make_interval(secs => $3)
 			)
-			SELECT pg_relation_size('idempotency_keys') / current_setting('block_size')::int`, page, page+keyPages, keyLifetime.Seconds())
+			SELECT pg_relation_size('idempotency_keys') / current_setting('block_size')::int`,
+			page, page+keyPages, keyLifetime.Seconds())
 		if err != nil {
 			return err
 		}

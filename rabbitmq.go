@@ -33,8 +33,8 @@ type rabbitMQ struct {
 }
 
 func newRabbitMQ(s settings, log *slog.Logger, set *metrics.Set) *rabbitMQ {
-	return &rabbitMQ{urls: splitHosts(s.rabbitURL), appName: s.appName, exchange: s.exchange, log: log,
-		returned: set.GetOrCreateCounter("events_returned_total")}
+	return &rabbitMQ{urls: splitHosts(s.rabbitURL), appName: s.appName, exchange: s.exchange,
+		log: log, returned: set.GetOrCreateCounter("events_returned_total")}
 }
 
 func (b *rabbitMQ) queue() string              { return b.exchange + ".consumer" }
@@ -99,9 +99,8 @@ func (b *rabbitMQ) dialHost(ctx context.Context, url, purpose string) (*rabbitCo
 	return c, nil
 }
 
-// disconnect closes the connection, in an orderly way if the broker answers within brokerGoodbye.
-// Close alone would wait for ever for a broker that has stopped reading, and CloseDeadline for as
-// long as it sends heartbeats.
+// disconnect closes the connection, in an orderly way if that takes at most brokerGoodbye. A broker
+// that does not read blocks Close, and one that sends heartbeats prolongs CloseDeadline.
 func (c *rabbitConn) disconnect() {
 	defer time.AfterFunc(brokerGoodbye, func() { _ = c.socket.Close() }).Stop()
 	_ = c.CloseDeadline(time.Now().Add(brokerGoodbye))

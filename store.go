@@ -67,8 +67,8 @@ func (u *User) scanInto() []any {
 	return []any{&u.ID, &u.Name, &u.Surname, &u.Version, &u.CreatedAt.Time, &u.UpdatedAt.Time}
 }
 
-// row runs a statement that returns at most one row, and scans it into dest. It fails as do, and with
-// errNotFound if there is no row.
+// row runs a statement that returns at most one row, and scans it into dest. It fails as do, and
+// with errNotFound if there is no row.
 func (s *postgres) row(ctx context.Context, what string, k kind, dest []any,
 	sql string, args ...any) error {
 	return s.do(ctx, what, k, func(ctx context.Context, db querier) error {
