@@ -26,6 +26,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/fstest"
 	"testing/synctest"
@@ -563,20 +564,20 @@ func TestHashLanesLimit(t *testing.T) {
 					want = test.mixed
 					h.traffic.otherDone.Store(time.Now().UnixNano())
 				}
-				working := 0
+				var working atomic.Int64
 				for range l.hashQueue {
 					go func() {
 						if leave, err := h.enter(context.Background()); err == nil {
-							working++
+							working.Add(1)
 							time.Sleep(time.Hour)
 							leave()
 						}
 					}()
 				}
 				synctest.Wait()
-				if working != want {
+				if int(working.Load()) != want {
 					t.Errorf("%d cores, mixed %t: %d concurrent hashes, want %d",
-						test.cores, mixed, working, want)
+						test.cores, mixed, working.Load(), want)
 				}
 				if _, err := h.enter(t.Context()); !errors.Is(err, errBusy) {
 					t.Errorf("%d cores, full queue: error %v, want errBusy", test.cores, err)
