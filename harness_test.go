@@ -336,8 +336,13 @@ func eachStore(t *testing.T, test func(t *testing.T, s *service)) {
 	})
 }
 
-// testLimits are the limits of a machine with two cores and no memory limit.
-var testLimits = newLimits(2, math.MaxInt64)
+// testLimits are the limits of a machine with two cores and no memory limit. Its hashes are cheap:
+// those of a real service would take most of the time of the tests.
+var testLimits = func() limits {
+	l := newLimits(2, math.MaxInt64)
+	l.hash = argonCost{memory: 64, passes: 1}
+	return l
+}()
 
 // testDependencies returns dependencies for newHandler in this process, without a broker.
 func testDependencies(s settings, users store, log *slog.Logger) dependencies {

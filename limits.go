@@ -122,7 +122,7 @@ const (
 )
 
 // hashMemory is what one password takes while it is hashed, in bytes.
-const hashMemory = argonMemory << 10
+const hashMemory = 7168 << 10
 
 // limits are the bounds that depend on the machine.
 type limits struct {
@@ -131,6 +131,7 @@ type limits struct {
 	requests  int   // in progress; more are answered 503
 	hashes    int   // at the same time
 	hashQueue int   // passwords that wait or are being hashed
+	hash      argonCost
 }
 
 // newLimits divides a machine. Requests may take half of the memory, each with a body and a stack.
@@ -144,6 +145,7 @@ func newLimits(cores int, memory int64) limits {
 		requests:  int(min(4096, max(memory/2/maxBodyBytes, 64))),
 		hashes:    hashes,
 		hashQueue: hashes * 64,
+		hash:      newHashCost,
 	}
 }
 

@@ -487,7 +487,7 @@ func TestNewLimits(t *testing.T) {
 		{2, 56 * mib, limits{requests: 448, hashes: 2, hashQueue: 128}},
 		{2, 8 * mib, limits{requests: 64, hashes: 1, hashQueue: 64}},
 	} {
-		test.want.cores, test.want.memory = test.cores, test.memory
+		test.want.cores, test.want.memory, test.want.hash = test.cores, test.memory, newHashCost
 		if got := newLimits(test.cores, test.memory); got != test.want {
 			t.Errorf("%d cores, %d MiB: got %+v, want %+v", test.cores, test.memory/mib, got, test.want)
 		}
@@ -827,9 +827,10 @@ func FuzzAppendJSON(f *testing.F) {
 	})
 }
 
-// phcFormat matches new hashes. Its groups are the salt and the key.
+// phcFormat matches new hashes, of a real service and of one with testLimits. Its groups are the salt
+// and the key.
 var phcFormat = regexp.MustCompile(
-	`^\$argon2id\$v=19\$m=7168,t=5,p=1\$([A-Za-z0-9+/]{22})\$([A-Za-z0-9+/]{43})$`)
+	`^\$argon2id\$v=19\$(?:m=7168,t=5|m=64,t=1),p=1\$([A-Za-z0-9+/]{22})\$([A-Za-z0-9+/]{43})$`)
 
 // verifies reports whether hash is the PHC string of exactly these bytes.
 func verifies(t *testing.T, hash, password string) bool {
@@ -842,12 +843,18 @@ func verifies(t *testing.T, hash, password string) bool {
 	if err != nil || len(salt) != 16 {
 		t.Fatalf("salt of %d bytes, want 16: %v", len(salt), err)
 	}
-	key := argon2.IDKey([]byte(password), salt, 5, 7168, 1, 32)
+	passes, memory := uint32(5), uint32(7168)
+	if strings.Contains(hash, "$m=64,t=1,") {
+		passes, memory = 1, 64
+	}
+	key := argon2.IDKey([]byte(password), salt, passes, memory, 1, 32)
 	return fields[2] == base64.RawStdEncoding.EncodeToString(key)
 }
 
-// newTestHasher returns a hasher with the limits of the tests.
-func newTestHasher() *hasher { return &hasher{newHashLanes(testLimits, &traffic{})} }
+// newTestHasher returns a hasher with the parameters of a real service.
+func newTestHasher() *hasher {
+	return &hasher{newHashLanes(testLimits, &traffic{}), newHashCost}
+}
 
 // mustHash returns a hash of password.
 func mustHash(t *testing.T, password string) string {
@@ -987,7 +994,11 @@ func TestPasswordHash(t *testing.T) {
 		"compatibility form": {"\ufb01" + secret, "fi" + secret, false},
 		"128 characters":     {strings.Repeat("𝄞", 128), strings.Repeat("𝄞", 128), true},
 	} {
-		if got := verifies(t, mustHash(t, test.password), test.verified); got != test.want {
+		hash := mustHash(t, test.password)
+		if !strings.HasPrefix(hash, "$argon2id$v=19$m=7168,t=5,p=1$") {
+			t.Errorf("%s: the parameters are not those of OWASP: %s", name, hash)
+		}
+		if got := verifies(t, hash, test.verified); got != test.want {
 			t.Errorf("%s: verified %t, want %t", name, got, test.want)
 		}
 	}

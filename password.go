@@ -19,11 +19,15 @@ import (
 	"golang.org/x/text/unicode/norm"
 )
 
-// The parameters of argon2id. OWASP's password storage cheat sheet lists several pairs of memory
-// and time as equally strong; this one is the cheapest.
+// argonCost is the memory in KiB, and the passes, that a new hash takes.
+type argonCost struct{ memory, passes uint32 }
+
+// newHashCost is the cheapest of the pairs that OWASP's password storage cheat sheet lists as equally
+// strong.
+var newHashCost = argonCost{memory: hashMemory >> 10, passes: 5}
+
+// The other parameters of argon2id.
 const (
-	argonMemory  = 7168 // KiB
-	argonTime    = 5
 	argonThreads = 1
 	argonSalt    = 16 // bytes
 	argonKey     = 32 // bytes
@@ -58,7 +62,10 @@ func newPasswordRule(minLength int, blocklist bool) fieldRule {
 }
 
 // hasher hashes and verifies passwords when hashLanes allow it: each takes a core and 7 MiB.
-type hasher struct{ lanes *hashLanes }
+type hasher struct {
+	lanes *hashLanes
+	cost  argonCost // of new hashes
+}
 
 // hash returns the PHC string of the NFC form of password. It fails with errBusy, or with the error
 // of ctx if the caller leaves before its turn.
@@ -71,19 +78,23 @@ func (h *hasher) hash(ctx context.Context, password string) (phc string, err err
 	salt := make([]byte, argonSalt)
 	rand.Read(salt) // never fails, see its documentation
 	key := argon2.IDKey(norm.NFC.Bytes([]byte(password)), salt,
-		argonTime, argonMemory, argonThreads, argonKey)
-	return phcPrefix + base64.RawStdEncoding.EncodeToString(salt) + "$" +
+		h.cost.passes, h.cost.memory, argonThreads, argonKey)
+	return h.cost.prefix() + base64.RawStdEncoding.EncodeToString(salt) + "$" +
 		base64.RawStdEncoding.EncodeToString(key), nil
 }
 
-var phcPrefix = fmt.Sprintf("$argon2id$v=%d$m=%d,t=%d,p=%d$",
-	argon2.Version, argonMemory, argonTime, argonThreads)
+// prefix returns the part of a PHC string that comes before the salt.
+func (c argonCost) prefix() string {
+	return fmt.Sprintf("$argon2id$v=%d$m=%d,t=%d,p=%d$", argon2.Version, c.memory, c.passes, argonThreads)
+}
 
-// decoyHash matches no password and takes as long to verify as a new hash.
-var decoyHash = phcPrefix + strings.Repeat("A", 22) + "$" + strings.Repeat("A", 43)
+// decoy returns a hash that matches no password and takes as long to verify as a new hash.
+func (h *hasher) decoy() string {
+	return h.cost.prefix() + strings.Repeat("A", 22) + "$" + strings.Repeat("A", 43)
+}
 
 // needsRehash reports whether phc has other parameters than a new hash.
-func needsRehash(phc string) bool { return !strings.HasPrefix(phc, phcPrefix) }
+func (h *hasher) needsRehash(phc string) bool { return !strings.HasPrefix(phc, h.cost.prefix()) }
 
 // errHash reports a stored hash that is malformed or too expensive to verify.
 var errHash = errors.New("the stored hash is malformed or too expensive to verify")

@@ -108,7 +108,7 @@ func newAPI(d dependencies, t *traffic) *api {
 	s := d.settings
 	return &api{
 		store:  d.store,
-		hasher: &hasher{newHashLanes(d.limits, t)},
+		hasher: &hasher{newHashLanes(d.limits, t), d.limits.hash},
 		log:    d.log,
 		rules: map[string]fieldRule{
 			"name":     checkName,
@@ -241,7 +241,7 @@ func (a *api) verifyPassword(w *response, r *http.Request, _ caller) error {
 func (a *api) verify(ctx context.Context, id int64, password string) (bool, error) {
 	hash, err := a.store.passwordHash(ctx, id)
 	if errors.Is(err, errNotFound) {
-		return a.hasher.verify(ctx, password, decoyHash)
+		return a.hasher.verify(ctx, password, a.hasher.decoy())
 	}
 	if err != nil {
 		return false, err
@@ -249,9 +249,9 @@ func (a *api) verify(ctx context.Context, id int64, password string) (bool, erro
 	valid, err := a.hasher.verify(ctx, password, hash)
 	if errors.Is(err, errHash) {
 		a.log.WarnContext(ctx, "Password hash unusable", "user_id", id, "error", err)
-		return a.hasher.verify(ctx, password, decoyHash)
+		return a.hasher.verify(ctx, password, a.hasher.decoy())
 	}
-	if valid && needsRehash(hash) {
+	if valid && a.hasher.needsRehash(hash) {
 		a.rehash(ctx, id, hash, password)
 	}
 	return valid, err
