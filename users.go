@@ -1,7 +1,7 @@
 package main
 
-// This file owns users: the type, the rules for its fields, the store's interface, and a handler
-// for each route, in the order of the routes.
+// This file owns users: the type, the rules for its fields, the store's interface, a handler for
+// each route in the order of the routes, and Idempotency-Key.
 
 import (
 	"context"
@@ -340,7 +340,7 @@ func (a *api) hashPassword(ctx context.Context, in *userInput) error {
 	return err
 }
 
-// What follows owns Idempotency-Key: the header, the answer to a repeated POST, and the lifetime of
+// The rest of the file owns Idempotency-Key: the header, the answer to a repeated POST, and the lifetime of
 // a key. Both stores keep a key together with the user that was created under it.
 
 const (
