@@ -340,8 +340,8 @@ func (a *api) hashPassword(ctx context.Context, in *userInput) error {
 	return err
 }
 
-// The rest of the file owns Idempotency-Key: the header, the answer to a repeated POST, and the lifetime of
-// a key. Both stores keep a key together with the user that was created under it.
+// The rest of the file owns Idempotency-Key: the header, the answer to a repeated POST, and the
+// lifetime of a key. Both stores keep a key together with the user that was created under it.
 
 const (
 	maxKeyLength = 255            // characters of a key
