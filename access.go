@@ -10,19 +10,19 @@ import (
 	"encoding/hex"
 	"fmt"
 	"math"
+	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
-
-	"golang.org/x/time/rate"
 )
 
-const maxClients = 20_000 // whose rate is remembered
+const maxClients = 100_000 // whose missing tokens a limiter remembers
 
 // access decides who may send requests, from where, and how often.
 type access struct {
@@ -31,14 +31,16 @@ type access struct {
 	proxies     []netip.Prefix   // whose X-Forwarded-For is trusted
 	origins     []string         // whose pages may use the API
 	crossOrigin *http.CrossOriginProtection
+	onlyLocal   bool // only this machine can connect, and needs no key
 }
 
 // newAccess returns the access rules of the settings, which loadSettings has validated.
 func newAccess(s settings) *access {
 	a := &access{keys: s.apiKeys, proxies: s.trustedProxies, origins: s.corsOrigins,
-		crossOrigin: http.NewCrossOriginProtection()}
+		crossOrigin: http.NewCrossOriginProtection(),
+		onlyLocal:   s.apiKeys == nil && !s.open && isLoopback(s.host)}
 	if s.rateLimit > 0 {
-		a.rates = newLimiter[string]("client", rate.Limit(s.rateLimit), int(math.Ceil(s.rateLimit)))
+		a.rates = newLimiter[string]("client", s.rateLimit, int(math.Ceil(s.rateLimit)))
 	}
 	for _, origin := range s.corsOrigins {
 		_ = a.crossOrigin.AddTrustedOrigin(origin) // loadSettings has tried it
@@ -54,22 +56,19 @@ var securityHeaders = http.Header{
 	"X-Content-Type-Options":  {"nosniff"},
 }
 
-// caller is who sent a request. The zero value is anonymous.
+// caller is who sent a request.
 type caller struct {
-	name     string // of the API key
+	client   string // distinguishes it from all other callers
+	name     string // of the API key; "" without one
 	readOnly bool
 }
 
-// limitRate takes a token of the caller, or of an anonymous caller's network. It fails with a 429.
-func (a *access) limitRate(h http.Header, r *http.Request, by caller) error {
+// limitRate takes a token of the caller. It fails with a 429.
+func (a *access) limitRate(h http.Header, by caller) error {
 	if a.rates == nil {
 		return nil
 	}
-	client := "key " + by.name
-	if by.name == "" {
-		client = a.clientNetwork(r)
-	}
-	return a.rates.admit(h, client)
+	return a.rates.admit(h, by.client)
 }
 
 // apiKey is an entry of API_KEYS. The key itself is not known, only its digest.
@@ -105,23 +104,24 @@ func newAPIKey(name string, readOnly bool) (key, setting string, err error) {
 	return key, setting, err
 }
 
-// identify returns the caller whose API key the header has, or the zero caller. It takes the same
-// time for every key, known or not.
-func (a *access) identify(h http.Header) (by caller) {
+// identify returns the caller of a request: the one whose API key it has, else an anonymous one of
+// its network. It takes the same time for every key, known or not.
+func (a *access) identify(r *http.Request) caller {
+	anonymous := caller{client: a.clientNetwork(r)}
 	if len(a.keys) == 0 {
-		return caller{}
+		return anonymous
 	}
 	var token string
-	if lines := h["Authorization"]; len(lines) == 1 {
+	if lines := r.Header["Authorization"]; len(lines) == 1 {
 		scheme, credentials, _ := strings.Cut(lines[0], " ")
 		if strings.EqualFold(scheme, "Bearer") {
 			token = strings.TrimLeft(credentials, " ")
 		}
 	}
-	digest := sha256.Sum256([]byte(token))
+	digest, by := sha256.Sum256([]byte(token)), anonymous
 	for _, key := range a.keys {
 		if subtle.ConstantTimeCompare(digest[:], key.digest[:]) == 1 {
-			by = caller{key.name, key.readOnly}
+			by = caller{"key " + key.name, key.name, key.readOnly}
 		}
 	}
 	return by
@@ -150,24 +150,23 @@ func (a *access) protect(routes []route) []route {
 }
 
 // clientNetwork returns the client's IPv4 address, or the /64 network of its IPv6 address, because
-// one client usually has all of it. It follows X-Forwarded-For as long as trusted proxies wrote it.
+// one client usually has all of it. It follows X-Forwarded-For, or Forwarded (RFC 7239), as long as
+// trusted proxies wrote it. If both are given and differ, the client wrote one of them, and the
+// proxy counts.
 func (a *access) clientNetwork(r *http.Request) string {
 	peer, err := netip.ParseAddrPort(r.RemoteAddr)
 	if err != nil {
 		return r.RemoteAddr
 	}
-	client := peer.Addr().Unmap()
-	hops := strings.Split(strings.Join(r.Header["X-Forwarded-For"], ","), ",")
-	for _, hop := range slices.Backward(hops) {
-		trusted := func(proxy netip.Prefix) bool { return proxy.Contains(client) }
-		if !slices.ContainsFunc(a.proxies, trusted) {
-			break
+	proxy := peer.Addr().Unmap()
+	client := a.follow(proxy, r.Header["X-Forwarded-For"], func(hop string) string { return hop })
+	if lines := r.Header["Forwarded"]; len(lines) > 0 {
+		forwarded := a.follow(proxy, lines, forParameter)
+		if r.Header["X-Forwarded-For"] == nil {
+			client = forwarded
+		} else if client != forwarded {
+			client = proxy
 		}
-		address, err := netip.ParseAddr(strings.TrimSpace(hop))
-		if err != nil {
-			break
-		}
-		client = address.Unmap().WithZone("")
 	}
 	if client.Is6() {
 		network, _ := client.Prefix(64)
@@ -176,12 +175,68 @@ func (a *access) clientNetwork(r *http.Request) string {
 	return client.String()
 }
 
+// follow returns the address that the last hops of a header lead to, beginning with peer. node
+// returns the address of an element of the header.
+func (a *access) follow(peer netip.Addr, lines []string, node func(string) string) netip.Addr {
+	for _, hop := range slices.Backward(strings.Split(strings.Join(lines, ","), ",")) {
+		trusted := func(proxy netip.Prefix) bool { return proxy.Contains(peer) }
+		if !slices.ContainsFunc(a.proxies, trusted) {
+			break
+		}
+		address, err := parseHop(node(hop))
+		if err != nil {
+			break
+		}
+		peer = address
+	}
+	return peer
+}
+
+var forPattern = regexp.MustCompile(`(?i)(?:^|;)\s*for="?([^";]*)`)
+
+// forParameter returns the parameter for of an element of Forwarded, or "".
+func forParameter(element string) string {
+	if match := forPattern.FindStringSubmatch(element); match != nil {
+		return match[1]
+	}
+	return ""
+}
+
+// parseHop reads an address as proxies write it: with or without brackets and port.
+func parseHop(text string) (netip.Addr, error) {
+	text = strings.TrimSpace(text)
+	hop, err := netip.ParseAddrPort(text)
+	address := hop.Addr()
+	if err != nil {
+		address, err = netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(text, "["), "]"))
+	}
+	return address.Unmap().WithZone(""), err
+}
+
 // parsePrefix reads a network, or an address as a network of one.
 func parsePrefix(text string) (netip.Prefix, error) {
 	if address, err := netip.ParseAddr(text); err == nil && address.Zone() == "" {
 		return netip.PrefixFrom(address, address.BitLen()), nil
 	}
 	return netip.ParsePrefix(text)
+}
+
+// isLocal reports whether a Host header names this machine.
+func isLocal(hostport string) bool {
+	host, _, err := net.SplitHostPort(hostport)
+	if err != nil { // no port
+		host = strings.TrimSuffix(strings.TrimPrefix(hostport, "["), "]")
+	}
+	host = strings.ToLower(strings.TrimSuffix(host, "."))
+	if host == "localhost" || strings.HasSuffix(host, ".localhost") {
+		return true
+	}
+	address, err := netip.ParseAddr(host)
+	if err == nil {
+		return address.Unmap().IsLoopback()
+	}
+	name, err := os.Hostname()
+	return err == nil && strings.EqualFold(host, name)
 }
 
 // The values of the CORS headers.
@@ -229,46 +284,67 @@ func parseOrigin(text string) (string, error) {
 	return text, http.NewCrossOriginProtection().AddTrustedOrigin(text)
 }
 
-// limiter gives each client tokens at a rate, up to a burst. It remembers the most recent clients;
-// a forgotten client starts with all tokens.
+// limiter gives each client tokens at a rate, up to a burst. It remembers every client that lacks
+// tokens: a client that it has forgotten has all of them. When maxClients lack tokens, all further
+// clients share the tokens of one.
 type limiter[K comparable] struct {
-	name  string     // of the policy, in the answer
-	rate  rate.Limit // per second
+	name  string        // of the policy, in the answer
+	every time.Duration // between two tokens of a client
 	burst int
 
-	mu      sync.Mutex
-	buckets recent[K, *rate.Limiter]
+	mu           sync.Mutex
+	newer, older map[K]time.Time // when a client will have all tokens
+	rotated      time.Time       // when newer became older
 }
 
-// newLimiter returns a limiter that gives each client r tokens per second, and burst tokens at the
-// start. name appears in the answers.
-func newLimiter[K comparable](name string, r rate.Limit, burst int) *limiter[K] {
-	return &limiter[K]{name: name, rate: r, burst: burst,
-		buckets: recent[K, *rate.Limiter]{max: maxClients}}
+// newLimiter returns a limiter that gives each client perSecond tokens per second, and burst tokens
+// at the start. name appears in the answers.
+func newLimiter[K comparable](name string, perSecond float64, burst int) *limiter[K] {
+	return &limiter[K]{name: name, burst: burst,
+		every: time.Duration(float64(time.Second) / perSecond)}
 }
 
 // admit takes a token of the client, or fails with a 429. It sets the headers of
 // draft-ietf-httpapi-ratelimit-headers, and Retry-After with the 429.
 func (l *limiter[K]) admit(h http.Header, client K) error {
-	now := time.Now()
-	l.mu.Lock()
-	bucket, ok := l.buckets.get(client)
-	if !ok {
-		bucket = rate.NewLimiter(l.rate, l.burst)
-	}
-	l.buckets.put(client, bucket)
-	allowed := bucket.AllowN(now, 1)
-	left := bucket.TokensAt(now)
-	l.mu.Unlock()
-
-	seconds := func(tokens float64) int { return int(math.Ceil(tokens / float64(l.rate))) }
-	burst := float64(l.burst)
-	h.Add("RateLimit-Policy", fmt.Sprintf(`%q;q=%d;w=%d`, l.name, l.burst, seconds(burst)))
-	h.Add("RateLimit", fmt.Sprintf(`%q;r=%d;t=%d`, l.name, int(max(left, 0)), seconds(burst-left)))
+	lack, allowed := l.take(client, 1)
+	full := time.Duration(l.burst) * l.every
+	left := max(int((full-lack)/l.every), 0)
+	h.Add("RateLimit-Policy", fmt.Sprintf(`%q;q=%d;w=%d`, l.name, l.burst, wholeSeconds(full)))
+	h.Add("RateLimit", fmt.Sprintf(`%q;r=%d;t=%d`, l.name, left, wholeSeconds(lack)))
 	if !allowed {
-		h.Set("Retry-After", strconv.Itoa(max(seconds(1-left), 1)))
+		h.Set("Retry-After", strconv.Itoa(max(wholeSeconds(lack+l.every-full), 1)))
 		return newProblem(http.StatusTooManyRequests,
 			"Too many requests; try again after Retry-After seconds")
 	}
 	return nil
 }
+
+// refund returns a token that admit took.
+func (l *limiter[K]) refund(client K) { l.take(client, -1) }
+
+// take takes n tokens of the client if it has them. lack is the time until the client will have all
+// tokens again.
+func (l *limiter[K]) take(client K, n int) (lack time.Duration, allowed bool) {
+	full := time.Duration(l.burst) * l.every
+	now := time.Now()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.newer == nil || now.Sub(l.rotated) > full { // all of older have all tokens
+		l.newer, l.older, l.rotated = make(map[K]time.Time), l.newer, now
+	}
+	known := func(k K) bool { return !l.newer[k].IsZero() || !l.older[k].IsZero() }
+	if len(l.newer)+len(l.older) >= maxClients && !known(client) {
+		client = *new(K)
+	}
+	lack = max(l.newer[client].Sub(now), l.older[client].Sub(now), 0)
+	next := max(lack+time.Duration(n)*l.every, 0)
+	if allowed = next <= full; allowed {
+		lack = next
+	}
+	l.newer[client] = now.Add(lack)
+	return lack, allowed
+}
+
+// wholeSeconds rounds up.
+func wholeSeconds(d time.Duration) int { return int(math.Ceil(d.Seconds())) }

@@ -126,27 +126,39 @@ func (g *Group[K, V]) serve(b *batch[K, V], shared int) {
 	b.values, b.err = g.run(ctx, b.keys)
 }
 
-// queues lets one call per key work at a time. Further calls with the key wait in the order in
+// queues lets a few calls per key work at a time. Further calls with the key wait in the order in
 // which they came.
 type queues[K comparable] struct {
+	atOnce int // calls of a key that work
+	most   int // calls of a key that work or wait
+
 	mu   sync.Mutex
 	keys map[K]*queue
 }
 
 // queue is the calls of one key. queues.mu protects calls.
 type queue struct {
-	turn  lane // of one slot
-	calls int  // waiting or working
+	turn  lane
+	calls int // waiting or working
 }
 
-// enter waits for the turn of a call with key until ctx ends, and fails with the cause of that. The
-// caller calls leave in any case.
+// newQueues returns empty queues.
+func newQueues[K comparable](atOnce, most int) *queues[K] {
+	return &queues[K]{atOnce: atOnce, most: most, keys: make(map[K]*queue)}
+}
+
+// enter waits for the turn of a call with key until ctx ends, and fails with the cause of that. It
+// fails with errBusy if too many wait. The caller calls leave in any case.
 func (q *queues[K]) enter(ctx context.Context, key K) (leave func(), err error) {
 	q.mu.Lock()
 	own := q.keys[key]
 	if own == nil {
-		own = &queue{turn: lane{slots(1)}}
+		own = &queue{turn: lane{slots(q.atOnce)}}
 		q.keys[key] = own
+	}
+	if own.calls >= q.most {
+		q.mu.Unlock()
+		return func() {}, errBusy
 	}
 	own.calls++
 	q.mu.Unlock()

@@ -104,6 +104,9 @@ var remedies = map[string]string{
 	"42501": "the role must own its database or be granted CREATE on its schema",
 }
 
+// errReadOnly reports that the database takes no writes.
+var errReadOnly = errors.New("the database takes no writes; it may be a standby")
+
 // errSchema reports that the server refused a step of schema.sql.
 var errSchema = errors.New("the schema cannot be applied")
 
@@ -259,21 +262,14 @@ func (s *postgres) close() {
 	start(func(context.Context) { s.pool.Close() })(closeWait)
 }
 
-// ready reports whether the database can take a write.
-func (s *postgres) ready(ctx context.Context) state {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readyBudget)
-	defer cancel()
-	var readOnly bool
-	err := s.row(ctx, "checking", s.probe, []any{&readOnly}, `
-		SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::bool`)
-	switch {
-	case err != nil:
-		return stateDown
-	case readOnly:
-		s.pool.Reset() // new connections may reach the new primary
-		return stateReadOnly
+// resetPool replaces the connections, because new ones may reach the new primary after a failover.
+// It does so once per resetInterval at most, so that failing requests do not make connection after
+// connection.
+func (s *postgres) resetPool() {
+	now, last := time.Now().UnixNano(), s.reset.Load()
+	if now-last > int64(resetInterval) && s.reset.CompareAndSwap(last, now) {
+		s.pool.Reset()
 	}
-	return stateUp
 }
 
 // querier is a connection or a transaction.
@@ -363,7 +359,7 @@ func (s *postgres) try(ctx context.Context, k kind, f statement) (err error, aga
 	}
 	lost := conn.Conn().IsClosed()
 	if lost || sqlState(err) == "25006" { // the other connections have the same age; new ones may
-		s.pool.Reset() // reach the new primary
+		s.resetPool() // reach the new primary
 	}
 	harmless := k.idempotent || changedNothing(err, lost)
 	return sentinel(err, lost, harmless), harmless && (lost || isPassing(err))

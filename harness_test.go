@@ -312,7 +312,7 @@ type service struct {
 
 // memorySettings returns settings for a service without PostgreSQL and RabbitMQ, on a free port.
 func memorySettings() settings {
-	return settings{appName: "test", host: "127.0.0.1", passwordMinLength: 8,
+	return settings{appName: "test", host: "127.0.0.1", open: true, passwordMinLength: 8,
 		logLevel: slog.LevelDebug, exchange: "none"}
 }
 
@@ -375,7 +375,7 @@ func (s faultyStore) passwordHash(context.Context, int64) (string, error)       
 func (s faultyStore) rehashPassword(context.Context, int64, string, string) error { return s.err }
 func (s faultyStore) deleteUser(context.Context, int64, []int64) error            { return s.err }
 func (s faultyStore) size(context.Context) (int64, time.Duration, error)          { return 0, 0, s.err }
-func (s faultyStore) ready(context.Context) state                                 { return s.state }
+func (s faultyStore) ready() state                                                { return s.state }
 
 // serveInProcess returns a service whose requests go to h directly, without a connection. Clients have
 // the address 192.0.2.1. It works in a synctest bubble.
@@ -523,7 +523,8 @@ func (s *service) checkAnswer(method, path string, a answer) {
 	}
 	instance, _, _ := strings.Cut(path, "?")
 	if p.Type != "about:blank" || p.Title != http.StatusText(a.status) || p.Status != a.status ||
-		p.Detail == "" || p.TraceID != id || p.Instance != instance {
+		p.Detail == "" || p.TraceID != id ||
+		p.Instance != instance && (len(path) < maxLogged || !strings.HasPrefix(path, p.Instance)) {
 		s.t.Errorf("%s %s: status %d with the wrong problem document: %s", method, path, a.status, a.body)
 	}
 	if a.status == http.StatusServiceUnavailable && a.header.Get("Retry-After") == "" {

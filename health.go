@@ -45,7 +45,7 @@ func (h *health) ready(w *response, r *http.Request, _ caller) error {
 		Status   string `json:"status"`
 		Database state  `json:"database"`
 		RabbitMQ state  `json:"rabbitmq"`
-	}{"ready", h.store.ready(r.Context()), h.broker.state()}
+	}{"ready", h.store.ready(), h.broker.state()}
 	if h.draining.Load() || answer.Database == stateDown || answer.Database == stateReadOnly {
 		answer.Status = "not ready"
 		w.Header().Set("Retry-After", retryAfter)

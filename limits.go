@@ -33,7 +33,7 @@ const (
 	batchBudget     = requestBudget * 3 / 5  // a shared statement; another one may follow
 	connectBudget   = requestBudget * 2 / 5  // connecting to one database host
 	allHostsBudget  = requestBudget * 3 / 5  // connecting to one of several hosts
-	readyBudget     = requestBudget * 2 / 5  // /readyz follows the database within 3 s
+	readyBudget     = requestBudget * 2 / 5  // a check of the database
 	hashWait        = requestBudget / 5      // a password's wait for its turn
 	cancelBudget    = requestBudget / 10     // the answer to a cancel request
 )
@@ -43,9 +43,16 @@ const (
 	readHeaderTimeout = 3 * time.Second
 	readTimeout       = 2 * requestBudget           // a slow client may send for this long
 	writeTimeout      = readTimeout + requestBudget // and then its budget
-	idleTimeout       = 60 * time.Second
+	idleTimeout       = 90 * time.Second            // load balancers keep connections for 60 s
 	maxHeaderBytes    = 8 << 10
 	maxBodyBytes      = 64 << 10
+)
+
+// Checks of the database. /readyz follows it within readyInterval + readyBudget, which is less than
+// 3 s.
+const (
+	readyInterval = requestBudget / 10 // between two checks
+	resetInterval = requestBudget / 5  // between two replacements of all connections
 )
 
 // The phases of a stop, in order. Together they take less than stopBudget.
@@ -121,31 +128,41 @@ const (
 	writesAlone, writeBatches = 2, 2
 )
 
-// hashMemory is what one password takes while it is hashed, in bytes.
-const hashMemory = 7168 << 10
+// What one of each takes, in bytes.
+const (
+	hashMemory       = 7168 << 10 // a password that is being hashed
+	connectionMemory = 32 << 10
+	requestMemory    = 32 << 10
+	smallBody        = 4 << 10  // counts as part of the request
+	sendBuffer       = 32 << 10 // of a connection, which Linux doubles
+)
 
 // limits are the bounds that depend on the machine.
 type limits struct {
-	cores     int
-	memory    int64 // bytes for the Go runtime; math.MaxInt64 is no limit
-	requests  int   // in progress; more are answered 503
-	hashes    int   // at the same time
-	hashQueue int   // passwords that wait or are being hashed
-	hash      argonCost
+	cores       int
+	memory      int64 // bytes for the Go runtime; math.MaxInt64 is no limit
+	connections int
+	requests    int   // in progress; more are answered 503
+	bodies      int64 // bytes of the large bodies in progress
+	hashes      int   // at the same time
+	hashQueue   int   // passwords of one client that wait or are being hashed
+	hash        argonCost
 }
 
-// newLimits divides a machine. Requests may take half of the memory, each with a body and a stack.
-// Passwords may take a quarter of it. More may wait than can be hashed within hashWait on a slow
-// core.
+// newLimits divides a machine. Connections, passwords and requests may each take a quarter of the
+// memory: a connection with its buffers and stack, and a request with a small body, while large
+// bodies share an eighth. More passwords may wait than can be hashed within hashWait on a slow core.
 func newLimits(cores int, memory int64) limits {
 	hashes := int(min(int64(cores), max(memory/4/hashMemory, 1)))
 	return limits{
-		cores:     cores,
-		memory:    memory,
-		requests:  int(min(4096, max(memory/2/maxBodyBytes, 64))),
-		hashes:    hashes,
-		hashQueue: hashes * 64,
-		hash:      newHashCost,
+		cores:       cores,
+		memory:      memory,
+		connections: int(min(8192, max(memory/4/connectionMemory, 256))),
+		requests:    int(min(4096, max(memory/4/requestMemory, 64))),
+		bodies:      min(16<<20, max(memory/8, maxBodyBytes)),
+		hashes:      hashes,
+		hashQueue:   hashes * 64,
+		hash:        newHashCost,
 	}
 }
 
@@ -257,13 +274,16 @@ func (t *traffic) isMixed() bool {
 	return time.Since(time.Unix(0, t.otherDone.Load())) < mixedFor
 }
 
-// errBusy reports that more passwords wait than can be hashed within hashWait.
-var errBusy = errors.New("too many passwords to hash")
+// errBusy reports that more calls wait than can be served in time.
+var errBusy = errors.New("too many calls are waiting")
 
-// hashLanes decides when a password is hashed.
+// hashLanes decides when a password is hashed. Each client has a queue of its own, from which no
+// more passwords come at a time than can be hashed: so clients take turns, however many passwords
+// one of them sends.
 type hashLanes struct {
 	traffic      *traffic
-	queue        *semaphore.Weighted
+	clients      *queues[string]
+	waiting      atomic.Int64 // or being hashed
 	alone, mixed lane
 }
 
@@ -274,29 +294,39 @@ func newHashLanes(l limits, t *traffic) *hashLanes {
 	cores := semaphore.NewWeighted(max(n*(n-1), 1))
 	return &hashLanes{
 		traffic: t,
-		queue:   semaphore.NewWeighted(int64(l.hashQueue)),
+		clients: newQueues[string](l.hashes, l.hashQueue),
 		alone:   lane{{cores, max(n-1, 1)}},
 		mixed:   lane{{cores, max(min(n, n*(n-1)), 1)}},
 	}
 }
 
-// enter waits for the turn of a password. It fails with errBusy, or with the error of ctx when the
-// caller leaves.
-func (h *hashLanes) enter(ctx context.Context) (leave func(), err error) {
-	if !h.queue.TryAcquire(1) {
-		return nil, errBusy
-	}
+// enter waits for the turn of a client's password. It fails with errBusy, or with the error of ctx
+// when the caller leaves.
+func (h *hashLanes) enter(ctx context.Context, client string) (leave func(), err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, hashWait, errBusy)
 	defer cancel()
+	h.waiting.Add(1)
+	leaveQueue, err := h.clients.enter(ctx, client)
 	turn := h.alone
 	if h.traffic.isMixed() {
 		turn = h.mixed
 	}
-	if err := turn.enter(ctx); err != nil {
-		h.queue.Release(1)
+	if err == nil {
+		err = turn.enter(ctx)
+	}
+	if err != nil {
+		turn = nil
+	}
+	leave = func() {
+		turn.leave()
+		leaveQueue()
+		h.waiting.Add(-1)
+	}
+	if err != nil {
+		leave()
 		return nil, err
 	}
-	return func() { turn.leave(); h.queue.Release(1) }, nil
+	return leave, nil
 }
 
 // recent is a map that keeps the entries put last: at least max/2 of them, and at most max. It is

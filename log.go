@@ -56,12 +56,12 @@ func (h *logHandler) Handle(ctx context.Context, r slog.Record) error {
 	return h.out.writeLine(append(line, "}\n"...), r.Level >= slog.LevelWarn)
 }
 
-// logInfo logs an event at the given time. The methods of slog.Logger would look up the source
-// line, which is never shown.
-func logInfo(ctx context.Context, log *slog.Logger, at time.Time, event string,
+// logAt logs an event at the given time. The methods of slog.Logger would look up the source line,
+// which is never shown.
+func logAt(ctx context.Context, log *slog.Logger, level slog.Level, at time.Time, event string,
 	attrs ...slog.Attr) {
-	if log.Enabled(ctx, slog.LevelInfo) {
-		r := slog.NewRecord(at, slog.LevelInfo, event, 0)
+	if log.Enabled(ctx, level) {
+		r := slog.NewRecord(at, level, event, 0)
 		r.AddAttrs(attrs...)
 		_ = log.Handler().Handle(ctx, r)
 	}

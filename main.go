@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	stdlog "log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -120,7 +121,10 @@ func version() string {
 type store interface {
 	userStore
 	outbox
-	ready(context.Context) state
+	// ready returns the state of the database.
+	ready() state
+	// watch keeps ready up to date until ctx ends.
+	watch(ctx context.Context)
 	// maintain keeps the tables small until ctx ends.
 	maintain(ctx context.Context)
 	close()
@@ -146,17 +150,17 @@ func run(ctx context.Context, s settings, machine limits, out *logWriter) error 
 	}
 	draining := &atomic.Bool{}
 	handler := newHandler(dependencies{s, machine, store, broker, log, set, draining})
-	server := newHTTPServer(handler, log)
+	server := newHTTPServer(handler, machine, log)
 
 	listener, err := net.Listen("tcp", net.JoinHostPort(s.host, strconv.Itoa(s.port)))
 	if err != nil {
 		return fmt.Errorf("listening on HOST and PORT: %w", err)
 	}
 	stopConsumer := start(func(ctx context.Context) { consumer.run(ctx, broker) })
-	stopUpkeep := start(store.maintain)
+	stopWatch, stopUpkeep := start(store.watch), start(store.maintain)
 	stopRelay := start(newRelay(store, broker, log, set).run)
 	served := make(chan error, 1)
-	go func() { served <- server.Serve(listener) }()
+	go func() { served <- server.Serve(limitedListener{listener, server}) }()
 	address := listener.Addr().(*net.TCPAddr)
 	log.Info("Service started", "app", s.appName, "version", version(), "host", s.host,
 		"port", address.Port, "docs", docsURL(s.host, address.Port))
@@ -170,6 +174,7 @@ func run(ctx context.Context, s settings, machine limits, out *logWriter) error 
 		time.Sleep(s.shutdownDelay)
 		err = server.shutDown(listener)
 	}
+	stopWatch(0)
 	stopUpkeep(0)
 	stopRelay(relayDrain + resignWait)
 	stopConsumer(drainConsumer)
@@ -240,16 +245,17 @@ func newMetrics() *metrics.Set {
 	return set
 }
 
-// httpServer is an http.Server that counts its connections.
+// httpServer is an http.Server that limits its connections.
 type httpServer struct {
 	http.Server
-	open atomic.Int64
+	most     int64
+	open     atomic.Int64
+	stopping atomic.Bool
 }
 
-// newHTTPServer returns a server with timeouts, for which zero would mean no limit. Errors of
-// single connections are logged at DEBUG.
-func newHTTPServer(h http.Handler, log *slog.Logger) *httpServer {
-	s := &httpServer{Server: http.Server{
+// newHTTPServer returns a server with timeouts, for which zero would mean no limit.
+func newHTTPServer(h http.Handler, l limits, log *slog.Logger) *httpServer {
+	s := &httpServer{most: int64(l.connections), Server: http.Server{
 		Handler:                      h,
 		ReadHeaderTimeout:            readHeaderTimeout,
 		ReadTimeout:                  readTimeout,
@@ -257,7 +263,7 @@ func newHTTPServer(h http.Handler, log *slog.Logger) *httpServer {
 		IdleTimeout:                  idleTimeout,
 		MaxHeaderBytes:               maxHeaderBytes,
 		DisableGeneralOptionsHandler: true,
-		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		ErrorLog:                     stdlog.New(serverErrors{log, newLimiter[string]("", 0.1, 4)}, "", 0),
 	}}
 	s.ConnState = func(_ net.Conn, state http.ConnState) {
 		switch state {
@@ -270,10 +276,56 @@ func newHTTPServer(h http.Handler, log *slog.Logger) *httpServer {
 	return s
 }
 
+// serverErrors logs what net/http reports: that it cannot accept connections, such as for lack of
+// file descriptors, a few times a minute at WARN, and errors of single connections at DEBUG.
+type serverErrors struct {
+	log   *slog.Logger
+	rates *limiter[string]
+}
+
+// Write implements io.Writer.
+func (e serverErrors) Write(line []byte) (int, error) {
+	text, level := strings.TrimSpace(string(line)), slog.LevelDebug
+	if strings.HasPrefix(text, "http: Accept error") {
+		if _, allowed := e.rates.take("", 1); allowed {
+			level = slog.LevelWarn
+		}
+	}
+	e.log.Log(context.Background(), level, "HTTP server error", "error", text)
+	return len(line), nil
+}
+
+// limitedListener accepts a connection when the server has room for it.
+type limitedListener struct {
+	net.Listener
+	server *httpServer
+}
+
+// Accept closes the idle connections if there are too many, and then waits until requests end. The
+// kernel holds at most twice sendBuffer of an answer that its client does not read.
+func (l limitedListener) Accept() (net.Conn, error) {
+	if l.server.isFull() {
+		l.server.SetKeepAlivesEnabled(false)
+		for l.server.isFull() {
+			time.Sleep(10 * time.Millisecond)
+		}
+		l.server.SetKeepAlivesEnabled(true)
+	}
+	conn, err := l.Listener.Accept()
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		_ = tcp.SetWriteBuffer(sendBuffer) // else it stays larger
+	}
+	return conn, err
+}
+
+// isFull reports whether another connection would be too many, unless the server is stopping.
+func (s *httpServer) isFull() bool { return s.open.Load() >= s.most && !s.stopping.Load() }
+
 // shutDown closes the listener, lets requests in progress finish, and closes what takes too long.
 // It does not close an idle connection at once, because its client may be sending a request: that
 // request's answer tells the client to close the connection.
 func (s *httpServer) shutDown(listener net.Listener) error {
+	s.stopping.Store(true)
 	_ = listener.Close()
 	for end := time.Now().Add(drainIdle); s.open.Load() > 0 && time.Now().Before(end); {
 		time.Sleep(10 * time.Millisecond)

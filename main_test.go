@@ -4,6 +4,7 @@ package main
 // and benchmarks of single functions.
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/base64"
@@ -27,6 +28,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/fstest"
 	"testing/synctest"
@@ -84,6 +86,146 @@ func (l lateListener) Accept() (net.Conn, error) {
 	return conn, err
 }
 
+// listenLocally serves a handler with a limit on connections, and returns the address.
+func listenLocally(t *testing.T, h http.Handler, connections int) (*httpServer, string) {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := testLimits
+	l.connections = connections
+	s := newHTTPServer(h, l, slog.New(slog.DiscardHandler))
+	served := make(chan error, 1)
+	go func() { served <- s.Serve(limitedListener{listener, s}) }()
+	t.Cleanup(func() {
+		if err := s.shutDown(listener); err != nil {
+			t.Error(err)
+		}
+		<-served
+	})
+	return s, listener.Addr().String()
+}
+
+// get sends a request on a new connection, and returns the connection and the status line.
+func get(t *testing.T, address string) (net.Conn, string) {
+	t.Helper()
+	conn, err := net.Dial("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(20 * time.Second))
+	fmt.Fprint(conn, "GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+	line, _ := bufio.NewReader(conn).ReadString('\n')
+	return conn, line
+}
+
+// TestConnectionLimit opens more connections than the server keeps: idle ones are closed for new
+// ones, which wait while all are busy.
+func TestConnectionLimit(t *testing.T) {
+	t.Parallel()
+	const most = 3
+	var block atomic.Pointer[chan struct{}]
+	s, address := listenLocally(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		if c := block.Load(); c != nil {
+			<-*c
+		}
+	}), most)
+	var idle []net.Conn
+	for range 3 * most {
+		conn, line := get(t, address)
+		if !strings.HasPrefix(line, "HTTP/1.1 200") {
+			t.Fatalf("a connection in addition to idle ones: got %q, want 200", line)
+		}
+		if n := s.open.Load(); n > most {
+			t.Errorf("%d open connections, want at most %d", n, most)
+		}
+		idle = append(idle, conn)
+	}
+	if n, err := idle[0].Read(make([]byte, 1000)); err == nil && n == 0 {
+		t.Error("the first idle connection is open")
+	}
+	busy := make(chan struct{})
+	block.Store(&busy)
+	lines := make(chan string)
+	for range 2 * most {
+		go func() {
+			_, line := get(t, address)
+			lines <- line
+		}()
+	}
+	eventually(t, "busy connections", func() bool { return s.open.Load() == most })
+	close(busy)
+	for range 2 * most {
+		if line := <-lines; !strings.HasPrefix(line, "HTTP/1.1 200") {
+			t.Errorf("a connection that waited: got %q, want 200", line)
+		}
+	}
+}
+
+// TestUnreadAnswer checks that a client that does not read its answer takes little memory of the
+// kernel.
+func TestUnreadAnswer(t *testing.T) {
+	t.Parallel()
+	var sent atomic.Int64
+	_, address := listenLocally(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		http.NewResponseController(w).SetWriteDeadline(time.Now().Add(time.Second))
+		for {
+			n, err := w.Write(make([]byte, 1000))
+			sent.Add(int64(n))
+			if err != nil {
+				return
+			}
+		}
+	}), 10)
+	dialer := net.Dialer{Control: func(_, _ string, c syscall.RawConn) error {
+		return c.Control(func(fd uintptr) {
+			syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 4096)
+		})
+	}}
+	conn, err := dialer.Dial("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	fmt.Fprint(conn, "GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+	for last := int64(-1); sent.Load() == 0 || sent.Load() != last; time.Sleep(100 * time.Millisecond) {
+		last = sent.Load()
+	}
+	if n := sent.Load(); n > 2*sendBuffer+16<<10 { // the client's buffer and net/http's
+		t.Errorf("the kernel took %d bytes of an answer, want at most %d", n, 2*sendBuffer+16<<10)
+	}
+}
+
+// TestServerErrors checks that errors of the listener are logged at WARN, a few at a time, and
+// errors of single connections at DEBUG.
+func TestServerErrors(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		log := &logBuffer{}
+		out := &logWriter{w: log}
+		s := newHTTPServer(nil, testLimits, newLogger(out, slog.LevelInfo))
+		for range 3 {
+			for range 10 {
+				s.ErrorLog.Print("http: Accept error: accept: too many open files; retrying in 1s")
+				s.ErrorLog.Print("http: TLS handshake error")
+			}
+			time.Sleep(time.Minute)
+		}
+		out.flush()
+		lines := log.lines("HTTP server error")
+		if len(lines) != 12 {
+			t.Errorf("%d lines in 3 minutes, want 12", len(lines))
+		}
+		for _, line := range lines {
+			if line["level"] != "WARN" || !strings.Contains(fmt.Sprint(line["error"]), "open files") {
+				t.Errorf("line %v, want the error of the listener at WARN", line)
+			}
+		}
+	})
+}
+
 // TestShutDownBeforeServeReturns checks that shutDown succeeds if Serve has not returned yet. In this case
 // http.Server.Shutdown closes the listener a second time.
 func TestShutDownBeforeServeReturns(t *testing.T) {
@@ -92,7 +234,7 @@ func TestShutDownBeforeServeReturns(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := newHTTPServer(http.NotFoundHandler(), slog.New(slog.DiscardHandler))
+	s := newHTTPServer(http.NotFoundHandler(), testLimits, slog.New(slog.DiscardHandler))
 	go s.Serve(lateListener{listener})
 	response, err := client.Get("http://" + listener.Addr().String()) // returns when Serve runs
 	if err != nil {
@@ -480,12 +622,18 @@ func TestNewLimits(t *testing.T) {
 		memory int64
 		want   limits
 	}{
-		{1, math.MaxInt64, limits{requests: 4096, hashes: 1, hashQueue: 64}},
-		{2, math.MaxInt64, limits{requests: 4096, hashes: 2, hashQueue: 128}},
-		{64, math.MaxInt64, limits{requests: 4096, hashes: 64, hashQueue: 4096}},
-		{64, 512 * mib, limits{requests: 4096, hashes: 18, hashQueue: 1152}},
-		{2, 56 * mib, limits{requests: 448, hashes: 2, hashQueue: 128}},
-		{2, 8 * mib, limits{requests: 64, hashes: 1, hashQueue: 64}},
+		{1, math.MaxInt64, limits{connections: 8192, requests: 4096, bodies: 16 * mib,
+			hashes: 1, hashQueue: 64}},
+		{2, math.MaxInt64, limits{connections: 8192, requests: 4096, bodies: 16 * mib,
+			hashes: 2, hashQueue: 128}},
+		{64, math.MaxInt64, limits{connections: 8192, requests: 4096, bodies: 16 * mib,
+			hashes: 64, hashQueue: 4096}},
+		{64, 512 * mib, limits{connections: 4096, requests: 4096, bodies: 16 * mib,
+			hashes: 18, hashQueue: 1152}},
+		{2, 56 * mib, limits{connections: 448, requests: 448, bodies: 7 * mib,
+			hashes: 2, hashQueue: 128}},
+		{2, 8 * mib, limits{connections: 256, requests: 64, bodies: mib,
+			hashes: 1, hashQueue: 64}},
 	} {
 		test.want.cores, test.want.memory, test.want.hash = test.cores, test.memory, newHashCost
 		if got := newLimits(test.cores, test.memory); got != test.want {
@@ -567,7 +715,7 @@ func TestHashLanesLimit(t *testing.T) {
 				var working atomic.Int64
 				for range l.hashQueue {
 					go func() {
-						if leave, err := h.enter(context.Background()); err == nil {
+						if leave, err := h.enter(context.Background(), ""); err == nil {
 							working.Add(1)
 							time.Sleep(time.Hour)
 							leave()
@@ -579,12 +727,12 @@ func TestHashLanesLimit(t *testing.T) {
 					t.Errorf("%d cores, mixed %t: %d concurrent hashes, want %d",
 						test.cores, mixed, working.Load(), want)
 				}
-				if _, err := h.enter(t.Context()); !errors.Is(err, errBusy) {
+				if _, err := h.enter(t.Context(), ""); !errors.Is(err, errBusy) {
 					t.Errorf("%d cores, full queue: error %v, want errBusy", test.cores, err)
 				}
 				time.Sleep(2 * time.Hour)
-				if !h.queue.TryAcquire(int64(l.hashQueue)) {
-					t.Errorf("%d cores: the queue is not empty after all hashes", test.cores)
+				if n := h.waiting.Load(); n != 0 || len(h.clients.keys) != 0 {
+					t.Errorf("%d cores: %d passwords wait after all hashes", test.cores, n)
 				}
 			})
 		}
@@ -611,7 +759,7 @@ func TestHashLanesWait(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				h := newHashLanes(newLimits(1, math.MaxInt64), &traffic{})
 				if test.busy > 0 {
-					leave, err := h.enter(t.Context())
+					leave, err := h.enter(t.Context(), "")
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -623,7 +771,7 @@ func TestHashLanesWait(t *testing.T) {
 					time.AfterFunc(test.leave, cancel)
 				}
 				start := time.Now()
-				leave, err := h.enter(ctx)
+				leave, err := h.enter(ctx, "")
 				if !errors.Is(err, test.want) || (err == nil) != (leave != nil) {
 					t.Errorf("enter: error %v, want %v", err, test.want)
 				}
@@ -633,6 +781,64 @@ func TestHashLanesWait(t *testing.T) {
 				time.Sleep(3 * hashWait)
 			})
 		})
+	}
+}
+
+// TestHashLanesAreFair checks that a client that sends many passwords does not delay others: a call
+// of another client waits for the hashes in progress only, and each client has a queue of its own.
+func TestHashLanesAreFair(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		const hash = hashWait / 10
+		l := newLimits(2, math.MaxInt64)
+		h := newHashLanes(l, &traffic{})
+		call := func(client string) error {
+			leave, err := h.enter(t.Context(), client)
+			if err == nil {
+				time.Sleep(hash)
+				leave()
+			}
+			return err
+		}
+		for range l.hashQueue {
+			go call("greedy")
+		}
+		synctest.Wait()
+		if err := call("greedy"); !errors.Is(err, errBusy) {
+			t.Errorf("a client with a full queue: error %v, want errBusy", err)
+		}
+		for range 3 {
+			start := time.Now()
+			if err := call("modest"); err != nil {
+				t.Errorf("another client: %v", err)
+			}
+			if took := time.Since(start); took > 3*hash {
+				t.Errorf("a hash of another client took %v, want at most %v", took, 3*hash)
+			}
+		}
+	})
+}
+
+// TestRefundedVerification checks that an attempt that was not answered does not count.
+func TestRefundedVerification(t *testing.T) {
+	t.Parallel()
+	d := testDependencies(memorySettings(), newMemory(), slog.New(slog.DiscardHandler))
+	a := newAPI(d, &traffic{})
+	a.verifications = newLimiter[int64]("password", 1e-6, maxVerifications)
+	s := serveInProcess(t, newServer(d, &traffic{}, newAccess(d.settings), protectedRoutes(a, &health{})))
+	try := func() int { return s.do("POST", "/users/7/password/verify", `{"password": "x"}`).status }
+	free, busy := a.hasher.lanes.clients, newQueues[string](1, 0)
+	var got []int
+	for range maxVerifications {
+		a.hasher.lanes.clients = busy
+		got = append(got, try())
+		a.hasher.lanes.clients = free
+		got = append(got, try())
+	}
+	got = append(got, try())
+	want := append(slices.Repeat([]int{503, 200}, maxVerifications), 429)
+	if !slices.Equal(got, want) {
+		t.Errorf("statuses %v, want %v", got, want)
 	}
 }
 
@@ -859,7 +1065,7 @@ func newTestHasher() *hasher {
 // mustHash returns a hash of password.
 func mustHash(t *testing.T, password string) string {
 	t.Helper()
-	hash, err := newTestHasher().hash(t.Context(), password)
+	hash, err := newTestHasher().hash(t.Context(), "", password)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -959,7 +1165,7 @@ func TestVerify(t *testing.T) {
 	h := newTestHasher()
 	phc := mustHash(t, secret)
 	for password, want := range map[string]bool{secret: true, secret + "!": false, "": false} {
-		if got, err := h.verify(t.Context(), password, phc); got != want || err != nil {
+		if got, err := h.verify(t.Context(), "", password, phc); got != want || err != nil {
 			t.Errorf("verify(%q): got %t, %v, want %t", password, got, err, want)
 		}
 	}
@@ -969,7 +1175,7 @@ func TestVerify(t *testing.T) {
 		strings.Replace(phc, "t=5", "t=11", 1), strings.Replace(phc, "t=5", "t=0", 1),
 		strings.Replace(phc, "p=1", "p=0", 1), phc + strings.Repeat("A", 100),
 	} {
-		if same, err := h.verify(t.Context(), secret, bad); same || err == nil {
+		if same, err := h.verify(t.Context(), "", secret, bad); same || err == nil {
 			t.Errorf("verify with the hash %q: got %t, %v, want an error", bad, same, err)
 		}
 	}
@@ -1080,7 +1286,7 @@ func FuzzPHC(f *testing.F) {
 		}
 		if err != nil {
 			h := &hasher{} // panics if it computes
-			same, got := h.verify(t.Context(), secret, phc)
+			same, got := h.verify(t.Context(), "", secret, phc)
 			if same || fmt.Sprint(got) != err.Error() {
 				t.Errorf("verify with %q = %t, %v, want false, %v", phc, same, got, err)
 			}
@@ -1327,7 +1533,7 @@ func TestGroupFailures(t *testing.T) {
 func TestQueuesKeepOrder(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		q := queues[int64]{keys: make(map[int64]*queue)}
+		q := newQueues[int64](1, math.MaxInt)
 		first, err := q.enter(t.Context(), 1)
 		if err != nil {
 			t.Fatal(err)

@@ -200,7 +200,9 @@ func (m *memory) record(ctx context.Context, eventType string, u User) {
 	wake(m.wake)
 }
 
-func (m *memory) ready(context.Context) state { return stateMemory }
+func (m *memory) ready() state { return stateMemory }
+
+func (m *memory) watch(context.Context) {}
 
 func (m *memory) close() {}
 

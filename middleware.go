@@ -4,6 +4,7 @@ package main
 // router.
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/binary"
@@ -21,6 +22,7 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+	"golang.org/x/sync/semaphore"
 )
 
 // handler answers a request of a caller. If it returns an error it has written nothing, and the
@@ -37,8 +39,9 @@ type server struct {
 	access   *access
 	limits   limits
 	traffic  *traffic
-	draining *atomic.Bool // if set, each answer is the last of its connection
-	handle   handler      // the router, in its middleware
+	bodies   *semaphore.Weighted // bytes of large bodies
+	draining *atomic.Bool        // if set, each answer is the last of its connection
+	handle   handler             // the router, in its middleware
 }
 
 // dependencies are what newHandler connects. newHandler starts nothing and closes nothing.
@@ -64,16 +67,18 @@ func newHandler(d dependencies) http.Handler {
 // request first, and its answer last.
 func newServer(d dependencies, t *traffic, a *access, routes []route) *server {
 	s := &server{log: d.log, metrics: d.metrics, access: a, limits: d.limits, traffic: t,
-		draining: d.draining}
+		bodies: semaphore.NewWeighted(d.limits.bodies), draining: d.draining}
 	s.handle = newRouter(routes)
 	for _, wrap := range slices.Backward([]middleware{
 		s.countRequests,   // the others need to know how busy the service is
 		s.logRequests,     // with the final status: errors become answers here
 		s.recoverPanics,   // panics become errors
 		s.shareAnswers,    // CORS headers, on refusals too
-		s.limitRequests,   // 429 and 503
-		s.refuseOrigins,   // 403 to a page of another origin
 		s.answerPreflight, // OPTIONS of a browser; any other OPTIONS is 405
+		s.limitRequests,   // 429 and 503
+		s.limitBodies,     // 503
+		s.refuseHosts,     // 403 to a page that poses as this machine
+		s.refuseOrigins,   // 403 to a page of another origin
 	}) {
 		s.handle = wrap(s.handle)
 	}
@@ -87,12 +92,14 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	maps.Copy(h, securityHeaders)
 	h.Set("X-Trace-Id", id)
-	if s.draining.Load() {
+	if s.draining.Load() || len(r.TransferEncoding) > 0 {
+		// After a chunked body, which may have had a Content-Length too, a proxy and net/http might
+		// disagree where the next request begins (RFC 9112, section 6.3).
 		h.Set("Connection", "close")
 	}
 	isHead := r.Method == http.MethodHead
 	res := &response{ResponseWriter: w, gone: r.Context().Done(), isHead: isHead}
-	if err := s.handle(res, r, s.access.identify(r.Header)); err != nil {
+	if err := s.handle(res, r, s.access.identify(r)); err != nil {
 		// net/http would send an empty 200, or end half an answer as if it were whole.
 		panic(http.ErrAbortHandler)
 	}
@@ -111,12 +118,23 @@ func (s *server) countRequests(next handler) handler {
 	}
 }
 
+// isProbe reports whether a request comes from a monitor, and is of little interest in the log.
+func isProbe(r *http.Request) bool {
+	return r.URL.Path == "/healthz" || r.URL.Path == "/readyz" || r.URL.Path == "/metrics"
+}
+
 // logRequests logs each request and counts it in the metrics. An error of next is answered here.
+// Probes are logged at DEBUG, and answers of 500 and above at WARN.
 func (s *server) logRequests(next handler) handler {
 	return func(w *response, r *http.Request, by caller) error {
 		start := time.Now()
-		method, path := slog.String("method", r.Method), slog.String("path", r.URL.Path)
-		logInfo(r.Context(), s.log, start, "Request started", method, path)
+		method := slog.String("method", cut(r.Method, maxLogged))
+		path := slog.String("path", cut(r.URL.Path, maxLogged))
+		level := slog.LevelInfo
+		if isProbe(r) {
+			level = slog.LevelDebug
+		}
+		logAt(r.Context(), s.log, level, start, "Request started", method, path)
 		err := next(w, r, by)
 		answered := err == nil || s.answerError(w, r, err)
 
@@ -127,13 +145,14 @@ func (s *server) logRequests(next handler) handler {
 			slog.Float64("duration_ms", float64(elapsed.Microseconds())/1000),
 			slog.Int64("bytes", w.bytes),
 		}
-		if w.status == http.StatusServiceUnavailable && err != nil {
-			attrs = append(attrs, slog.String("error", err.Error()))
+		if w.status >= http.StatusInternalServerError {
+			level = slog.LevelWarn
+			attrs = append(attrs, slog.Any("error", cmp.Or(err, errNotReady)))
 		}
 		if by.name != "" {
 			attrs = append(attrs, slog.String("key", by.name))
 		}
-		logInfo(r.Context(), s.log, end, "Request completed", attrs...)
+		logAt(r.Context(), s.log, level, end, "Request completed", attrs...)
 		s.observe(r.Pattern, w.status, elapsed)
 		if answered {
 			return nil
@@ -198,11 +217,43 @@ func (s *server) limitRequests(next handler) handler {
 		if r.URL.Path == "/healthz" || r.URL.Path == "/readyz" {
 			return next(w, r, by)
 		}
-		if err := s.access.limitRate(w.Header(), r, by); err != nil {
+		if err := s.access.limitRate(w.Header(), by); err != nil {
 			return err
 		}
 		if s.traffic.requests.Load() > int64(s.limits.requests) {
 			return errOverloaded
+		}
+		return next(w, r, by)
+	}
+}
+
+// limitBodies refuses a request with a large body, or one of unknown length, while the bodies of
+// others take too much memory.
+func (s *server) limitBodies(next handler) handler {
+	return func(w *response, r *http.Request, by caller) error {
+		size := min(r.ContentLength, maxBodyBytes)
+		if size < 0 {
+			size = maxBodyBytes
+		}
+		if size <= smallBody {
+			return next(w, r, by)
+		}
+		if !s.bodies.TryAcquire(size) {
+			return errOverloaded
+		}
+		defer s.bodies.Release(size)
+		return next(w, r, by)
+	}
+}
+
+// refuseHosts refuses requests for other hosts than this machine, if only this machine can connect
+// and there are no API keys. A page can make its own host name resolve to 127.0.0.1 (DNS rebinding):
+// to the browser, the service then has the same origin as the page.
+func (s *server) refuseHosts(next handler) handler {
+	return func(w *response, r *http.Request, by caller) error {
+		if s.access.onlyLocal && !isLocal(r.Host) {
+			return newProblem(http.StatusForbidden, "Without API_KEYS the service answers only "+
+				"requests for localhost; API_KEYS=open allows every host name")
 		}
 		return next(w, r, by)
 	}
@@ -262,6 +313,9 @@ func newRouter(routes []route) handler {
 		if !strings.HasPrefix(r.URL.Path, "/") { // OPTIONS *, CONNECT host:port
 			return errNoRoute
 		}
+		if r.Method == http.MethodConnect { // a ServeMux does not clean its path
+			r.Method = http.MethodOptions // which no path has either
+		}
 		mux.ServeHTTP(w, r) // sets r.Pattern and the path values
 		if w.status != 0 {  // redirects an unclean path
 			return nil
@@ -280,7 +334,7 @@ func methodNotAllowed(allow string) handler {
 		}
 		w.Header().Set("Allow", allow)
 		return newProblem(http.StatusMethodNotAllowed,
-			"This path does not have the method "+r.Method+", only "+allow)
+			"This path has only the methods "+allow)
 	}
 }
 
@@ -303,15 +357,23 @@ func (w *response) clientGone() bool {
 	}
 }
 
-// WriteHeader implements http.ResponseWriter. It records 499 instead if the client has gone.
+// WriteHeader implements http.ResponseWriter.
 func (w *response) WriteHeader(status int) {
 	if w.status == 0 {
 		w.status = status
-		if w.clientGone() {
-			w.status = statusClientGone
-		}
 	}
 	w.ResponseWriter.WriteHeader(status)
+	_ = w.sendToHalfClosed()
+}
+
+// sendToHalfClosed sends what was written, if the client has closed its half of the connection. It
+// may have closed the other half too: then the system of the client refuses what it receives, and
+// the next call fails.
+func (w *response) sendToHalfClosed() error {
+	if !w.clientGone() {
+		return nil
+	}
+	return http.NewResponseController(w.ResponseWriter).Flush()
 }
 
 // Write implements http.ResponseWriter.
@@ -322,6 +384,9 @@ func (w *response) Write(p []byte) (int, error) {
 	n, err := w.ResponseWriter.Write(p)
 	if !w.isHead {
 		w.bytes += int64(n)
+	}
+	if err == nil {
+		err = w.sendToHalfClosed()
 	}
 	if err != nil {
 		w.status = statusClientGone

@@ -1,7 +1,7 @@
 package main
 
-// This file owns the statements for events, for the relay's lease, and for the maintenance of
-// tables.
+// This file owns the statements for events, for the relay's lease, and for what runs in the
+// background: checks of the database and the maintenance of tables.
 
 import (
 	"context"
@@ -94,6 +94,41 @@ func (s *postgres) remove(ctx context.Context, events []event) error {
 	return s.exec(ctx, "deleting events", s.relay, `
 		DELETE FROM outbox USING set_config('synchronous_commit', 'off', true)
 		WHERE id = ANY ($1)`, ids)
+}
+
+// ready returns what watch saw last.
+func (s *postgres) ready() state { return s.state.Load().(state) }
+
+// watch checks until ctx ends whether the database can take a write, and logs when that changes.
+func (s *postgres) watch(ctx context.Context) {
+	for ; ctx.Err() == nil; sleep(ctx, readyInterval) {
+		now, err := s.check(ctx)
+		if last := s.ready(); now == last || ctx.Err() != nil {
+			continue
+		} else if now == stateUp {
+			s.log.Info("Database connection restored")
+		} else if last == stateUp {
+			s.log.Warn("Database connection lost", "state", now, "error", err)
+		}
+		s.state.Store(now)
+	}
+}
+
+// check asks the database for its state. err is the cause of stateDown.
+func (s *postgres) check(ctx context.Context) (now state, err error) {
+	ctx, cancel := context.WithTimeout(ctx, readyBudget)
+	defer cancel()
+	var readOnly bool
+	err = s.row(ctx, "checking", kind{idempotent: true}, []any{&readOnly}, `
+		SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::bool`)
+	switch {
+	case err != nil:
+		return stateDown, err
+	case readOnly:
+		s.resetPool()
+		return stateReadOnly, errReadOnly
+	}
+	return stateUp, nil
 }
 
 // maintain keeps the tables small until ctx ends. Every replica does so, with or without a broker;

@@ -67,10 +67,10 @@ type hasher struct {
 	cost  argonCost // of new hashes
 }
 
-// hash returns the PHC string of the NFC form of password. It fails with errBusy, or with the error
+// hash returns the PHC string of the NFC form of a client's password. It fails with errBusy, or with the error
 // of ctx if the caller leaves before its turn.
-func (h *hasher) hash(ctx context.Context, password string) (phc string, err error) {
-	leave, err := h.lanes.enter(ctx)
+func (h *hasher) hash(ctx context.Context, client, password string) (phc string, err error) {
+	leave, err := h.lanes.enter(ctx, client)
 	if err != nil {
 		return "", err
 	}
@@ -132,12 +132,12 @@ func parsePHC(phc string) (argonHash, error) {
 
 // verify reports whether phc is a hash of password. It fails with errHash before it computes
 // anything, and with the errors of hash.
-func (h *hasher) verify(ctx context.Context, password, phc string) (bool, error) {
+func (h *hasher) verify(ctx context.Context, client, password, phc string) (bool, error) {
 	want, err := parsePHC(phc)
 	if err != nil {
 		return false, err
 	}
-	leave, err := h.lanes.enter(ctx)
+	leave, err := h.lanes.enter(ctx, client)
 	if err != nil {
 		return false, err
 	}

@@ -8,7 +8,10 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/url"
 	"strconv"
+	"strings"
+	"unicode/utf8"
 )
 
 // statusClientGone is the status in the log of a request whose client left before the answer.
@@ -46,18 +49,49 @@ func newProblem(status int, detail string) *problem {
 	return &problem{Status: status, Detail: detail}
 }
 
-// invalid returns a 400 that lists every wrong field, or parameter, as kind says.
+// maxErrors is how many wrong fields or parameters an answer lists.
+const maxErrors = 20
+
+// invalid returns a 400 that lists every wrong field, or parameter, as kind says. If there are more
+// than maxErrors, it lists the first of them.
 func invalid(kind string, errs []fieldError) *problem {
 	detail := "1 " + kind + " is not valid"
-	if len(errs) > 1 {
+	if len(errs) > maxErrors {
+		errs = errs[:maxErrors]
+		detail = fmt.Sprintf("More than %d %ss are not valid; these are the first", maxErrors, kind)
+	} else if len(errs) > 1 {
 		detail = fmt.Sprintf("%d %ss are not valid", len(errs), kind)
 	}
 	return &problem{Status: http.StatusBadRequest, Detail: detail, Errors: errs}
 }
 
+const (
+	maxLogged = 1024 // bytes of a path or method that a log line or an answer repeats, as JSON
+	maxEchoed = 100  // of a name
+)
+
+// cut returns the longest prefix of text that takes at most n bytes as a JSON string.
+func cut(text string, n int) string {
+	const escaped = 6 // bytes of an escape such as \u0001
+	if len(text) <= n/escaped {
+		return text
+	}
+	for i, c := range text {
+		size := utf8.RuneLen(c)
+		if c < ' ' || c == utf8.RuneError || strings.ContainsRune(`"\<>&`, c) {
+			size = escaped
+		}
+		if n -= size; n < 0 {
+			return text[:i]
+		}
+	}
+	return text
+}
+
 var (
 	errNoRoute    = newProblem(http.StatusNotFound, "No resource has this path")
 	errOverloaded = newProblem(http.StatusServiceUnavailable, "Too many requests are in progress")
+	errNotReady   = errors.New("the service is not ready")
 	errClientGone = errors.New("the client closed the connection")
 )
 
@@ -96,6 +130,9 @@ func writeProblem(w *response, r *http.Request, p *problem) error {
 	answer.Type = "about:blank"
 	answer.Title = http.StatusText(p.Status)
 	answer.Instance = r.URL.EscapedPath()
+	if len(answer.Instance) > maxLogged {
+		answer.Instance = (&url.URL{Path: cut(r.URL.Path, maxLogged)}).EscapedPath()
+	}
 	answer.TraceID = traceID(r.Context())
 	switch p.Status {
 	case http.StatusServiceUnavailable:

@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf16"
 	"unicode/utf8"
 )
 
@@ -55,9 +56,12 @@ func readFields(w http.ResponseWriter, r *http.Request, rules map[string]fieldRu
 	fields := make(map[string]string)
 	var wrong []fieldError
 	fail := func(name, detail string) {
-		wrong = append(wrong, fieldError{Pointer: pointer(name), Detail: detail})
+		wrong = append(wrong, fieldError{Pointer: pointer(cut(name, maxEchoed)), Detail: detail})
 	}
 	for _, m := range members {
+		if len(wrong) > maxErrors {
+			break
+		}
 		rule, ok := rules[m.name]
 		if !ok {
 			fail(m.name, "is unknown; the fields are "+known)
@@ -94,14 +98,22 @@ func readBody(w http.ResponseWriter, r *http.Request, mediaTypes ...string) ([]b
 		return nil, newProblem(http.StatusUnsupportedMediaType,
 			"Content-Type must be "+strings.Join(mediaTypes, " or ")+", in UTF-8")
 	}
+	for _, coding := range r.Header["Content-Encoding"] {
+		if !strings.EqualFold(coding, "identity") {
+			return nil, newProblem(http.StatusUnsupportedMediaType,
+				"The body must not have a Content-Encoding")
+		}
+	}
 	tooLarge := newProblem(http.StatusRequestEntityTooLarge,
 		fmt.Sprintf("The body must not be larger than %d bytes", maxBodyBytes))
 	if r.ContentLength > maxBodyBytes {
 		return nil, tooLarge
 	}
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBodyBytes))
+	var body bytes.Buffer
+	body.Grow(int(max(r.ContentLength, 0)) + bytes.MinRead)
+	_, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, maxBodyBytes))
 	if err == nil {
-		return body, nil
+		return body.Bytes(), nil
 	}
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		return nil, tooLarge
@@ -133,6 +145,10 @@ type member struct {
 	value json.RawMessage
 }
 
+// maxMembers is how many members of a body are read. One of more members has more errors than an
+// answer lists.
+const maxMembers = maxErrors + 10
+
 // parseObject returns the members of a body that is one JSON object, in their order and with
 // duplicates, which encoding/json alone would hide. It fails with a 400.
 func parseObject(body []byte) ([]member, error) {
@@ -148,13 +164,19 @@ func parseObject(body []byte) ([]member, error) {
 		return nil, notObject("is " + jsonType(start))
 	}
 	var members []member
-	for err == nil && decoder.More() {
+	for err == nil && decoder.More() && len(members) < maxMembers {
 		var name json.Token
 		var value json.RawMessage
 		if name, err = decoder.Token(); err == nil {
 			err = decoder.Decode(&value)
 			members = append(members, member{fmt.Sprint(name), value})
 		}
+	}
+	if err == nil && decoder.More() { // to read all members takes too long
+		if !json.Valid(body) {
+			return nil, notObject("is not valid JSON")
+		}
+		return members, nil
 	}
 	if err == nil {
 		_, err = decoder.Token() // the closing brace
@@ -204,15 +226,35 @@ func parseString(value json.RawMessage) (string, error) {
 	return text, nil
 }
 
-var (
-	wholeEscape   = regexp.MustCompile(`(?i)\\\\|\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}`)
-	halfSurrogate = regexp.MustCompile(`(?i)\\ud[89a-f]`)
-)
-
 // hasLoneSurrogate reports whether the escapes of a valid JSON string contain half of a surrogate
 // pair.
 func hasLoneSurrogate(literal []byte) bool {
-	return halfSurrogate.Match(wholeEscape.ReplaceAll(literal, nil))
+	for {
+		i := bytes.IndexByte(literal, '\\')
+		if i < 0 {
+			return false
+		}
+		literal = literal[i:]
+		unit := escapedUnit(literal)
+		if !utf16.IsSurrogate(unit) {
+			literal = literal[2:]
+			continue
+		}
+		if utf16.DecodeRune(unit, escapedUnit(literal[6:])) == utf8.RuneError {
+			return true
+		}
+		literal = literal[12:]
+	}
+}
+
+// escapedUnit returns the UTF-16 code unit of the escape at the start of a part of a JSON string,
+// or 0.
+func escapedUnit(literal []byte) rune {
+	if len(literal) < 6 || literal[0] != '\\' || literal[1] != 'u' {
+		return 0
+	}
+	unit, _ := strconv.ParseUint(string(literal[2:6]), 16, 16) // the string is valid
+	return rune(unit)
 }
 
 // pointer returns the RFC 6901 pointer of a member as a URI fragment.
@@ -326,7 +368,7 @@ type queryParser struct {
 
 // fail adds an error for a parameter.
 func (p *queryParser) fail(name, detail string) {
-	p.wrong = append(p.wrong, fieldError{Parameter: name, Detail: detail})
+	p.wrong = append(p.wrong, fieldError{Parameter: cut(name, maxEchoed), Detail: detail})
 }
 
 // refuseUnknown adds an error for each parameter that is not one of known.

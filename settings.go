@@ -33,8 +33,9 @@ type settings struct {
 	passwordMinLength int // in code points
 	passwordBlocklist bool
 	shutdownDelay     time.Duration
-	apiKeys           []apiKey
-	rateLimit         float64 // requests per second and client; 0: no limit
+	apiKeys           []apiKey // nil: everybody has full access; empty: nobody has
+	open              bool     // API_KEYS=open: access without keys is intended
+	rateLimit         float64  // requests per second and client; 0: no limit
 	trustedProxies    []netip.Prefix
 	corsOrigins       []string
 }
@@ -93,6 +94,11 @@ func loadSettings(getenv func(string) string) (settings, error) {
 			"a duration of 0 or more with its unit, such as 500ms or 5s", parseDelay),
 	}
 	return s, env.err
+}
+
+// isLoopback reports whether a host is only reachable from this machine.
+func isLoopback(host string) bool {
+	return strings.EqualFold(host, "localhost") || net.ParseIP(host).IsLoopback()
 }
 
 // environment remembers the first error.

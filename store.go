@@ -8,8 +8,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -25,12 +27,14 @@ type postgres struct {
 	log      *slog.Logger
 	holder   string // identifies this replica in relay_lease
 	wake     chan struct{}
+	state    atomic.Value // of the database, a state
+	reset    atomic.Int64 // when resetPool last replaced the connections, in ns since 1970
 
 	read, list, write, create, lockedWrite, relay, probe kind
 
 	reads              *Group[int64, User] // by id
 	updates, deletions changer
-	changing           queues[int64] // by id of the changed user
+	changing           *queues[int64] // by id of the changed user
 }
 
 // newPostgres divides the connections that requests share. One is reserved for reads, so that lists
@@ -48,8 +52,9 @@ func newPostgres(pool *pgxpool.Pool, explicit bool, log *slog.Logger) *postgres 
 		lockedWrite: kind{false, lane{slots(shared / 3), writes, requests}},
 		relay:       kind{true, nil},
 		probe:       kind{true, lane{slots(1)}},
-		changing:    queues[int64]{keys: make(map[int64]*queue)},
+		changing:    newQueues[int64](1, math.MaxInt),
 	}
+	s.state.Store(stateUp)
 	s.reads = &Group[int64, User]{run: s.selectUsers, budget: statementBudget,
 		batchLimits: batchLimits{readsAlone, readBatches}}
 	s.updates, s.deletions = s.newChanger(updateUsers), s.newChanger(deleteUsers)

@@ -1079,7 +1079,7 @@ func TestPostgresReady(t *testing.T) {
 			t.Fatal(err)
 		}
 		eventually(t, "the state "+string(step.want), func() bool {
-			return s.ready(t.Context()) == step.want
+			return s.ready() == step.want
 		})
 		if step.want != "read-only" {
 			continue

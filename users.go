@@ -148,7 +148,7 @@ func (a *api) createUser(w *response, r *http.Request, by caller) error {
 	if err != nil {
 		return err
 	}
-	u, err := a.createOnce(r.Context(), w.Header(), inputOf(fields), key)
+	u, err := a.createOnce(r.Context(), w.Header(), inputOf(fields), key, by.client)
 	if err != nil {
 		return err
 	}
@@ -175,7 +175,7 @@ func (a *api) getUser(w *response, r *http.Request, _ caller) error {
 }
 
 // updateUser handles PUT and PATCH. Fields that the body does not have stay unchanged.
-func (a *api) updateUser(w *response, r *http.Request, _ caller) error {
+func (a *api) updateUser(w *response, r *http.Request, by caller) error {
 	id, err := userID(r)
 	if err != nil {
 		return err
@@ -189,7 +189,7 @@ func (a *api) updateUser(w *response, r *http.Request, _ caller) error {
 		return err
 	}
 	in := inputOf(fields)
-	if err := a.hashPassword(r.Context(), &in); err != nil {
+	if err := a.hashPassword(r.Context(), by.client, &in); err != nil {
 		return err
 	}
 	u, err := a.store.updateUser(r.Context(), id, in, matchVersions(r.Header))
@@ -217,7 +217,7 @@ func (a *api) deleteUser(w *response, r *http.Request, _ caller) error {
 var anyPassword = map[string]fieldRule{"password": newPasswordRule(1, false)}
 
 // verifyPassword takes the same time for a user that does not exist.
-func (a *api) verifyPassword(w *response, r *http.Request, _ caller) error {
+func (a *api) verifyPassword(w *response, r *http.Request, by caller) error {
 	id, err := userID(r)
 	if err != nil {
 		return err
@@ -229,8 +229,9 @@ func (a *api) verifyPassword(w *response, r *http.Request, _ caller) error {
 	if err := a.verifications.admit(w.Header(), id); err != nil {
 		return err
 	}
-	valid, err := a.verify(r.Context(), id, fields["password"])
+	valid, err := a.verify(r.Context(), by.client, id, fields["password"])
 	if err != nil {
+		a.verifications.refund(id) // the caller has learned nothing
 		return err
 	}
 	return writeJSON(w, http.StatusOK, map[string]bool{"valid": valid})
@@ -238,29 +239,29 @@ func (a *api) verifyPassword(w *response, r *http.Request, _ caller) error {
 
 // verify reports whether password is that of a user. It costs the same for a user that does not
 // exist, and for a hash that cannot be verified. It replaces a hash with outdated parameters.
-func (a *api) verify(ctx context.Context, id int64, password string) (bool, error) {
+func (a *api) verify(ctx context.Context, client string, id int64, password string) (bool, error) {
 	hash, err := a.store.passwordHash(ctx, id)
 	if errors.Is(err, errNotFound) {
-		return a.hasher.verify(ctx, password, a.hasher.decoy())
+		return a.hasher.verify(ctx, client, password, a.hasher.decoy())
 	}
 	if err != nil {
 		return false, err
 	}
-	valid, err := a.hasher.verify(ctx, password, hash)
+	valid, err := a.hasher.verify(ctx, client, password, hash)
 	if errors.Is(err, errHash) {
 		a.log.WarnContext(ctx, "Password hash unusable", "user_id", id, "error", err)
-		return a.hasher.verify(ctx, password, a.hasher.decoy())
+		return a.hasher.verify(ctx, client, password, a.hasher.decoy())
 	}
 	if valid && a.hasher.needsRehash(hash) {
-		a.rehash(ctx, id, hash, password)
+		a.rehash(ctx, client, id, hash, password)
 	}
 	return valid, err
 }
 
 // rehash replaces a hash that has outdated parameters. If it fails, the next verification tries
 // again.
-func (a *api) rehash(ctx context.Context, id int64, old, password string) {
-	hash, err := a.hasher.hash(ctx, password)
+func (a *api) rehash(ctx context.Context, client string, id int64, old, password string) {
+	hash, err := a.hasher.hash(ctx, client, password)
 	if err == nil {
 		err = a.store.rehashPassword(ctx, id, old, hash)
 	}
@@ -331,11 +332,11 @@ func checkName(text string) (string, error) {
 }
 
 // hashPassword replaces the password of in, if it has one, by its hash.
-func (a *api) hashPassword(ctx context.Context, in *userInput) error {
+func (a *api) hashPassword(ctx context.Context, client string, in *userInput) error {
 	if in.password == nil {
 		return nil
 	}
-	hash, err := a.hasher.hash(ctx, *in.password)
+	hash, err := a.hasher.hash(ctx, client, *in.password)
 	in.password = &hash
 	return err
 }
@@ -380,7 +381,7 @@ func idempotencyKey(h http.Header, by caller) (string, error) {
 // createOnce creates a user, or returns the user that was created under the same key before. While
 // this replica is working on a request with the key, another one is refused with a 409. Two
 // replicas may both begin; then the database lets one create, and the other returns its user.
-func (a *api) createOnce(ctx context.Context, h http.Header, in userInput, key string) (
+func (a *api) createOnce(ctx context.Context, h http.Header, in userInput, key, client string) (
 	User, error) {
 	budget, cancel := context.WithTimeout(ctx, creationBudget)
 	defer cancel()
@@ -390,18 +391,18 @@ func (a *api) createOnce(ctx context.Context, h http.Header, in userInput, key s
 				"A request with this Idempotency-Key is in progress")
 		}
 		defer a.creating.Delete(key)
-		u, err := a.replay(ctx, budget, h, in, key)
+		u, err := a.replay(ctx, budget, h, in, key, client)
 		if !errors.Is(err, errNotFound) {
 			return u, err
 		}
 	}
 	hashed := in
-	if err := a.hashPassword(ctx, &hashed); err != nil {
+	if err := a.hashPassword(ctx, client, &hashed); err != nil {
 		return User{}, err
 	}
 	u, err := a.store.createUser(budget, hashed, key)
 	if errors.Is(err, errKeyUsed) { // by another replica in the meantime
-		return a.replay(ctx, budget, h, in, key)
+		return a.replay(ctx, budget, h, in, key, client)
 	}
 	return u, err
 }
@@ -410,7 +411,7 @@ func (a *api) createOnce(ctx context.Context, h http.Header, in userInput, key s
 // errNotFound, or with a 422 for another input. Because the answer shows whether the password is
 // the same, it counts as a verification. ctx is the caller's, budget limits the statements, h is of
 // the answer.
-func (a *api) replay(ctx, budget context.Context, h http.Header, in userInput, key string) (
+func (a *api) replay(ctx, budget context.Context, h http.Header, in userInput, key, client string) (
 	User, error) {
 	u, hash, err := a.store.creationUnder(budget, key)
 	if err != nil {
@@ -421,7 +422,8 @@ func (a *api) replay(ctx, budget context.Context, h http.Header, in userInput, k
 	}
 	same := u.Name == *in.name && u.Surname == *in.surname
 	if same {
-		if same, err = a.hasher.verify(ctx, *in.password, hash); err != nil {
+		if same, err = a.hasher.verify(ctx, client, *in.password, hash); err != nil {
+			a.verifications.refund(u.ID)
 			return User{}, err
 		}
 	}
