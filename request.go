@@ -59,9 +59,6 @@ func readFields(w http.ResponseWriter, r *http.Request, rules map[string]fieldRu
 		wrong = append(wrong, fieldError{Pointer: pointer(cut(name, maxEchoed)), Detail: detail})
 	}
 	for _, m := range members {
-		if len(wrong) > maxErrors {
-			break
-		}
 		rule, ok := rules[m.name]
 		if !ok {
 			fail(m.name, "is unknown; the fields are "+known)

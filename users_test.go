@@ -563,6 +563,16 @@ func TestContentType(t *testing.T) {
 		if a := s.do(target.method, target.path, ""); a.status != http.StatusUnsupportedMediaType {
 			t.Errorf("%s without a body: status %d, want 415: %s", target.method, a.status, a.body)
 		}
+		for coding, want := range map[string]int{
+			"": target.success, "identity": target.success, "Identity": target.success,
+			"gzip": 415, "br": 415, "identity, gzip": 415,
+		} {
+			a := s.do(target.method, target.path, john, "Content-Encoding: "+coding)
+			if a.status != want {
+				t.Errorf("%s with Content-Encoding %q: status %d, want %d", target.method, coding,
+					a.status, want)
+			}
+		}
 	}
 }
 
