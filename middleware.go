@@ -116,7 +116,7 @@ func (s *server) logRequests(next handler) handler {
 	return func(w *response, r *http.Request, by caller) error {
 		start := time.Now()
 		method, path := slog.String("method", r.Method), slog.String("path", r.URL.Path)
-		logInfo(r.Context(), s.log, start, "Request started", method, path)
+		logAt(r.Context(), s.log, slog.LevelInfo, start, "Request started", method, path)
 		err := next(w, r, by)
 		answered := err == nil || s.answerError(w, r, err)
 
@@ -133,7 +133,7 @@ func (s *server) logRequests(next handler) handler {
 		if by.name != "" {
 			attrs = append(attrs, slog.String("key", by.name))
 		}
-		logInfo(r.Context(), s.log, end, "Request completed", attrs...)
+		logAt(r.Context(), s.log, slog.LevelInfo, end, "Request completed", attrs...)
 		s.observe(r.Pattern, w.status, elapsed)
 		if answered {
 			return nil
