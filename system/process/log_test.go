@@ -104,8 +104,13 @@ func TestServesWithoutLog(t *testing.T) {
 func TestReportsDroppedLines(t *testing.T) {
 	t.Parallel()
 	p := testEnv.StartProgram(t)
-	unblock := p.BlockOutput()
 	path := "/users/" + strings.Repeat("x", 1000)
+	blocked := make(chan func(), 1)
+	go func() { blocked <- p.BlockOutput() }()
+	for len(blocked) == 0 { // BlockOutput returns between two lines
+		p.Do("GET", path, "")
+	}
+	unblock := <-blocked
 	const dropped = "log_lines_dropped_total"
 	for range 2000 {
 		if p.Metric(dropped) > 0 {
