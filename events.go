@@ -334,23 +334,24 @@ func (c *consumer) run(ctx context.Context, b broker) {
 	})
 }
 
-// handle logs the events and flushes the log. If that fails because lines were dropped, it forgets
-// what it has seen, so that the events are logged when they are delivered again.
+// handle logs the events and waits until their lines are written, for logWait at most. After a
+// failure, when they are delivered again, it logs only those whose lines were dropped. It stops at
+// the first of these: a later version of the same user would make it an old one.
 func (c *consumer) handle(ctx context.Context, bodies [][]byte) (unreadable []int, err error) {
 	for i, body := range bodies {
 		e, err := parseEvent(body)
 		if err != nil {
-			c.log.WarnContext(ctx, "Rejected message", "error", err, "bytes", len(body))
 			unreadable = append(unreadable, i)
-			continue
+			err = tryLogAt(ctx, c.log, slog.LevelWarn, time.Now(), "Rejected message",
+				slog.Any("error", err), slog.Int("bytes", len(body)))
+		} else {
+			err = c.logEvent(withTraceID(ctx, e.TraceID), e)
 		}
-		c.logEvent(withTraceID(ctx, e.TraceID), e)
+		if err != nil {
+			return nil, fmt.Errorf("logging events: %w", err)
+		}
 	}
-	err = c.out.flush()
-	if errors.Is(err, errLinesLost) {
-		c.newest, c.fresh = recent[int64, seen]{max: maxVersions}, 0
-	}
-	if err != nil {
+	if err := c.out.flush(); err != nil {
 		return nil, fmt.Errorf("logging events: %w", err)
 	}
 	c.consumed.Add(c.fresh)
@@ -358,29 +359,36 @@ func (c *consumer) handle(ctx context.Context, bodies [][]byte) (unreadable []in
 	return unreadable, nil
 }
 
-func (c *consumer) logEvent(ctx context.Context, e event) {
-	attrs := []slog.Attr{
+// logEvent logs an event, or what is wrong with it. It fails with errLineDropped, and the event
+// counts as not seen then.
+func (c *consumer) logEvent(ctx context.Context, e event) error {
+	hash := maphash.String(c.seed, e.ID)
+	newest, ok := c.newest.get(e.Data.UserID)
+	isNew := !ok || newest.version < e.Data.Version
+	level, message := slog.LevelDebug, "Skipped duplicate event"
+	switch {
+	case isNew:
+		level = slog.LevelInfo
+		message = fmt.Sprintf("Received event %s with user_id=%d", e.Type, e.Data.UserID)
+	case newest.version == e.Data.Version && newest.event != hash:
+		level = slog.LevelWarn
+		message = "Conflicting event: the database was restored or lost changes in a failover"
+	}
+	err := tryLogAt(ctx, c.log, level, time.Now(), message,
 		slog.String("event_type", e.Type),
 		slog.Int64("user_id", e.Data.UserID),
 		slog.Int64("version", e.Data.Version),
-		slog.String("event_id", e.ID),
-	}
-	hash := maphash.String(c.seed, e.ID)
-	newest, ok := c.newest.get(e.Data.UserID)
+		slog.String("event_id", e.ID))
 	switch {
-	case !ok || newest.version < e.Data.Version:
-		message := fmt.Sprintf("Received event %s with user_id=%d", e.Type, e.Data.UserID)
-		c.log.LogAttrs(ctx, slog.LevelInfo, message, attrs...)
+	case err != nil:
+		return err
+	case isNew:
 		c.newest.put(e.Data.UserID, seen{e.Data.Version, hash})
 		c.fresh++
-	case newest.version == e.Data.Version && newest.event != hash:
-		c.skipped.Inc()
-		c.log.LogAttrs(ctx, slog.LevelWarn,
-			"Conflicting event: the database was restored or lost changes in a failover", attrs...)
 	default:
 		c.skipped.Inc()
-		c.log.LogAttrs(ctx, slog.LevelDebug, "Skipped duplicate event", attrs...)
 	}
+	return nil
 }
 
 // parseEvent fails with errUnreadable. It accepts unknown members.

@@ -316,37 +316,46 @@ func TestConsumerKeepsEventsOnLogFailure(t *testing.T) {
 	}
 }
 
-// TestConsumerRecoversFromLogFailure checks that an event whose line was dropped, because the log was full
-// and could not be written, is logged once when it is delivered again.
+// TestConsumerRecoversFromLogFailure checks that events whose lines were dropped, because the buffer of the
+// log was full, are logged once and in order when they are delivered again.
 func TestConsumerRecoversFromLogFailure(t *testing.T) {
 	t.Parallel()
-	log := &logBuffer{}
-	out := &switchedWriter{to: log}
-	out.broken.Store(true)
-	writer := &logWriter{w: out}
-	logger := newLogger(writer, slog.LevelDebug)
-	c := newConsumer(logger, writer, metrics.NewSet())
-	for range logCapacity / 100 {
-		logger.Info("A line that fills the buffer", "text", strings.Repeat("x", 100))
-	}
-	events := []event{newEvent(userCreated, 1, 1)}
-	if n, err := (inProcess{c, c.log}).publish(t.Context(), events); err == nil || n != 0 {
-		t.Errorf("publish with a broken log: got %d, %v, want 0 and an error", n, err)
-	}
-	c.logEvent(t.Context(), events[0]) // drops the line, which the next flush reports
-	out.broken.Store(false)
-	if _, err := c.handle(t.Context(), nil); err == nil {
-		t.Error("first flush: got no error, want one for the dropped line")
-	}
-	if _, err := c.handle(t.Context(), nil); err != nil {
-		t.Errorf("second flush: got %v, want no error", err)
-	}
-	if n, err := (inProcess{c, c.log}).publish(t.Context(), events); err != nil || n != 1 {
-		t.Errorf("publish with a working log: got %d, %v, want 1", n, err)
-	}
-	if n := len(log.lines("Received event user.created with user_id=1")); n != 1 {
-		t.Errorf("lines of the event: got %d, want 1", n)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		log := &logBuffer{}
+		out := &switchedWriter{to: log}
+		out.broken.Store(true)
+		writer := &logWriter{w: out}
+		c := newConsumer(newLogger(writer, slog.LevelInfo), writer, metrics.NewSet())
+		publish := func(events ...event) (int, error) {
+			return inProcess{c, c.log}.publish(t.Context(), events)
+		}
+		first, created := newEvent(userCreated, 1, 1), newEvent(userCreated, 2, 1)
+		updated := newEvent(userUpdated, 2, 2)
+		if n, err := publish(first); !errors.Is(err, errLogStuck) || n != 0 {
+			t.Errorf("publish with a broken log: got %d, %v, want 0 and %v", n, err, errLogStuck)
+		}
+		fillLog(writer)
+		if n, err := publish(first, created, updated); !errors.Is(err, errLineDropped) || n != 0 {
+			t.Errorf("publish with a full buffer: got %d, %v, want 0 and %v", n, err, errLineDropped)
+		}
+		out.broken.Store(false)
+		time.Sleep(time.Second)
+		if n, err := publish(first, created, updated); err != nil || n != 3 {
+			t.Errorf("publish with a working log: got %d, %v, want 3", n, err)
+		}
+		var received []string
+		for _, line := range log.lines("") {
+			if line["event_id"] != nil {
+				received = append(received, fmt.Sprintf("%v/%v", line["user_id"], line["version"]))
+			}
+		}
+		if want := []string{"1/1", "2/1", "2/2"}; !slices.Equal(received, want) {
+			t.Errorf("received: got %v, want %v", received, want)
+		}
+		if c.consumed.Get() != 3 {
+			t.Errorf("consumed: got %d, want 3", c.consumed.Get())
+		}
+	})
 }
 
 // TestSettleWaitsForLog checks that good and unreadable messages are not settled while the log cannot be

@@ -401,7 +401,11 @@ func startService(t *testing.T, s settings) *service {
 	log := &logBuffer{}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- run(ctx, s, testLimits, &logWriter{w: log}) }()
+	go func() {
+		out := &logWriter{w: log}
+		err := run(ctx, s, testLimits, out)
+		ended <- errors.Join(err, out.flush())
+	}()
 	svc := &service{t: t, settings: s, log: log}
 	svc.stop = sync.OnceValue(func() error {
 		client.CloseIdleConnections() // the service would wait for a request on each

@@ -1,25 +1,25 @@
 package main
 
-// This file owns the log: the format of a line, of times and of strings in it, and the buffered
-// writer.
+// This file owns the log: the format of a line, of times and of strings in it, and the writer,
+// which never makes a caller wait for standard output.
 
 import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"log/slog"
 	"math"
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
 // newLogger returns a logger that writes one JSON object per line to out. The first keys are
 // timestamp, level and event, then trace_id if the context has one. Lines at WARN and above are
-// flushed at once.
+// written at once, others within logDelay.
 func newLogger(out *logWriter, level slog.Level) *slog.Logger {
 	return slog.New(&logHandler{level: level, out: out})
 }
@@ -37,34 +37,47 @@ func (h *logHandler) Enabled(_ context.Context, level slog.Level) bool {
 	return level >= h.level
 }
 
-// Handle implements slog.Handler. It fails if the line was dropped, or could not be flushed.
+// Handle implements slog.Handler. It does not wait until the line is written, and fails with
+// errLineDropped if it never will be.
 func (h *logHandler) Handle(ctx context.Context, r slog.Record) error {
 	var room [512]byte
-	line := timestamp{r.Time}.appendJSON(append(room[:0], `{"timestamp":`...))
-	line = appendJSONString(append(line, `,"level":`...), r.Level.String())
-	line = appendJSONString(append(line, `,"event":`...), r.Message)
-	if id := traceID(ctx); id != "" {
-		line = appendJSONString(append(line, `,"trace_id":`...), id)
-	}
-	for _, a := range h.attrs {
-		line = appendAttr(line, a)
-	}
-	r.Attrs(func(a slog.Attr) bool {
-		line = appendAttr(line, a)
-		return true
-	})
-	return h.out.writeLine(append(line, "}\n"...), r.Level >= slog.LevelWarn)
+	return h.out.writeLine(appendRecord(ctx, room[:0], r, h.attrs), r.Level >= slog.LevelWarn)
 }
 
 // logAt logs an event at the given time. The methods of slog.Logger would look up the source line,
 // which is never shown.
 func logAt(ctx context.Context, log *slog.Logger, level slog.Level, at time.Time, event string,
 	attrs ...slog.Attr) {
-	if log.Enabled(ctx, level) {
-		r := slog.NewRecord(at, level, event, 0)
-		r.AddAttrs(attrs...)
-		_ = log.Handler().Handle(ctx, r)
+	_ = tryLogAt(ctx, log, level, at, event, attrs...)
+}
+
+// tryLogAt is logAt for a caller that needs the line. It fails with errLineDropped.
+func tryLogAt(ctx context.Context, log *slog.Logger, level slog.Level, at time.Time, event string,
+	attrs ...slog.Attr) error {
+	if !log.Enabled(ctx, level) {
+		return nil
 	}
+	r := slog.NewRecord(at, level, event, 0)
+	r.AddAttrs(attrs...)
+	return log.Handler().Handle(ctx, r)
+}
+
+// appendRecord appends a line with the attributes attrs and then those of the record.
+func appendRecord(ctx context.Context, line []byte, r slog.Record, attrs []slog.Attr) []byte {
+	line = timestamp{r.Time}.appendJSON(append(line, `{"timestamp":`...))
+	line = appendJSONString(append(line, `,"level":`...), r.Level.String())
+	line = appendJSONString(append(line, `,"event":`...), r.Message)
+	if id := traceID(ctx); id != "" {
+		line = appendJSONString(append(line, `,"trace_id":`...), id)
+	}
+	for _, a := range attrs {
+		line = appendAttr(line, a)
+	}
+	r.Attrs(func(a slog.Attr) bool {
+		line = appendAttr(line, a)
+		return true
+	})
+	return append(line, "}\n"...)
 }
 
 // appendAttr appends a comma, the key and the value. Values that are not numbers or booleans become
@@ -93,80 +106,154 @@ func (h *logHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 // WithGroup returns h: the keys of a line are flat.
 func (h *logHandler) WithGroup(string) slog.Handler { return h }
 
-// errLinesLost reports that lines were dropped, in contrast to lines that are still buffered.
-var errLinesLost = errors.New("log lines were dropped")
-
-const (
-	logDelay    = 20 * time.Millisecond // a line below WARN is written after this
-	logCapacity = 64 << 10              // bytes
+var (
+	// errLineDropped reports that a line is lost, because the buffer of the log is full.
+	errLineDropped = errors.New("a log line was dropped")
+	// errLogStuck reports that lines are still in the buffer.
+	errLogStuck = errors.New("the log cannot be written, or not fast enough")
 )
 
-// logWriter buffers lines: under load, one write per line is most of what a log costs. Its methods
-// may be called at the same time.
+const (
+	logDelay = 20 * time.Millisecond  // a line below WARN is written after this
+	logRetry = 100 * time.Millisecond // the pause after a write that failed
+	logWait  = 400 * time.Millisecond // for the lines of an event, or the last ones of the process
+	logBatch = 64 << 10               // bytes that are written without a delay
+
+	// logCapacity limits each of the two buffers, in bytes. A service at its limit logs about 8 MB
+	// a second, and a reader may pause for 100 ms.
+	logCapacity = 1 << 20
+)
+
+// logWriter writes lines in the background, so that no caller waits for standard output: a reader
+// that stops reading would stop all requests. It also saves a write per line, which is most of what
+// a log costs. Its methods may be called at the same time.
+//
+// Callers append lines to a buffer. The method write exchanges it for an empty one, and writes it
+// without holding the lock. A timer starts it in a goroutine, at most one at a time. Lines are
+// dropped while the buffer is full. The line after the buffer's tells how many.
 type logWriter struct {
-	w io.Writer
+	w       io.Writer
+	dropped atomic.Uint64 // lines
 
 	mu         sync.Mutex
-	buffer     []byte
-	unbuffered bool
-	lost       error // the reason why lines were dropped since the last flush
+	buffer     []byte        // lines that have not been written
+	lost       int           // lines dropped since write took the buffer
+	writing    []byte        // older lines. While write runs, only it uses their bytes
+	written    int           // bytes
+	err        error         // of the last write
+	progress   chan struct{} // closed after the next write, if not nil
+	scheduled  bool          // write runs, or a timer will start it
+	delay      *time.Timer   // starts write after logDelay
+	atOnce     bool          // the buffer should be written without that delay
+	unbuffered bool          // each line should
 }
 
-// writeLine buffers a line, and flushes if atOnce is set. If the buffer is full and cannot be
-// written, the line is dropped as a whole.
+// writeLine adds a line to the buffer, to be written at once or after logDelay. It fails with
+// errLineDropped if the buffer is full.
 func (l *logWriter) writeLine(line []byte, atOnce bool) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if len(l.buffer)+len(line) > logCapacity {
-		if err := l.flushLocked(); err != nil {
-			l.lost = fmt.Errorf("%w: %w", errLinesLost, err)
-			return err
-		}
-	}
-	if len(l.buffer) == 0 && !l.unbuffered {
-		l.flushSoon()
+		l.dropped.Add(1)
+		l.lost++
+		l.schedule(true)
+		return errLineDropped
 	}
 	l.buffer = append(l.buffer, line...)
-	if l.unbuffered || atOnce {
-		return l.flushLocked()
+	l.schedule(atOnce || len(l.buffer) >= logBatch)
+	return nil
+}
+
+// flush waits until the lines in the buffer are written. It fails after logWait, and the lines stay
+// in the buffer.
+func (l *logWriter) flush() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	timeout, expired := time.After(logWait), false
+	for end := l.written + len(l.writing) + len(l.buffer); l.written < end; {
+		if expired {
+			return errors.Join(errLogStuck, l.err)
+		}
+		l.schedule(true)
+		if l.progress == nil {
+			l.progress = make(chan struct{})
+		}
+		progress := l.progress
+		l.mu.Unlock()
+		select {
+		case <-progress:
+		case <-timeout:
+			expired = true
+		}
+		l.mu.Lock()
 	}
 	return nil
 }
 
-// flush writes the buffered lines. It fails with errLinesLost if lines were dropped since the last
-// call.
-func (l *logWriter) flush() error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	lost := l.lost
-	l.lost = nil
-	return errors.Join(l.flushLocked(), lost)
-}
-
-// stopBuffering writes the buffered lines, and from then on each line at once.
+// stopBuffering makes write take the lines in the buffer at once, and from then on each line.
 func (l *logWriter) stopBuffering() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.unbuffered = true
-	_ = l.flushLocked() // the lines stay in the buffer
+	if len(l.buffer) > 0 {
+		l.schedule(true)
+	}
 }
 
-// flushSoon flushes after logDelay, and again until it succeeds.
-func (l *logWriter) flushSoon() {
-	time.AfterFunc(logDelay, func() {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		if l.flushLocked() != nil {
-			l.flushSoon()
-		}
-	})
+// schedule makes sure that write will take the buffer. After an error, it waits for logRetry in any
+// case. The caller holds the lock.
+func (l *logWriter) schedule(atOnce bool) {
+	l.atOnce = l.atOnce || atOnce || l.unbuffered
+	if !l.scheduled {
+		l.scheduled = true
+		l.delay = time.AfterFunc(logDelay, l.write)
+	}
+	if l.atOnce && l.delay.Stop() {
+		go l.write()
+	}
 }
 
-// flushLocked writes the buffer and keeps what was not written. The caller holds the lock.
-func (l *logWriter) flushLocked() error {
-	n, err := l.w.Write(l.buffer)
-	l.buffer = append(l.buffer[:0], l.buffer[n:]...)
-	return err
+// write writes the lines in the buffer, or what an error has left of earlier ones, and schedules
+// what follows.
+func (l *logWriter) write() {
+	lines := l.take()
+	n, err := l.w.Write(lines)
+
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.writing = append(lines[:0], lines[n:]...)
+	l.written += n
+	l.err = err
+	if l.progress != nil {
+		close(l.progress)
+		l.progress = nil
+	}
+	if err != nil {
+		time.AfterFunc(logRetry, l.write)
+		return
+	}
+	l.scheduled = false
+	if len(l.buffer) > 0 || l.lost > 0 {
+		l.schedule(false)
+	}
+}
+
+// take returns the lines that should be written next.
+func (l *logWriter) take() []byte {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.writing) > 0 { // after an error
+		return l.writing
+	}
+	l.buffer, l.writing = l.writing, l.buffer
+	l.atOnce = false
+	if l.lost > 0 {
+		r := slog.NewRecord(time.Now(), slog.LevelWarn, "Log lines dropped", 0)
+		r.AddAttrs(slog.Int("lines", l.lost))
+		l.writing = appendRecord(context.Background(), l.writing, r, nil)
+		l.lost = 0
+	}
+	return l.writing
 }
 
 // timestamp is a time in the format of every time that leaves the service: RFC 3339 in UTC with six

@@ -33,6 +33,7 @@ const release = "1.1.0"
 // main runs a command until it ends, or until SIGINT or SIGTERM. A second signal ends the process
 // at once.
 func main() {
+	signal.Ignore(syscall.SIGPIPE) // the service goes on if the reader of the log has gone
 	ctx, cancel := context.WithCancel(context.Background())
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
@@ -45,9 +46,11 @@ func main() {
 }
 
 // command runs the service or another command, and returns the exit code: 2 for wrong arguments or
-// settings, 1 for a failure. The last line on stdout gives the reason.
+// settings, 1 for a failure. The last line on stdout gives the reason. If stdout blocks, command
+// returns logWait later.
 func command(ctx context.Context, args []string, stdout io.Writer) int {
 	out := &logWriter{w: stdout}
+	defer func() { _ = out.flush() }()
 	log := newLogger(out, slog.LevelInfo)
 	if len(args) > 0 && args[0] == "key" {
 		return makeKey(args[1:], stdout, log)
@@ -130,10 +133,10 @@ type store interface {
 	close()
 }
 
-// run serves until ctx ends. It returns when everything that it started has ended.
+// run serves until ctx ends. It returns when everything that it started has ended. The caller
+// flushes out.
 func run(ctx context.Context, s settings, machine limits, out *logWriter) error {
 	log := newLogger(out, s.logLevel)
-	defer func() { _ = out.flush() }()
 	store, err := openStore(ctx, s, log)
 	if ctx.Err() != nil {
 		return nil
@@ -143,6 +146,9 @@ func run(ctx context.Context, s settings, machine limits, out *logWriter) error 
 	}
 	defer store.close()
 	set := newMetrics()
+	set.RegisterMetricsWriter(func(w io.Writer) {
+		metrics.WriteCounterUint64(w, "log_lines_dropped_total", out.dropped.Load())
+	})
 	consumer := newConsumer(log, out, set)
 	broker := newBroker(s, consumer, log, set)
 	if len(s.apiKeys) == 0 {

@@ -60,7 +60,9 @@ func TestRunGivesUpOnDatabase(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &logBuffer{}
 		start := time.Now()
-		err := run(t.Context(), s, testLimits, &logWriter{w: log})
+		out := &logWriter{w: log}
+		err := run(t.Context(), s, testLimits, out)
+		out.flush()
 		if err == nil || !strings.Contains(err.Error(), "opening the database") ||
 			strings.Contains(err.Error(), secret) {
 			t.Errorf("run: got %v, want an error about opening the database, without the password", err)
@@ -592,7 +594,8 @@ func TestBudgets(t *testing.T) {
 		{"an answer and its timeout", readTimeout + requestBudget, writeTimeout},
 		{"headers and the whole request", readHeaderTimeout, readTimeout - 1},
 		{"all phases of a stop", drainIdle + drainRequests + relayDrain + resignWait + drainConsumer +
-			closeWait, stopBudget - 1},
+			closeWait + logWait, stopBudget - 1},
+		{"waiting for the log and the end of the consumer", logWait, drainConsumer - 1},
 		{"a request and the drain of requests", requestBudget, drainRequests - 1},
 		{"waiting for confirms and the lease", leadInterval + publishWait, leaseTime},
 		{"the takeover of the lease and its deadline", leaseTime + leadInterval, contract},
@@ -921,10 +924,12 @@ func TestRecent(t *testing.T) {
 func TestLogValues(t *testing.T) {
 	t.Parallel()
 	log := &logBuffer{}
-	logger := newLogger(&logWriter{w: log}, slog.LevelDebug).With("always", true)
+	out := &logWriter{w: log}
+	logger := newLogger(out, slog.LevelDebug).With("always", true)
 	ctx := withTraceID(context.Background(), "trace-1")
 	logger.WarnContext(ctx, "A \"line\"\n", "text", "\xff\u2028", "error", errors.New("why"), "int", -7,
 		"float", 0.25, "large", 1e21, "duration", time.Second, "list", []int{1})
+	out.flush()
 	var line map[string]any
 	if err := json.Unmarshal([]byte(log.String()), &line); err != nil {
 		t.Fatalf("line %s: %v", log, err)
@@ -998,6 +1003,207 @@ func FuzzLogLine(f *testing.F) {
 			}
 		}
 	})
+}
+
+// fillLog adds lines until the buffer has no room for the line of an event. The writer must be blocked or
+// broken.
+func fillLog(out *logWriter) (lines int) {
+	for _, line := range []string{strings.Repeat("x", 1000) + "\n", "\n"} {
+		for out.writeLine([]byte(line), false) == nil {
+			lines++
+		}
+	}
+	return lines
+}
+
+// TestLogOutage checks that callers go on while the log cannot be written, and that afterwards it has all
+// lines that were not dropped, once, whole and in order, and then a line with the number of the others.
+func TestLogOutage(t *testing.T) {
+	t.Parallel()
+	const before, after = 1000, 3 // lines that fit and do not fit
+	for _, test := range []struct {
+		name     string
+		failures int
+		part     int
+		block    time.Duration
+	}{
+		{name: "an error", failures: 50},
+		{name: "parts of lines", failures: 50, part: 7},
+		{name: "blocked", block: time.Hour},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				w := &logOutage{failures: test.failures, part: test.part, block: test.block}
+				out := &logWriter{w: w}
+				logger := newLogger(out, slog.LevelInfo)
+				start := time.Now()
+				for i := range before {
+					logger.Info("Before", "n", i)
+				}
+				if err := out.flush(); !errors.Is(err, errLogStuck) {
+					t.Errorf("flush: got %v, want %v", err, errLogStuck)
+				}
+				if took := time.Since(start); took != logWait {
+					t.Errorf("logging and a flush took %v, want %v", took, logWait)
+				}
+				filler := fillLog(out)
+				dropped := out.dropped.Load()
+				for range after {
+					logger.Warn("Dropped")
+				}
+				if n := out.dropped.Load() - dropped; n != after {
+					t.Errorf("dropped: got %d lines, want %d", n, after)
+				}
+				time.Sleep(2 * time.Hour)
+				logger.Info("After")
+				if err := out.flush(); err != nil {
+					t.Errorf("flush after the outage: %v", err)
+				}
+				for i, line := range w.log.lines("")[:before] {
+					if line["event"] != "Before" || line["n"] != float64(i) {
+						t.Fatalf("line %d: got %v", i, line)
+					}
+				}
+				if n := strings.Count(w.log.String(), "\n"); n != before+filler+2 {
+					t.Errorf("got %d lines, want %d", n, before+filler+2)
+				}
+				all := w.log.lines("")
+				report, last := all[len(all)-2], all[len(all)-1]
+				if report["event"] != "Log lines dropped" || report["level"] != "WARN" ||
+					report["lines"] != float64(dropped+after) || last["event"] != "After" {
+					t.Errorf("last lines: got %v, %v, want %d lines dropped, After", report, last, dropped+after)
+				}
+				if calls := w.calls; calls > 200 {
+					t.Errorf("got %d writes, want pauses between those that fail", calls)
+				}
+			})
+		})
+	}
+}
+
+// logOutage is a writer that fails or blocks at first.
+type logOutage struct {
+	log      logBuffer
+	failures int           // calls that fail
+	part     int           // bytes that these write
+	block    time.Duration // of the first call
+	calls    int
+}
+
+func (w *logOutage) Write(p []byte) (int, error) {
+	if w.calls++; w.calls == 1 {
+		time.Sleep(w.block)
+	}
+	if w.calls <= w.failures {
+		n, _ := w.log.Write(p[:w.part])
+		return n, errors.New("disk full")
+	}
+	return w.log.Write(p)
+}
+
+// TestLogDelay checks when lines are written.
+func TestLogDelay(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name  string
+		log   func(out *logWriter, log *slog.Logger)
+		delay time.Duration
+	}{
+		{"INFO", func(_ *logWriter, log *slog.Logger) { log.Info("x") }, logDelay},
+		{"WARN", func(_ *logWriter, log *slog.Logger) { log.Warn("x") }, 0},
+		{"WARN after INFO", func(_ *logWriter, log *slog.Logger) { log.Info("x"); log.Warn("x") }, 0},
+		{"a full batch", func(_ *logWriter, log *slog.Logger) {
+			log.Info(strings.Repeat("x", logBatch))
+		}, 0},
+		{"flush", func(out *logWriter, log *slog.Logger) { log.Info("x"); out.flush() }, 0},
+		{"stopBuffering", func(out *logWriter, log *slog.Logger) { log.Info("x"); out.stopBuffering() }, 0},
+		{"INFO after stopBuffering", func(out *logWriter, log *slog.Logger) {
+			out.stopBuffering()
+			log.Info("x")
+		}, 0},
+		{"a line that never fits", func(_ *logWriter, log *slog.Logger) {
+			log.Info(strings.Repeat("x", logCapacity))
+		}, 0},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				log := &logBuffer{}
+				out := &logWriter{w: log}
+				test.log(out, newLogger(out, slog.LevelInfo))
+				if test.delay > 0 {
+					time.Sleep(test.delay - 1)
+					synctest.Wait()
+					if log.String() != "" {
+						t.Errorf("before %v: got %s, want nothing", test.delay, log)
+					}
+					time.Sleep(1)
+				}
+				synctest.Wait()
+				if log.String() == "" {
+					t.Errorf("after %v: got nothing, want lines", test.delay)
+				}
+			})
+		})
+	}
+}
+
+// TestLogPipe logs to a pipe that nobody reads, and then to one whose reader has gone.
+func TestLogPipe(t *testing.T) {
+	t.Parallel()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	out := &logWriter{w: w}
+	lines := fillLog(out) // the first ones are in the pipe
+	if err := out.flush(); !errors.Is(err, errLogStuck) {
+		t.Errorf("flush to a full pipe: got %v, want %v", err, errLogStuck)
+	}
+	if n := out.dropped.Load(); n == 0 || lines == 0 {
+		t.Errorf("got %d lines in the buffers and %d dropped, want some", lines, n)
+	}
+	r.Close()
+	if err := out.flush(); !errors.Is(err, syscall.EPIPE) {
+		t.Errorf("flush to a closed pipe: got %v, want %v", err, syscall.EPIPE)
+	}
+}
+
+// TestLogConcurrent checks that lines of concurrent callers are whole, and those of each in order.
+func TestLogConcurrent(t *testing.T) {
+	t.Parallel()
+	const callers, lines = 8, 500
+	log := &logBuffer{}
+	out := &logWriter{w: log}
+	logger := newLogger(out, slog.LevelInfo)
+	var group sync.WaitGroup
+	for c := range callers {
+		group.Go(func() {
+			for i := range lines {
+				level := []slog.Level{slog.LevelInfo, slog.LevelWarn}[i%2]
+				logAt(t.Context(), logger, level, time.Now(), "Line", slog.Int("c", c), slog.Int("i", i))
+				if i%100 == 0 {
+					out.flush()
+				}
+			}
+		})
+	}
+	group.Wait()
+	if err := out.flush(); err != nil {
+		t.Error(err)
+	}
+	next := make(map[any]float64)
+	for _, line := range log.lines("") {
+		if line["i"] != next[line["c"]] {
+			t.Fatalf("got %v, want i=%v", line, next[line["c"]])
+		}
+		next[line["c"]]++
+	}
+	if n := len(log.lines("")); n != callers*lines {
+		t.Errorf("got %d lines, want %d", n, callers*lines)
+	}
 }
 
 // FuzzAppendJSON compares appendJSON with encoding/json.
@@ -1640,6 +1846,25 @@ func BenchmarkLogLine(b *testing.B) {
 			slog.String("path", "/users/7"), slog.Int("status", 200),
 			slog.Float64("duration_ms", 0.123), slog.Int64("bytes", 151))
 	}
+}
+
+// BenchmarkLog logs from several goroutines at once, as requests do.
+func BenchmarkLog(b *testing.B) {
+	null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer null.Close()
+	log := newLogger(&logWriter{w: null}, slog.LevelInfo)
+	ctx := withTraceID(context.Background(), newUUIDv4())
+	b.ReportAllocs()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			log.LogAttrs(ctx, slog.LevelInfo, "Request completed", slog.String("method", "GET"),
+				slog.String("path", "/users/7"), slog.Int("status", 200),
+				slog.Float64("duration_ms", 0.123), slog.Int64("bytes", 151))
+		}
+	})
 }
 
 // TestPostgresVersion logs the version of PostgreSQL that the tests use.
