@@ -26,7 +26,7 @@ const maxClients = 100_000 // whose missing tokens a limiter remembers
 
 // access decides who may send requests, from where, and how often.
 type access struct {
-	keys        []apiKey         // none: everybody may
+	keys        []apiKey         // nil: everybody may
 	rates       *limiter[string] // of callers; nil: no limit
 	proxies     []netip.Prefix   // whose X-Forwarded-For is trusted
 	origins     []string         // whose pages may use the API
@@ -80,7 +80,16 @@ type apiKey struct {
 
 var apiKeyPattern = regexp.MustCompile(`^([A-Za-z0-9._-]{1,64}):([0-9A-Fa-f]{64})(:read)?$`)
 
-// parseAPIKey reads name:sha256hex, or name:sha256hex:read.
+// parseAPIKeys reads a list of keys, or "open", for which it returns nil.
+func parseAPIKeys(text string) ([]apiKey, error) {
+	if text == "open" {
+		return nil, nil
+	}
+	return listOf(parseAPIKey)(text)
+}
+
+// parseAPIKey reads name:sha256hex, or name:sha256hex:read. It refuses the digests of what is no
+// secret: no key at all, and the example in README.md.
 func parseAPIKey(text string) (apiKey, error) {
 	fields := apiKeyPattern.FindStringSubmatch(text)
 	if fields == nil {
@@ -88,6 +97,12 @@ func parseAPIKey(text string) (apiKey, error) {
 	}
 	key := apiKey{name: fields[1], readOnly: fields[3] != ""}
 	_, err := hex.Decode(key.digest[:], []byte(fields[2]))
+	switch key.digest {
+	case sha256.Sum256(nil):
+		err = reason("the digest of " + key.name + " is that of an empty key")
+	case sha256.Sum256([]byte("usk_...")):
+		err = reason("the digest of " + key.name + " is that of the example in README.md")
+	}
 	return key, err
 }
 
@@ -127,10 +142,10 @@ func (a *access) identify(r *http.Request) caller {
 	return by
 }
 
-// protect returns the routes with handlers that require an API key, if there are keys. A read-only
-// key allows GET and HEAD.
+// protect returns the routes with handlers that require an API key, unless everybody may send
+// requests. A read-only key allows GET and HEAD.
 func (a *access) protect(routes []route) []route {
-	if len(a.keys) == 0 {
+	if a.keys == nil {
 		return routes
 	}
 	for i, r := range routes {
@@ -213,12 +228,21 @@ func parseHop(text string) (netip.Addr, error) {
 	return address.Unmap().WithZone(""), err
 }
 
-// parsePrefix reads a network, or an address as a network of one.
+// parsePrefix reads a network, or an address as a network of one. An IPv4-mapped IPv6 address
+// becomes an IPv4 address, as those of clients do.
 func parsePrefix(text string) (netip.Prefix, error) {
 	if address, err := netip.ParseAddr(text); err == nil && address.Zone() == "" {
+		address = address.Unmap()
 		return netip.PrefixFrom(address, address.BitLen()), nil
 	}
-	return netip.ParsePrefix(text)
+	network, err := netip.ParsePrefix(text)
+	if !network.Addr().Is4In6() {
+		return network, err
+	}
+	if network.Bits() < 96 {
+		return network, reason("a network of IPv4-mapped addresses has 96 bits or more")
+	}
+	return netip.PrefixFrom(network.Addr().Unmap(), network.Bits()-96), nil
 }
 
 // isLocal reports whether a Host header names this machine.
@@ -276,9 +300,34 @@ func allowPreflight(w http.ResponseWriter) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
+// wrongOrigins are patterns of values that browsers never send as an origin, or that say nothing.
+// The first that matches explains the mistake.
+var wrongOrigins = []struct {
+	pattern *regexp.Regexp
+	why     reason
+}{
+	{regexp.MustCompile(`^\*$`),
+		"* is not supported, because any page could then read and change users"},
+	{regexp.MustCompile(`^null$`), "null is not supported, because any page can send it"},
+	{regexp.MustCompile(`^(:[^/]|:/[^/]|[^:])*$`), "an origin begins with a scheme, such as https://"},
+	{regexp.MustCompile(`//[^/?#]*@`), "an origin has no user name"},
+	{regexp.MustCompile(`//[^/?#]*[/?#]`), "an origin ends after its host or port, without a slash"},
+	{regexp.MustCompile(`[A-Z]`), "browsers send an origin in lower case"},
+	{regexp.MustCompile(`^https:.*:443$|^http:.*:80$`), "browsers leave out the default port"},
+	{regexp.MustCompile(`[^ -~]`), "browsers send letters outside ASCII in their xn-- form"},
+}
+
+var originPattern = regexp.MustCompile(
+	`^[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[1-9][0-9]{0,4})?$`)
+
 // parseOrigin reads scheme://host or scheme://host:port, spelled as browsers send it.
 func parseOrigin(text string) (string, error) {
-	if text != strings.ToLower(text) {
+	for _, wrong := range wrongOrigins {
+		if wrong.pattern.MatchString(text) {
+			return "", wrong.why
+		}
+	}
+	if !originPattern.MatchString(text) {
 		return "", errUnusable
 	}
 	return text, http.NewCrossOriginProtection().AddTrustedOrigin(text)

@@ -95,15 +95,6 @@ func noteUnsynced(conn *pgconn.PgConn, notice *pgconn.Notice) {
 	}
 }
 
-// remedies say what to do if the server denies access, by SQLSTATE. Step 0 of schema.sql has its
-// own hints.
-var remedies = map[string]string{
-	"28000": "check the user in DATABASE_URL, and pg_hba.conf",
-	"28P01": "check the user and the password in DATABASE_URL",
-	"3D000": "create the database with createdb, or check its name in DATABASE_URL",
-	"42501": "the role must own its database or be granted CREATE on its schema",
-}
-
 // errReadOnly reports that the database takes no writes.
 var errReadOnly = errors.New("the database takes no writes; it may be a standby")
 
@@ -128,21 +119,24 @@ func openPostgres(ctx context.Context, databaseURL, appName string,
 	if err != nil {
 		return nil, err
 	}
-	denials, explicit := 0, false
+	denials, explicit, said := 0, false, databaseFailure{}
+	var saidAt time.Time
 	for deadline := time.Now().Add(databaseWait); ; sleep(ctx, databaseRetry) {
 		if explicit, err = prepareDatabase(ctx, config, deadline, log); err == nil {
 			break
 		}
-		code := sqlState(err)
-		if remedy, denied := remedies[code]; denied {
+		failure := explainFailure(err)
+		if failure.denied {
 			denials++
-			err = fmt.Errorf("%w; %s", err, remedy)
 		}
-		hopeless := errors.Is(err, errSchema) && !isTemporary(code) || denials == maxDenials
+		hopeless := errors.Is(err, errSchema) && !isTemporary(sqlState(err)) || denials == maxDenials
 		if hopeless || ctx.Err() != nil || time.Now().Add(databaseRetry).After(deadline) {
-			return nil, fmt.Errorf("opening the database: %w", err)
+			return nil, fmt.Errorf("opening the database: %w", failure)
 		}
-		log.Warn("Waiting for the database", "error", err)
+		if failure != said || time.Since(saidAt) >= databaseReport {
+			failure.warn(log, time.Until(deadline), failure != said)
+			said, saidAt = failure, time.Now()
+		}
 	}
 	pool, err := pgxpool.NewWithConfig(ctx, config)
 	if err != nil {

@@ -1,16 +1,25 @@
 package main
 
-// This file owns what operators look at: probes and metrics.
+// This file owns what operators look at: probes, metrics, and why the database cannot be opened.
 
 import (
+	"cmp"
+	"crypto/tls"
+	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"net"
 	"net/http"
+	"slices"
 	"strconv"
+	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+	"github.com/jackc/pgx/v5/pgconn"
 )
 
 // state is the state of a dependency, as /readyz shows it.
@@ -85,4 +94,126 @@ func checkHealth(s settings) error {
 		return fmt.Errorf("%s answers %s", url, response.Status)
 	}
 	return nil
+}
+
+// remedies say what to do if the server refuses a connection or the schema, by SQLSTATE. Step 0 of
+// schema.sql has its own hints.
+var remedies = map[string]string{
+	"28000": "check the user in DATABASE_URL, and pg_hba.conf",
+	"28P01": "check the user and the password in DATABASE_URL",
+	"3D000": "create the database with createdb, or check its name in DATABASE_URL",
+	"42501": "the role must own its database or be granted CREATE on its schema",
+	"53300": "close other connections, or raise max_connections of PostgreSQL",
+	"57P03": "wait until PostgreSQL has started; if it does not, see its log",
+}
+
+// databaseFailure is the reason why the database cannot be opened.
+type databaseFailure struct {
+	text   string
+	remedy string // may be empty
+	denied bool   // waiting is of little use
+}
+
+// Error implements error.
+func (f databaseFailure) Error() string {
+	if f.remedy == "" {
+		return f.text
+	}
+	return f.text + "; " + f.remedy
+}
+
+// warn logs that the start waits, for the time left at most. isNew adds the remedy.
+func (f databaseFailure) warn(log *slog.Logger, left time.Duration, isNew bool) {
+	attrs := []any{"error", f.text, "seconds_left", int(left.Seconds())}
+	if isNew && f.remedy != "" {
+		attrs = append(attrs, "remedy", f.remedy)
+	}
+	log.Warn("Waiting for the database", attrs...)
+}
+
+// explainFailure returns the reason for an error of prepareDatabase. The error of a connection has
+// one text per address and TLS mode; the reason has one per host, and the remedy for the first.
+func explainFailure(err error) databaseFailure {
+	code := sqlState(err)
+	remedy := remedies[code]
+	f := databaseFailure{err.Error(), remedy, remedy != "" && !isTemporary(code)}
+	failed, ok := errors.AsType[*pgconn.ConnectError](err)
+	if !ok {
+		return f
+	}
+	attempts := []error{failed.Unwrap()}
+	for cause := failed.Unwrap(); cause != nil; cause = errors.Unwrap(cause) {
+		if joined, ok := cause.(interface{ Unwrap() []error }); ok {
+			attempts = joined.Unwrap()
+		}
+	}
+	var hosts, texts []string
+	unusable := true
+	for _, attempt := range slices.SortedStableFunc(slices.Values(attempts), compareAttempts) {
+		host, reason := explainAttempt(attempt)
+		if slices.Contains(hosts, host) {
+			continue
+		}
+		hosts, texts = append(hosts, host), append(texts, reason.text)
+		f.remedy = cmp.Or(f.remedy, reason.remedy)
+		unusable = unusable && reason.denied
+	}
+	return databaseFailure{strings.Join(texts, "; "), f.remedy, f.denied || unusable}
+}
+
+// compareAttempts puts an answer of the server first, and last that it has no TLS, because another
+// attempt on the same host may have gone without.
+func compareAttempts(a, b error) int {
+	rank := func(err error) int {
+		switch {
+		case sqlState(err) != "":
+			return 0
+		case lacksTLS(err):
+			return 2
+		}
+		return 1
+	}
+	return cmp.Compare(rank(a), rank(b))
+}
+
+// lacksTLS reports whether a server refused TLS. The driver has only a text for that.
+func lacksTLS(err error) bool {
+	return strings.HasSuffix(err.Error(), "server refused TLS connection")
+}
+
+// explainAttempt returns the host and the reason of one failed attempt to connect. The driver's
+// text is such as "127.0.0.1:5432 (localhost): dial error: connect: connection refused".
+func explainAttempt(err error) (host string, f databaseFailure) {
+	where, cause, _ := strings.Cut(err.Error(), "): ")
+	address, name, _ := strings.Cut(where, " (")
+	if _, port, err := net.SplitHostPort(address); err == nil {
+		address = net.JoinHostPort(name, port)
+	}
+	const unreachable = "start PostgreSQL, or check the host and the port in DATABASE_URL"
+	if refusal, ok := errors.AsType[*pgconn.PgError](err); ok {
+		return address, databaseFailure{text: address + ": " + refusal.Error()}
+	}
+	if lookup, ok := errors.AsType[*net.DNSError](err); ok {
+		return lookup.Name, databaseFailure{fmt.Sprintf("host %s: %s", lookup.Name, lookup.Err),
+			"check the host in DATABASE_URL, and the DNS", false}
+	}
+	if invalid, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
+		return address, databaseFailure{address + ": " + invalid.Err.Error(),
+			"check the host and sslrootcert in DATABASE_URL, and the server's certificate", true}
+	}
+	errno, failed := errors.AsType[syscall.Errno](err)
+	switch {
+	case lacksTLS(err):
+		return address, databaseFailure{address + " does not support TLS",
+			"turn on ssl in PostgreSQL, or change sslmode in DATABASE_URL", true}
+	case errno == syscall.ECONNREFUSED:
+		return address, databaseFailure{"connection to " + address + " refused", unreachable, false}
+	case pgconn.Timeout(err):
+		return address, databaseFailure{"connection to " + address + " timed out", unreachable, false}
+	case failed:
+		cause = errno.Error()
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		cause = "closed by the server"
+	}
+	return address, databaseFailure{"connection to " + address + ": " + cause, unreachable, false}
 }

@@ -68,11 +68,12 @@ const (
 
 // Starting against a database that does not answer.
 const (
-	databaseWait  = 60 * time.Second
-	databaseRetry = time.Second
-	startUpkeep   = 10 * time.Second // the first run of what maintain repeats
-	maxDenials    = 3                // attempts with a wrong password or a missing database
-	maxRetries    = 2                // of a statement
+	databaseWait   = 60 * time.Second
+	databaseRetry  = time.Second
+	databaseReport = 10 * time.Second // between two lines in the log about the same error
+	startUpkeep    = 10 * time.Second // the first run of what maintain repeats
+	maxDenials     = 3                // attempts with a wrong password or a missing database
+	maxRetries     = 2                // of a statement
 )
 
 // The relay. A publisher waits for confirms while it holds the lease (leadInterval + publishWait <=

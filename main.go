@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	stdlog "log"
 	"log/slog"
 	"net"
@@ -18,6 +19,7 @@ import (
 	"regexp"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -45,6 +47,17 @@ func main() {
 	os.Exit(command(ctx, os.Args[1:], os.Stdout))
 }
 
+const usage = `user-service is a REST API for users over PostgreSQL with events on RabbitMQ.
+
+  user-service                  run the service
+  user-service key NAME [read]  print a new API key and its entry for API_KEYS
+  user-service healthcheck      exit with 0 if the service with the same settings answers
+  user-service version          print the version, the commit and the Go version
+  user-service help             print this text
+
+Settings: environment variables or .env; see README.md, section Configuration.
+`
+
 // command runs the service or another command, and returns the exit code: 2 for wrong arguments or
 // settings, 1 for a failure. The last line on stdout gives the reason. If stdout blocks, command
 // returns logWait later.
@@ -52,29 +65,46 @@ func command(ctx context.Context, args []string, stdout io.Writer) int {
 	out := &logWriter{w: stdout}
 	defer func() { _ = out.flush() }()
 	log := newLogger(out, slog.LevelInfo)
-	if len(args) > 0 && args[0] == "key" {
+	if slices.Contains(args, "-h") || slices.Contains(args, "--help") {
+		args = []string{"help"}
+	}
+	switch strings.Join(args, " ") {
+	case "", "healthcheck":
+		return withSettings(ctx, args, out, log)
+	case "help":
+		fmt.Fprint(stdout, usage)
+		return 0
+	case "version", "--version":
+		number, _, _ := strings.Cut(version(), "+")
+		fmt.Fprintf(stdout, "user-service %s, commit %s, %s\n", number, commit(), runtime.Version())
+		return 0
+	}
+	if args[0] == "key" {
 		return makeKey(args[1:], stdout, log)
 	}
-	getenv, err := getenvWithFile(".env")
+	log.Error("Unknown command", "error",
+		"commands: none to run the service, key, healthcheck, version, help")
+	return 2
+}
+
+// withSettings runs the service, or the command healthcheck.
+func withSettings(ctx context.Context, args []string, out *logWriter, log *slog.Logger) int {
+	lookup, err := lookupWithFile(".env")
 	var s settings
 	if err == nil {
-		s, err = loadSettings(getenv)
+		s, err = loadSettings(lookup)
 	}
 	if err != nil {
 		log.Error("Invalid setting", "error", err)
 		return 2
 	}
-	switch strings.Join(args, " ") {
-	case "":
+	if len(args) > 0 {
+		err = checkHealth(s)
+	} else {
 		machine := machineLimits()
 		floor := machine.applyToRuntime()
 		err = run(ctx, s, machine, out)
 		runtime.KeepAlive(floor)
-	case "healthcheck":
-		err = checkHealth(s)
-	default:
-		log.Error("Unknown command", "error", "commands: none to serve, key, healthcheck")
-		return 2
 	}
 	if err != nil {
 		log.Error("Service failed", "error", err)
@@ -105,19 +135,27 @@ var releaseTag = regexp.MustCompile(`^v(\d+\.\d+\.\d+)$`)
 // version returns the version of the tag that the binary was built from, else release and the
 // commit.
 func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return release
-	}
-	if tag := releaseTag.FindStringSubmatch(info.Main.Version); tag != nil {
-		return tag[1]
-	}
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" {
-			return release + "+" + s.Value[:min(len(s.Value), 12)]
+	if info, ok := debug.ReadBuildInfo(); ok {
+		if tag := releaseTag.FindStringSubmatch(info.Main.Version); tag != nil {
+			return tag[1]
 		}
 	}
+	if c := commit(); c != "unknown" {
+		return release + "+" + c
+	}
 	return release
+}
+
+// commit returns the first 12 digits of the commit that the binary was built from.
+func commit() string {
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				return s.Value[:min(len(s.Value), 12)]
+			}
+		}
+	}
+	return "unknown"
 }
 
 // store is implemented by postgres and memory.
@@ -137,6 +175,14 @@ type store interface {
 // flushes out.
 func run(ctx context.Context, s settings, machine limits, out *logWriter) error {
 	log := newLogger(out, s.logLevel)
+	free, err := listen(s) // reports a port in use before the wait for the database
+	if err != nil {
+		return err
+	}
+	_ = free.Close() // nothing listens until the database answers
+	for _, text := range s.warnings() {
+		log.Warn(text)
+	}
 	store, err := openStore(ctx, s, log)
 	if ctx.Err() != nil {
 		return nil
@@ -151,16 +197,13 @@ func run(ctx context.Context, s settings, machine limits, out *logWriter) error 
 	})
 	consumer := newConsumer(log, out, set)
 	broker := newBroker(s, consumer, log, set)
-	if len(s.apiKeys) == 0 {
-		log.Warn("No API_KEYS: every client that reaches the service has full access")
-	}
 	draining := &atomic.Bool{}
 	handler := newHandler(dependencies{s, machine, store, broker, log, set, draining})
 	server := newHTTPServer(handler, machine, log)
 
-	listener, err := net.Listen("tcp", net.JoinHostPort(s.host, strconv.Itoa(s.port)))
+	listener, err := listen(s)
 	if err != nil {
-		return fmt.Errorf("listening on HOST and PORT: %w", err)
+		return err
 	}
 	stopConsumer := start(func(ctx context.Context) { consumer.run(ctx, broker) })
 	stopWatch, stopUpkeep := start(store.watch), start(store.maintain)
@@ -220,6 +263,24 @@ func publicRoutes(h *health) []route {
 		{"GET", "/healthz", h.live},
 		{"GET", "/readyz", h.ready},
 	}
+}
+
+// listen returns a listener on HOST and PORT.
+func listen(s settings) (net.Listener, error) {
+	listener, err := net.Listen("tcp", net.JoinHostPort(s.host, strconv.Itoa(s.port)))
+	remedy := ""
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		remedy = "; stop the other process on this port, or set PORT to another"
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		remedy = "; HOST must be an address of this machine"
+	case errors.Is(err, fs.ErrPermission):
+		remedy = "; a port below 1024 needs a privilege"
+	}
+	if err != nil {
+		return nil, fmt.Errorf("HOST and PORT: %w%s", err, remedy)
+	}
+	return listener, nil
 }
 
 // openStore returns the store that the settings ask for. It never falls back to memory if a

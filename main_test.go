@@ -7,6 +7,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -23,6 +24,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -52,11 +54,12 @@ func occupiedPort(t *testing.T) int {
 	return listener.Addr().(*net.TCPAddr).Port
 }
 
-// TestRunGivesUpOnDatabase checks that run fails after it has waited for the database for a minute.
+// TestRunGivesUpOnDatabase checks that run fails after it has waited for the database for a minute,
+// and that the log has the error and a remedy once, and then the error every 10 s.
 func TestRunGivesUpOnDatabase(t *testing.T) {
 	t.Parallel()
 	s := memorySettings()
-	s.databaseURL, s.port = "postgres://john:"+secret+"@127.0.0.1:1/users", occupiedPort(t)
+	s.databaseURL = "postgres://john:" + secret + "@127.0.0.1:1/users"
 	synctest.Test(t, func(t *testing.T) {
 		log := &logBuffer{}
 		start := time.Now()
@@ -70,11 +73,65 @@ func TestRunGivesUpOnDatabase(t *testing.T) {
 		if waited := time.Since(start); waited < 55*time.Second || waited > time.Minute {
 			t.Errorf("run took %v, want 55 s to 60 s", waited)
 		}
-		if n := len(log.lines("Waiting for the database")); n < 10 || n != len(log.lines("")) {
-			t.Errorf("got %d lines of waiting, want at least 10 and no others:\n%s", n, log)
+		lines := log.lines("Waiting for the database")
+		if len(lines) != 6 || len(log.lines("")) != 6 {
+			t.Fatalf("got the log\n%swant 6 lines of waiting", log)
+		}
+		for i, line := range lines {
+			if line["error"] != "connection to 127.0.0.1:1 refused" || (line["remedy"] != nil) != (i == 0) ||
+				line["seconds_left"] != float64(59-10*i) && line["seconds_left"] != float64(60-10*i) {
+				t.Errorf("line %d: got %v, want the error, the time left, and a remedy in the first", i, line)
+			}
 		}
 		log.check(t)
 	})
+}
+
+// TestRunFindsPortInUse checks that run reports a port in use before it waits for the database.
+func TestRunFindsPortInUse(t *testing.T) {
+	t.Parallel()
+	s := memorySettings()
+	s.databaseURL, s.port = "postgres://john:"+secret+"@127.0.0.1:1/users", occupiedPort(t)
+	log := &logBuffer{}
+	err := run(t.Context(), s, testLimits, &logWriter{w: log})
+	if err == nil || !strings.Contains(err.Error(), "PORT") || len(log.lines("")) > 0 {
+		t.Errorf("run: got %v, want an error about PORT, and no line in the log:\n%s", err, log)
+	}
+}
+
+// TestCommands checks the exit code and the output of commands that need no settings.
+func TestCommands(t *testing.T) {
+	t.Parallel()
+	all := []string{"user-service", "key NAME [read]", "healthcheck", "version", "help", "README.md"}
+	build := []string{"user-service " + release + ",", "commit ", runtime.Version()}
+	for _, test := range []struct {
+		args  string
+		code  int
+		lines int
+		says  []string
+	}{
+		{args: "help", lines: 9, says: all},
+		{args: "-h", lines: 9, says: all},
+		{args: "--help", lines: 9, says: all},
+		{args: "key --help", lines: 9, says: all},
+		{args: "version", lines: 1, says: build},
+		{args: "--version", lines: 1, says: build},
+		{args: "serve", code: 2, lines: 1, says: []string{`"ERROR"`, "key, healthcheck, version, help"}},
+		{args: "help me", code: 2, lines: 1, says: []string{`"ERROR"`, "key, healthcheck, version, help"}},
+	} {
+		var out bytes.Buffer
+		if code := command(t.Context(), strings.Fields(test.args), &out); code != test.code {
+			t.Errorf("%s: exit code %d, want %d", test.args, code, test.code)
+		}
+		for _, text := range test.says {
+			if !strings.Contains(out.String(), text) {
+				t.Errorf("%s: output %q, want %q in it", test.args, &out, text)
+			}
+		}
+		if lines := strings.Count(out.String(), "\n"); lines != test.lines {
+			t.Errorf("%s: %d lines, want %d", test.args, lines, test.lines)
+		}
+	}
 }
 
 // lateListener delays the error of Accept that tells its server that it is closed.
@@ -288,12 +345,12 @@ func TestSlowClients(t *testing.T) {
 }
 
 // envOf returns an environment that has one variable.
-func envOf(name, value string) func(string) string {
-	return func(asked string) string {
+func envOf(name, value string) func(string) variable {
+	return func(asked string) variable {
 		if asked == name {
-			return value
+			return variable{value: value, set: true}
 		}
-		return ""
+		return variable{}
 	}
 }
 
@@ -359,14 +416,25 @@ var validSettings = []struct {
 	{"PASSWORD_BLOCKLIST", "OFF", func(*settings) {}},
 	{"API_KEYS", "a:" + strings.Repeat("00", 32) + ", b.c:" + strings.Repeat("00", 32) + ":read",
 		func(s *settings) { s.apiKeys = []apiKey{{name: "a"}, {name: "b.c", readOnly: true}} }},
+	{"API_KEYS", "", func(s *settings) { s.apiKeys = []apiKey{} }}, // not nil: nobody has access
+	{"API_KEYS", "open", func(s *settings) { s.open = true }},
 	{"RATE_LIMIT", "0.5", func(s *settings) { s.rateLimit = 0.5 }},
 	{"TRUSTED_PROXIES", "10.0.0.0/8, ::1", func(s *settings) {
 		s.trustedProxies = []netip.Prefix{
 			netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("::1/128")}
 	}},
+	{"TRUSTED_PROXIES", "::ffff:10.0.0.0/104, ::ffff:10.1.2.3", func(s *settings) {
+		s.trustedProxies = []netip.Prefix{
+			netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("10.1.2.3/32")}
+	}},
 	{"CORS_ORIGINS", "https://a.example, http://localhost:3000", func(s *settings) {
 		s.corsOrigins = []string{"https://a.example", "http://localhost:3000"}
 	}},
+	{"CORS_ORIGINS", "http://[::1]:443,chrome-extension://abc,https://xn--bcher-kva.example:80",
+		func(s *settings) {
+			s.corsOrigins = []string{"http://[::1]:443", "chrome-extension://abc",
+				"https://xn--bcher-kva.example:80"}
+		}},
 	{"SHUTDOWN_DELAY", "0s", func(*settings) {}},
 	{"SHUTDOWN_DELAY", "1m500ms", func(s *settings) { s.shutdownDelay = 60500 * time.Millisecond }},
 }
@@ -388,7 +456,7 @@ func TestSettings(t *testing.T) {
 func TestLogLevelOverridesDebug(t *testing.T) {
 	t.Parallel()
 	env := map[string]string{"DEBUG": "true", "LOG_LEVEL": "error"}
-	s, err := loadSettings(func(name string) string { return env[name] })
+	s, err := loadSettings(func(name string) variable { return variable{value: env[name]} })
 	if err != nil || s.logLevel != slog.LevelError {
 		t.Errorf("level %v, %v, want ERROR", s.logLevel, err)
 	}
@@ -440,17 +508,19 @@ var invalidSettings = map[string]struct {
 	"API_KEYS": {"name:sha256hex", []string{
 		"shop", "shop:" + strings.Repeat("a", 63), "shop:" + strings.Repeat("g", 64),
 		":" + strings.Repeat("a", 64), "shop:" + strings.Repeat("a", 64) + ":write",
-		"a b:" + strings.Repeat("a", 64), "shop:" + strings.Repeat("a", 64) + ",",
+		"a b:" + strings.Repeat("a", 64), "shop:" + strings.Repeat("a", 64) + ",", "OPEN",
+		"open,shop:" + strings.Repeat("a", 64),
 	}},
 	"RATE_LIMIT": {"0.01 to 1000000", []string{
 		"0.001", "-1", "1e9", "NaN", "Inf", "ten", "10/s",
 	}},
 	"TRUSTED_PROXIES": {"IP addresses or networks", []string{
-		"proxy", "10.0.0.0/33", "10.0.0.1,", "fe80::1%eth0",
+		"proxy", "10.0.0.0/33", "10.0.0.1,", "fe80::1%eth0", "::ffff:0:0/95",
 	}},
 	"CORS_ORIGINS": {"https://app.example.com", []string{
-		"*", "shop.example", "https://shop.example/", "ftp:/shop.example", "https://Shop.example",
-		"https://shop.example,",
+		"shop.example", "https://shop.example/", "ftp:/shop.example", "https://Shop.example",
+		"https://shop.example,", "https://:1", "https://a b", "https://shop.example:", "http://h:0",
+		"https://*.shop.example", "https://[::1", "http://h:port",
 	}},
 	"SHUTDOWN_DELAY": {"a duration of 0 or more", []string{"-1s", "7", "soon", "7 s"}},
 }
@@ -478,32 +548,139 @@ func TestSettingsRefuse(t *testing.T) {
 	}
 }
 
+// TestSettingsReasons checks that the error of a value says what is wrong with it.
+func TestSettingsReasons(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct{ name, value, reason string }{
+		{"API_KEYS", "shop:" + digestOf(""), "shop is that of an empty key"},
+		{"API_KEYS", "shop:" + digestOf("usk_..."), "shop is that of the example in README.md"},
+		{"CORS_ORIGINS", "*", "* is not supported, because any page"},
+		{"CORS_ORIGINS", "null", "any page can send it"},
+		{"CORS_ORIGINS", "shop.example", "begins with a scheme"},
+		{"CORS_ORIGINS", "localhost:3000", "begins with a scheme"},
+		{"CORS_ORIGINS", "https:/shop.example", "begins with a scheme"},
+		{"CORS_ORIGINS", "https://u:" + secret + "@shop.example", "no user name"},
+		{"CORS_ORIGINS", "https://shop.example/", "without a slash"},
+		{"CORS_ORIGINS", "https://shop.example/app", "without a slash"},
+		{"CORS_ORIGINS", "https://shop.example?a=b", "without a slash"},
+		{"CORS_ORIGINS", "https://shop.example#a", "without a slash"},
+		{"CORS_ORIGINS", "https://Shop.example", "lower case"},
+		{"CORS_ORIGINS", "HTTPS://shop.example", "lower case"},
+		{"CORS_ORIGINS", "https://shop.example:443", "default port"},
+		{"CORS_ORIGINS", "http://shop.example:80", "default port"},
+		{"CORS_ORIGINS", "https://bücher.example", "xn-- form"},
+		{"DATABASE_URL", "postgres://u:" + secret + "@h/d?sslmode=verify-full&sslrootcert=/none.pem",
+			"cannot be read: open /none.pem: no such file"},
+	} {
+		_, err := loadSettings(envOf(test.name, test.value))
+		if err == nil || !strings.Contains(err.Error(), test.reason) ||
+			strings.Contains(err.Error(), secret) {
+			t.Errorf("%s=%s: error %v, want %q in it", test.name, test.value, err, test.reason)
+		}
+	}
+}
+
+// digestOf returns the digest of a key, as API_KEYS has it.
+func digestOf(key string) string { return fmt.Sprintf("%x", sha256.Sum256([]byte(key))) }
+
+// TestWarnings checks which settings make the service warn when it starts.
+func TestWarnings(t *testing.T) {
+	t.Parallel()
+	key := "shop:" + digestOf("key")
+	for _, test := range []struct {
+		env  map[string]string
+		want string // the start of the only warning
+	}{
+		{env: map[string]string{}},
+		{env: map[string]string{"HOST": "::1"}},
+		{env: map[string]string{"HOST": "localhost"}},
+		{env: map[string]string{"HOST": "0.0.0.0"}, want: "No API_KEYS"},
+		{env: map[string]string{"HOST": "192.0.2.1"}, want: "No API_KEYS"},
+		{env: map[string]string{"HOST": "0.0.0.0", "API_KEYS": "open"}},
+		{env: map[string]string{"HOST": "0.0.0.0", "API_KEYS": key}},
+		{env: map[string]string{"HOST": "0.0.0.0", "API_KEYS": ""}, want: "API_KEYS is set but empty"},
+		{env: map[string]string{"DATABASE_URL": "postgres://u@127.0.0.1/d"}},
+		{env: map[string]string{"DATABASE_URL": "postgres://u@localhost/d"}},
+		{env: map[string]string{"DATABASE_URL": "postgres:///d?host=/run/postgresql"}},
+		{env: map[string]string{"DATABASE_URL": "postgres://u@192.0.2.1/d?sslmode=require"}},
+		{env: map[string]string{"DATABASE_URL": "postgres://u@db/d?sslmode=verify-full"}},
+		{env: map[string]string{"DATABASE_URL": "postgres://u@db/d"}, want: "DATABASE_URL"},
+		{env: map[string]string{"DATABASE_URL": "postgres://u@db/d?sslmode=allow"}, want: "DATABASE_URL"},
+		{env: map[string]string{"DATABASE_URL": "postgres://u@db/d?sslmode=disable"},
+			want: "DATABASE_URL"},
+		{env: map[string]string{"DATABASE_URL": "postgres://u@localhost,db/d"}, want: "DATABASE_URL"},
+		{env: map[string]string{"RABBITMQ_URL": "amqp://u:p@[::1]:5672/"}},
+		{env: map[string]string{"RABBITMQ_URL": "amqps://u:p@mq/"}},
+		{env: map[string]string{"RABBITMQ_URL": "amqp://u:p@localhost,mq/"}, want: "RABBITMQ_URL"},
+	} {
+		s, err := loadSettings(func(name string) variable {
+			value, set := test.env[name]
+			return variable{value: value, set: set}
+		})
+		if err != nil {
+			t.Errorf("%v: %v", test.env, err)
+			continue
+		}
+		got := s.warnings()
+		if none := test.want == ""; none != (len(got) == 0) ||
+			!none && (len(got) != 1 || !strings.HasPrefix(got[0], test.want)) {
+			t.Errorf("%v: got the warnings %q, want one of %q", test.env, got, test.want)
+		}
+	}
+}
+
+// TestNobodyHasAccess checks that without keys, but with API_KEYS set to "", no request passes.
+func TestNobodyHasAccess(t *testing.T) {
+	t.Parallel()
+	set := memorySettings()
+	set.apiKeys = []apiKey{}
+	s := startService(t, set)
+	for path, want := range map[string]int{"/users": 401, "/metrics": 401, "/healthz": 200} {
+		for _, header := range []string{"", "Authorization: Bearer ", "Authorization: Bearer key"} {
+			if a := s.do("GET", path, "", header); a.status != want {
+				t.Errorf("GET %s with %q: got %d, want %d", path, header, a.status, want)
+			}
+		}
+	}
+}
+
 // TestParseEnvFile checks the syntax of .env files. The error of an invalid line has its number but
 // not its content, which may be a password.
 func TestParseEnvFile(t *testing.T) {
 	t.Parallel()
 	type values = map[string]string
 	for content, want := range map[string]values{
-		"":                              {},
-		"A=1\nB=2":                      {"A": "1", "B": "2"},
-		"A=1\nA=2\n":                    {"A": "2"},
-		"# A=1\n\n  #B=2\n \t\nC=3\n":   {"C": "3"},
-		"A=1 # no comment\nB=#2\n":      {"A": "1 # no comment", "B": "#2"},
-		"export A=1\n export  B=2\n":    {"A": "1", "B": "2"},
-		"exported=1\n":                  {"exported": "1"},
-		"A=\"x y\"\nB=' z '\n":          {"A": "x y", "B": " z "},
-		"A=\"x\nB='\nC='x\"\nD=x'y'\n":  {"A": `"x`, "B": "'", "C": `'x"`, "D": "x'y'"},
-		"A=\"x\" \nB=\"\"\n":            {"A": "x", "B": ""},
-		"A=1\r\nB=\"2\"\r\n":            {"A": "1", "B": "2"},
-		"\ufeffA=1\n":                   {"A": "1"},
-		"  A=1\n\tB=2\n":                {"A": "1", "B": "2"},
-		"A= x \n":                       {"A": " x "},
-		"A=b=c==\n":                     {"A": "b=c=="},
-		"A=\n":                          {"A": ""},
-		"A\n":                           {"A": ""},
-		"A=" + strings.Repeat("x", 9e4): {"A": strings.Repeat("x", 9e4)},
+		"":                               {},
+		"A=1\nB=2":                       {"A": "1", "B": "2"},
+		"A=1\nA=2\n":                     {"A": "2"},
+		"# A=1\n\n  #B=2\n \t\nC=3\n":    {"C": "3"},
+		"A=1 # comment\nB=#2\nC=3\t#\n":  {"A": "1", "B": "#2", "C": "3"},
+		"A=p#ss # it's a \"#\"\n":        {"A": "p#ss"},
+		"A= # comment\nB= b c # x # y\n": {"A": "", "B": "b c"},
+		"A=\"x # y\" # z\nB=' #' \n":     {"A": "x # y", "B": " #"},
+		"A=\"x\" # say \"y\"\nB='x'#y\n": {"A": "x", "B": "'x'#y"},
+		"A='a'b'\nB=\"\" # none\n":       {"A": "a'b", "B": ""},
+		"A=1\nA=\n":                      {"A": ""},
+		"export A=1\n export  B=2\n":     {"A": "1", "B": "2"},
+		"exported=1\n":                   {"exported": "1"},
+		"A=\"x y\"\nB=' z '\n":           {"A": "x y", "B": " z "},
+		"A=\"x\nB='\nC='x\"\nD=x'y'\n":   {"A": `"x`, "B": "'", "C": `'x"`, "D": "x'y'"},
+		"A=\"x\" \nB=\"\"\n":             {"A": "x", "B": ""},
+		"A=1\r\nB=\"2\"\r\n":             {"A": "1", "B": "2"},
+		"\ufeffA=1\n":                    {"A": "1"},
+		"  A=1\n\tB=2\n":                 {"A": "1", "B": "2"},
+		"A= x \n":                        {"A": "x"},
+		"A=b=c==\n":                      {"A": "b=c=="},
+		"A=\n":                           {"A": ""},
+		"A\n":                            {"A": ""},
+		"A=" + strings.Repeat("x", 9e4):  {"A": strings.Repeat("x", 9e4)},
 	} {
-		if got, err := parseEnvFile(content); err != nil || !maps.Equal(got, want) {
+		lines, err := parseEnvFile(content)
+		got := values{}
+		for name, line := range lines {
+			got[name] = line.value
+		}
+		if err != nil || !maps.Equal(got, want) {
 			t.Errorf("%.60q: %.60q, %v, want %.60q", content, got, err, want)
 		}
 	}
@@ -512,6 +689,9 @@ func TestParseEnvFile(t *testing.T) {
 		"A =" + secret:                     "line 1",
 		"A=1\r\n=" + secret:                "line 2",
 		"export =" + secret:                "line 1",
+		"\xff\xfeA\x00=\x001\x00":          "UTF-16",
+		"\xfe\xff\x00A\x00=\x001":          "UTF-16",
+		"A\x00=\x001\x00":                  "UTF-16",
 	} {
 		_, err := parseEnvFile(content)
 		if err == nil || !strings.Contains(err.Error(), want) {
@@ -543,35 +723,54 @@ func FuzzParseEnvFile(f *testing.F) {
 	})
 }
 
-// TestGetenvWithFile checks that the environment takes precedence over the file. It uses PATH,
-// which every environment has, because parallel tests cannot set a variable.
-func TestGetenvWithFile(t *testing.T) {
+// TestLookupWithFile checks that the environment takes precedence over the file, and that the file
+// is named as the source. It uses PATH, which every environment has, because parallel tests cannot
+// set a variable.
+func TestLookupWithFile(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	path := filepath.Join(dir, ".env")
-	getenv, err := getenvWithFile(path)
-	if err != nil || getenv("PATH") != os.Getenv("PATH") {
-		t.Errorf("PATH without a file: %q, %v, want %q", getenv("PATH"), err, os.Getenv("PATH"))
+	inherited := variable{value: os.Getenv("PATH"), set: true}
+	lookup, err := lookupWithFile(path)
+	if err != nil || lookup("PATH") != inherited {
+		t.Errorf("PATH without a file: %v, %v, want %v", lookup("PATH"), err, inherited)
 	}
-	content := []byte("PATH=file\nUS_TEST_ONLY_IN_FILE=file")
+	content := []byte("# comment\nPATH=file\nUS_TEST_ONLY_IN_FILE=old\n" +
+		"US_TEST_ONLY_IN_FILE=file\nUS_TEST_EMPTY=")
 	if err := os.WriteFile(path, content, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	getenv, err = getenvWithFile(path)
+	lookup, err = lookupWithFile(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, want := range map[string]string{
-		"PATH": os.Getenv("PATH"), "US_TEST_ONLY_IN_FILE": "file", "US_TEST_NOWHERE": "",
+	for name, want := range map[string]variable{
+		"PATH": inherited, "US_TEST_NOWHERE": {}, "US_TEST_EMPTY": {},
+		"US_TEST_ONLY_IN_FILE": {value: "file", source: path + ", line 4"},
 	} {
-		if got := getenv(name); got != want {
-			t.Errorf("%s: %q, want %q", name, got, want)
+		if got := lookup(name); got != want {
+			t.Errorf("%s: %v, want %v", name, got, want)
 		}
 	}
-	_, err = getenvWithFile(dir)
+	_, err = lookupWithFile(dir)
 	if err == nil || !strings.HasPrefix(err.Error(), dir+" must be ") {
 		t.Errorf("a directory as the file: error %v, want one that begins with %q",
 			err, dir+" must be ")
+	}
+}
+
+// TestSettingSource checks that an error names the file and the line of the value.
+func TestSettingSource(t *testing.T) {
+	t.Parallel()
+	_, err := loadSettings(func(name string) variable {
+		if name == "PORT" {
+			return variable{value: "http", source: ".env, line 3"}
+		}
+		return variable{}
+	})
+	if want := "PORT must be a port number, 0 to 65535 (.env, line 3)"; err == nil ||
+		err.Error() != want {
+		t.Errorf("got the error %v, want %s", err, want)
 	}
 }
 

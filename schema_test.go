@@ -6,9 +6,12 @@ package main
 import (
 	"context"
 	_ "embed"
+	"encoding/binary"
 	"encoding/hex"
 	"fmt"
+	"io"
 	"math"
+	"net"
 	"net/url"
 	"os"
 	"os/exec"
@@ -16,6 +19,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -944,6 +948,133 @@ func TestStartOnNewerSchema(t *testing.T) {
 	}
 }
 
+// brokenServer returns the address of a server that reads eight bytes of each connection, answers
+// with text and closes it, and the number of its connections.
+func brokenServer(t *testing.T, text string) (address string, attempts *atomic.Int64) {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	attempts = &atomic.Int64{}
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			attempts.Add(1)
+			io.ReadFull(conn, make([]byte, 8))
+			io.WriteString(conn, text)
+			conn.(*net.TCPConn).CloseWrite()
+			io.Copy(io.Discard, conn)
+			conn.Close()
+		}
+	}()
+	return listener.Addr().String(), attempts
+}
+
+// refusal returns the message of a server that refuses a connection with a SQLSTATE.
+func refusal(code string) string {
+	fields := "SFATAL\x00VFATAL\x00C" + code + "\x00Mno\x00\x00"
+	return "E" + string(binary.BigEndian.AppendUint32(nil, uint32(len(fields)+4))) + fields
+}
+
+// TestDatabaseFailures checks how the failure of a connection is explained: each host once, with a
+// remedy, and without the driver's text or the password.
+func TestDatabaseFailures(t *testing.T) {
+	t.Parallel()
+	silent := fmt.Sprint("127.0.0.1:", occupiedPort(t))
+	withoutTLS, _ := brokenServer(t, "N")
+	closing, _ := brokenServer(t, "")
+	_, port, _ := net.SplitHostPort(withoutTLS)
+	for _, test := range []struct {
+		name   string
+		hosts  string
+		query  string
+		text   string
+		remedy string // a part of it
+		denied bool
+	}{
+		{name: "nothing listens", hosts: "127.0.0.1:1", text: "connection to 127.0.0.1:1 refused",
+			remedy: "start PostgreSQL"},
+		{name: "two hosts and two TLS modes", hosts: "127.0.0.1:1,127.0.0.2:1", query: "?sslmode=prefer",
+			text:   "connection to 127.0.0.1:1 refused; connection to 127.0.0.2:1 refused",
+			remedy: "check the host and the port"},
+		{name: "a name for two addresses", hosts: "localhost:1",
+			text: "connection to localhost:1 refused", remedy: "start PostgreSQL"},
+		{name: "no answer", hosts: silent, query: "?connect_timeout=1",
+			text: "connection to " + silent + " timed out", remedy: "start PostgreSQL"},
+		{name: "an unknown name", hosts: "unknown.invalid", text: "host unknown.invalid: ",
+			remedy: "check the host"},
+		{name: "no TLS", hosts: withoutTLS, query: "?sslmode=require", denied: true,
+			text: withoutTLS + " does not support TLS", remedy: "change sslmode"},
+		{name: "no TLS, and another host", hosts: withoutTLS + ",127.0.0.1:1", query: "?sslmode=require",
+			text:   "connection to 127.0.0.1:1 refused; " + withoutTLS + " does not support TLS",
+			remedy: "start PostgreSQL"},
+		{name: "no TLS, and broken without", hosts: "localhost:" + port, query: "?sslmode=prefer",
+			text:   "connection to localhost:" + port + ": ",
+			remedy: "start PostgreSQL"},
+		{name: "closed at once", hosts: closing, query: "?sslmode=disable",
+			text: "connection to " + closing + ": closed by the server", remedy: "start PostgreSQL"},
+		{name: "no socket", query: "?host=/none", text: "connection to /none/.s.PGSQL.5432: no such file",
+			remedy: "start PostgreSQL"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			config, err := poolConfig("postgres://john:"+secret+"@"+test.hosts+"/users"+test.query, "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = pgx.ConnectConfig(t.Context(), config.ConnConfig)
+			if err == nil {
+				t.Fatal("no error")
+			}
+			got := explainFailure(err)
+			if !strings.HasPrefix(got.text, test.text) || !strings.Contains(got.remedy, test.remedy) ||
+				got.denied != test.denied || strings.Contains(got.Error(), secret) {
+				t.Errorf("%v\ngot %+v\nwant %q, a remedy with %q, and denied %t", err, got, test.text,
+					test.remedy, test.denied)
+			}
+		})
+	}
+}
+
+// TestServerRefusals checks the remedy for what a server may answer, and whether the start gives up.
+func TestServerRefusals(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		code   string
+		remedy string // a part of it
+		denied bool
+	}{
+		{code: "28P01", remedy: "password", denied: true},
+		{code: "28000", remedy: "pg_hba.conf", denied: true},
+		{code: "3D000", remedy: "createdb", denied: true},
+		{code: "42501", remedy: "CREATE", denied: true},
+		{code: "53300", remedy: "max_connections"},
+		{code: "57P03", remedy: "wait until PostgreSQL has started"},
+		{code: "55P03"},
+	} {
+		host, _ := brokenServer(t, refusal(test.code))
+		config, err := poolConfig("postgres://john@"+host+"/users?sslmode=disable", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = pgx.ConnectConfig(t.Context(), config.ConnConfig)
+		if err == nil {
+			t.Fatalf("%s: no error", test.code)
+		}
+		got, want := explainFailure(err), host+": FATAL: no (SQLSTATE "+test.code+")"
+		if got.text != want || !strings.Contains(got.remedy, test.remedy) ||
+			(got.remedy == "") != (test.remedy == "") || got.denied != test.denied {
+			t.Errorf("got %+v, want %q, a remedy with %q, and denied %t", got, want, test.remedy,
+				test.denied)
+		}
+	}
+}
+
 // TestStartGivesUp checks that opening a database fails after three attempts if the database or the
 // role does not exist. Somebody may be creating it, so one attempt is not enough.
 func TestStartGivesUp(t *testing.T) {
@@ -959,8 +1090,29 @@ func TestStartGivesUp(t *testing.T) {
 			if err == nil {
 				t.Fatal("no error")
 			}
-			if n := len(log.lines("Waiting for the database")); n != 2 {
-				t.Errorf("%d lines \"Waiting for the database\", want 2; error %v", n, err)
+			lines := log.lines("Waiting for the database")
+			if len(lines) != 1 || lines[0]["remedy"] == nil ||
+				!strings.Contains(err.Error(), fmt.Sprint(lines[0]["remedy"])) {
+				t.Errorf("lines of waiting %v, want one with the remedy of the error %v", lines, err)
+			}
+		})
+	}
+}
+
+// TestStartCountsDenials checks that opening a database fails after three attempts if the server
+// denies the role or lacks TLS.
+func TestStartCountsDenials(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct{ name, answer, mode string }{
+		{name: "a wrong password", answer: refusal("28P01"), mode: "disable"},
+		{name: "no TLS", answer: "N", mode: "require"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			host, attempts := brokenServer(t, test.answer)
+			_, err := openLogged(t, "postgres://john@"+host+"/users?sslmode="+test.mode)
+			if err == nil || attempts.Load() != maxDenials {
+				t.Errorf("error %v after %d attempts, want one after %d", err, attempts.Load(), maxDenials)
 			}
 		})
 	}
@@ -1421,7 +1573,7 @@ func TestUpgradeDoesNotBlock(t *testing.T) {
 	}()
 	old := previousRelease{connect(t, url)}
 	execute(t, old.conn, "SET lock_timeout = '5s'")
-	for i := 0; len(log.lines("Waiting for the database")) < 2; i++ {
+	for i := 0; len(log.lines("Waiting for the database")) == 0; i++ {
 		old.create(t, "", fmt.Sprint("during-", i))
 	}
 	select {

@@ -11,6 +11,8 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -18,6 +20,7 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	"github.com/jackc/pgx/v5/pgconn"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
@@ -43,19 +46,46 @@ type settings struct {
 // settingError names a variable that cannot be used, and what it must be. It never contains the
 // value, which may be a secret.
 type settingError struct {
-	name  string
-	takes string
+	name   string
+	takes  string
+	reason reason // empty if takes says enough
+	source string // file and line; empty for an environment variable
 }
 
 // Error implements error.
 func (e *settingError) Error() string {
-	return e.name + " must be " + e.takes
+	text := e.name + " must be " + e.takes
+	if e.reason != "" {
+		text += "; " + string(e.reason)
+	}
+	if e.source != "" {
+		text += " (" + e.source + ")"
+	}
+	return text
 }
 
-// loadSettings reads every setting through getenv, for which "" means not set. It fails with a
-// *settingError for the first variable that cannot be used.
-func loadSettings(getenv func(string) string) (settings, error) {
-	env := &environment{getenv: getenv}
+// reason is the error of a parser that says what is wrong with a value, without a secret.
+type reason string
+
+// Error implements error.
+func (r reason) Error() string { return string(r) }
+
+// variable is a setting as it was found.
+type variable struct {
+	value  string
+	set    bool   // in the environment, maybe to ""
+	source string // file and line; empty for an environment variable
+}
+
+// loadSettings reads every setting through lookup, which returns the value "" for one that is not
+// set. It fails with a *settingError for the first variable that cannot be used.
+func loadSettings(lookup func(string) variable) (settings, error) {
+	env := &environment{lookup: lookup}
+	var withoutKeys []apiKey
+	keys := lookup("API_KEYS")
+	if keys.set { // to "", such as from an empty file: it must not give everybody access
+		withoutKeys = []apiKey{}
+	}
 	defaultLevel := slog.LevelInfo
 	if setting(env, "DEBUG", false, "true or false", strconv.ParseBool) {
 		defaultLevel = slog.LevelDebug
@@ -79,9 +109,10 @@ func loadSettings(getenv func(string) string) (settings, error) {
 			"a number of characters, 1 to 128", intBetween(1, maxPasswordLength)),
 		passwordBlocklist: setting(env, "PASSWORD_BLOCKLIST", false,
 			"on or off", parseSwitch),
-		apiKeys: setting(env, "API_KEYS", nil,
-			"a list of name:sha256hex or name:sha256hex:read, separated by commas",
-			listOf(parseAPIKey)),
+		apiKeys: setting(env, "API_KEYS", withoutKeys,
+			"open, or a list of name:sha256hex or name:sha256hex:read, separated by commas",
+			parseAPIKeys),
+		open: keys.value == "open",
 		rateLimit: setting(env, "RATE_LIMIT", 0,
 			"a number of requests per second, 0.01 to 1000000", parseRate),
 		trustedProxies: setting(env, "TRUSTED_PROXIES", nil,
@@ -96,6 +127,42 @@ func loadSettings(getenv func(string) string) (settings, error) {
 	return s, env.err
 }
 
+// warnings returns what the operator should know about valid settings.
+func (s settings) warnings() (texts []string) {
+	switch {
+	case s.apiKeys == nil && !s.open && !isLoopback(s.host):
+		texts = append(texts, "No API_KEYS: every client that reaches the service has full access; "+
+			"set keys, or API_KEYS=open")
+	case s.apiKeys != nil && len(s.apiKeys) == 0:
+		texts = append(texts, "API_KEYS is set but empty: no client has access; "+
+			"set keys, or unset it, or set API_KEYS=open")
+	}
+	if s.databaseURL != "" && mayConnectInClear(s.databaseURL) {
+		texts = append(texts, "DATABASE_URL names a remote host and does not require TLS; "+
+			"add sslmode=verify-full")
+	}
+	remote := func(single string) bool {
+		u, err := url.Parse(single)
+		return err == nil && u.Scheme == "amqp" && u.Host != "" && !isLoopback(u.Hostname())
+	}
+	if slices.ContainsFunc(splitHosts(s.rabbitURL), remote) {
+		texts = append(texts, "RABBITMQ_URL names a remote host and does not use TLS; use amqps://")
+	}
+	return texts
+}
+
+// mayConnectInClear reports whether a remote host of a database URL can be reached without TLS.
+func mayConnectInClear(databaseURL string) bool {
+	config, err := pgconn.ParseConfig(databaseURL)
+	if err != nil {
+		return false
+	}
+	first := &pgconn.FallbackConfig{Host: config.Host, TLSConfig: config.TLSConfig}
+	return slices.ContainsFunc(append(config.Fallbacks, first), func(c *pgconn.FallbackConfig) bool {
+		return c.TLSConfig == nil && !filepath.IsAbs(c.Host) && !isLoopback(c.Host)
+	})
+}
+
 // isLoopback reports whether a host is only reachable from this machine.
 func isLoopback(host string) bool {
 	return strings.EqualFold(host, "localhost") || net.ParseIP(host).IsLoopback()
@@ -103,7 +170,7 @@ func isLoopback(host string) bool {
 
 // environment remembers the first error.
 type environment struct {
-	getenv func(string) string
+	lookup func(string) variable
 	err    error
 }
 
@@ -111,13 +178,14 @@ type environment struct {
 // takes says what it must be.
 func setting[T any](env *environment, name string, fallback T, takes string,
 	parse func(string) (T, error)) T {
-	text := env.getenv(name)
-	if text == "" {
+	found := env.lookup(name)
+	if found.value == "" {
 		return fallback
 	}
-	value, err := parse(text)
+	value, err := parse(found.value)
 	if err != nil && env.err == nil {
-		env.err = &settingError{name, takes}
+		why, _ := errors.AsType[reason](err)
+		env.err = &settingError{name, takes, why, found.source}
 	}
 	return value
 }
@@ -144,6 +212,9 @@ func parseDatabaseURL(text string) (string, error) {
 		return "", err
 	}
 	_, err := poolConfig(text, "")
+	if unreadable, ok := errors.AsType[*fs.PathError](err); ok { // such as sslrootcert
+		err = reason("it names a file that cannot be read: " + unreadable.Error())
+	}
 	return text, err
 }
 
@@ -279,32 +350,41 @@ func parseDelay(text string) (time.Duration, error) {
 	return d, nil
 }
 
-// getenvWithFile returns a function that looks up a name in the environment and then in the file at
+// lookupWithFile returns a function that looks up a name in the environment and then in the file at
 // path, which may be missing. An empty value counts as not set in both.
-func getenvWithFile(path string) (func(string) string, error) {
+func lookupWithFile(path string) (func(string) variable, error) {
 	content, err := os.ReadFile(path) // #nosec G304 -- main passes .env
-	if errors.Is(err, fs.ErrNotExist) {
-		return os.Getenv, nil
-	}
-	if err != nil {
-		return nil, &settingError{path, "a readable file of NAME=value lines"}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, &settingError{name: path, takes: "a readable file of NAME=value lines"}
 	}
 	file, err := parseEnvFile(string(content))
 	if err != nil {
-		return nil, &settingError{path, err.Error()}
+		return nil, &settingError{name: path, takes: err.Error()}
 	}
-	return func(name string) string {
-		if value := os.Getenv(name); value != "" {
-			return value
+	return func(name string) variable {
+		value, set := os.LookupEnv(name)
+		if line := file[name]; value == "" && line.value != "" {
+			return variable{line.value, set, fmt.Sprintf("%s, line %d", path, line.number)}
 		}
-		return file[name]
+		return variable{value: value, set: set}
 	}, nil
 }
 
+// envLine is a value of a .env file, and the number of its line.
+type envLine struct {
+	value  string
+	number int
+}
+
 // parseEnvFile reads the format of `docker run --env-file`, and also accepts "export " before a
-// name and quotes around a value. A name without "=" is not set.
-func parseEnvFile(content string) (map[string]string, error) {
-	values := make(map[string]string)
+// name, quotes around a value, and a comment after it. The last line of a name counts. A name
+// without "=" is not set.
+func parseEnvFile(content string) (map[string]envLine, error) {
+	if strings.HasPrefix(content, "\xff\xfe") || strings.HasPrefix(content, "\xfe\xff") ||
+		strings.Contains(content, "\x00") {
+		return nil, errors.New("UTF-8 text, not UTF-16, which redirections in PowerShell write")
+	}
+	values := make(map[string]envLine)
 	number := 0
 	for line := range strings.Lines(strings.TrimPrefix(content, "\ufeff")) {
 		number++
@@ -318,18 +398,21 @@ func parseEnvFile(content string) (map[string]string, error) {
 		if name == "" || strings.ContainsFunc(name, unicode.IsSpace) {
 			return nil, fmt.Errorf("NAME=value lines; line %d is not one", number)
 		}
-		values[name] = unquote(value)
+		values[name] = envLine{unquote(value), number}
 	}
 	return values, nil
 }
 
-// unquote removes one pair of quotes, and white space around them. Without quotes, white space
-// belongs to the value.
+var (
+	quoted          = regexp.MustCompile(`^\s*(?:"(.*?)"|'(.*?)')\s*(?:\s#.*)?$`)
+	trailingComment = regexp.MustCompile(`\s#.*`)
+)
+
+// unquote removes a comment that follows white space, white space at both ends, and one pair of
+// quotes. Everything between the quotes belongs to the value.
 func unquote(value string) string {
-	trimmed := strings.TrimSpace(value)
-	if n := len(trimmed); n >= 2 && (trimmed[0] == '"' || trimmed[0] == '\'') &&
-		trimmed[n-1] == trimmed[0] {
-		return trimmed[1 : n-1]
+	if match := quoted.FindStringSubmatch(value); match != nil {
+		return match[1] + match[2]
 	}
-	return value
+	return strings.TrimSpace(trailingComment.ReplaceAllString(value, ""))
 }

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -115,10 +116,9 @@ func TestInMemory(t *testing.T) {
 			p := testEnv.LaunchProgram(t, env.ServiceConfig{})
 			started := p.AwaitStart()
 			lines := p.Lines("")
-			if len(lines) != 3 || lines[0]["level"] != "WARN" || lines[1]["level"] != "WARN" ||
-				!strings.Contains(fmt.Sprint(lines[0]["event"]), "everything is lost on exit") ||
-				!strings.Contains(fmt.Sprint(lines[1]["event"]), "No API_KEYS") {
-				t.Errorf("got a log that begins with\n%swant two warnings and the start line", p.Log())
+			if len(lines) != 2 || lines[0]["level"] != "WARN" ||
+				!strings.Contains(fmt.Sprint(lines[0]["event"]), "everything is lost on exit") {
+				t.Errorf("got a log that begins with\n%swant a warning and the start line", p.Log())
 			}
 			docs := fmt.Sprintf("http://localhost:%v/docs", started["port"])
 			if started["level"] != "INFO" || started["app"] != "user-service" ||
@@ -153,10 +153,13 @@ func TestRefuses(t *testing.T) {
 		"DEBUG":               {setting: "DEBUG=yes", want: "DEBUG must be true or false"},
 		"PASSWORD_MIN_LENGTH": {setting: "PASSWORD_MIN_LENGTH=0", want: "PASSWORD_MIN_LENGTH must be"},
 		"SHUTDOWN_DELAY":      {setting: "SHUTDOWN_DELAY=-1s", want: "SHUTDOWN_DELAY must be"},
-		"in the file":         {file: "DEBUG=yes", want: "DEBUG must be true or false"},
-		"the file":            {file: "A=1\nDATABASE URL=" + env.Secret, want: "line 2"},
-		"a command":           {args: "serve", want: "healthcheck"},
-		"two commands":        {args: "healthcheck now", want: "healthcheck"},
+		"in the file":         {file: "# x\nDEBUG=yes # no", want: "DEBUG must be true or false (.env, line 2)"},
+		"UTF-16":              {file: "\xff\xfeA\x00=\x001\x00", want: "UTF-8 text, not UTF-16"},
+		"an API key": {setting: "API_KEYS=a:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+			want: "an empty key"},
+		"the file":     {file: "A=1\nDATABASE URL=" + env.Secret, want: "line 2"},
+		"a command":    {args: "serve", want: "healthcheck"},
+		"two commands": {args: "healthcheck now", want: "healthcheck"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -185,36 +188,63 @@ func TestReadsEnvFile(t *testing.T) {
 
 func TestCannotListen(t *testing.T) {
 	t.Parallel()
-	for name, setting := range map[string]string{
-		"a port in use":        fmt.Sprint("PORT=", occupiedPort(t)),
-		"an address elsewhere": "HOST=192.0.2.1", // TEST-NET-1, which no machine has
+	used := fmt.Sprint("PORT=", occupiedPort(t))
+	for name, settings := range map[string][]string{
+		"a port in use":        {used},
+		"and no database":      {used, "DATABASE_URL=" + deadDatabaseURL}, // without waiting for it
+		"an address elsewhere": {"HOST=192.0.2.1"},                        // TEST-NET-1, which no machine has
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			p := testEnv.LaunchProgram(t, env.ServiceConfig{Settings: []string{setting}})
+			p := testEnv.LaunchProgram(t, env.ServiceConfig{Settings: settings})
 			p.AllowErrors(1)
 			expectExit(t, p, 1)
 			lines := p.Lines("")
-			if len(lines) != 3 || lines[2]["level"] != "ERROR" ||
-				!strings.Contains(fmt.Sprint(lines[2]["error"]), "listen") {
-				t.Errorf("got\n%swant two warnings and an error about listening", p.Log())
+			if len(lines) != 1 || !strings.Contains(fmt.Sprint(lines[0]["error"]), "listen") {
+				t.Errorf("got\n%swant one error about listening", p.Log())
 			}
 		})
 	}
 }
 
-// TestWaitsForDatabase gives the program a port that is in use. If it did not wait, it would try to
-// listen and fail.
+// TestWaitsForDatabase checks that the program waits, and does not listen meanwhile. The address is
+// one that no other test uses.
 func TestWaitsForDatabase(t *testing.T) {
 	t.Parallel()
+	const host, port = "127.0.0.9", "18009"
 	p := testEnv.LaunchProgram(t, env.ServiceConfig{Settings: []string{
-		"DATABASE_URL=" + deadDatabaseURL, "LOG_LEVEL=DEBUG", fmt.Sprint("PORT=", occupiedPort(t))}})
-	env.Eventually(t, "two attempts", func() bool { return len(p.Lines(env.LogWaiting)) == 2 })
+		"DATABASE_URL=" + deadDatabaseURL, "LOG_LEVEL=DEBUG", "HOST=" + host, "PORT=" + port}})
+	line := p.AwaitLine(env.LogWaiting, "level", "WARN", "error", "connection to 127.0.0.1:1 refused")
+	if line["remedy"] == nil || line["seconds_left"] == nil {
+		t.Errorf("got the line %v, want a remedy and the time left", line)
+	}
+	if conn, err := net.Dial("tcp", host+":"+port); err == nil {
+		conn.Close()
+		t.Error("the program listens before the database answers")
+	}
 	p.Signal(syscall.SIGTERM)
 	expectExit(t, p, 0)
-	for _, line := range p.Lines("") {
-		if line["level"] != "WARN" || line["event"] != env.LogWaiting {
-			t.Errorf("got the line %v, want only %q at WARN", line, env.LogWaiting)
+	if n := len(p.Lines("")); n != 1 {
+		t.Errorf("got %d lines, want 1:\n%s", n, p.Log())
+	}
+}
+
+// TestPrints runs the commands that print a text, with settings that are not valid.
+func TestPrints(t *testing.T) {
+	t.Parallel()
+	path, err := testEnv.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for argument, want := range map[string]string{
+		"help": "user-service healthcheck", "-h": "user-service healthcheck",
+		"--help": "user-service healthcheck", "version": ", commit ", "--version": ", commit ",
+	} {
+		cmd := exec.Command(path, argument)
+		cmd.Dir, cmd.Env = dirWithEnvFile(t, "not a setting"), []string{"PORT=http"}
+		output, err := cmd.CombinedOutput()
+		if err != nil || !strings.Contains(string(output), want) {
+			t.Errorf("%s: got %v, %s\nwant %q", argument, err, output, want)
 		}
 	}
 }
