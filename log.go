@@ -1,7 +1,7 @@
 package main
 
-// This file owns the log: the format of a line, of times and of strings in it, and the writer,
-// which never makes a caller wait for standard output.
+// This file owns the log: the format of a line, of times and of strings in it, the writer, which
+// never makes a caller wait for standard output, and the trace ids that connect lines.
 
 import (
 	"context"

@@ -1079,7 +1079,8 @@ func TestPostgresReady(t *testing.T) {
 			t.Fatal(err)
 		}
 		eventually(t, "the state "+string(step.want), func() bool {
-			return s.ready() == step.want
+			got, _ := s.check(t.Context())
+			return got == step.want
 		})
 		if step.want != "read-only" {
 			continue
