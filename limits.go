@@ -263,7 +263,8 @@ var errBusy = errors.New("too many passwords to hash")
 // hashLanes decides when a password is hashed.
 type hashLanes struct {
 	traffic      *traffic
-	queue        *semaphore.Weighted
+	queued       atomic.Int64 // passwords that wait or are being hashed
+	most         int64        // of queued
 	alone, mixed lane
 }
 
@@ -274,7 +275,7 @@ func newHashLanes(l limits, t *traffic) *hashLanes {
 	cores := semaphore.NewWeighted(max(n*(n-1), 1))
 	return &hashLanes{
 		traffic: t,
-		queue:   semaphore.NewWeighted(int64(l.hashQueue)),
+		most:    int64(l.hashQueue),
 		alone:   lane{{cores, max(n-1, 1)}},
 		mixed:   lane{{cores, max(min(n, n*(n-1)), 1)}},
 	}
@@ -283,7 +284,8 @@ func newHashLanes(l limits, t *traffic) *hashLanes {
 // enter waits for the turn of a password. It fails with errBusy, or with the error of ctx when the
 // caller leaves.
 func (h *hashLanes) enter(ctx context.Context) (leave func(), err error) {
-	if !h.queue.TryAcquire(1) {
+	if h.queued.Add(1) > h.most {
+		h.queued.Add(-1)
 		return nil, errBusy
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, hashWait, errBusy)
@@ -293,10 +295,10 @@ func (h *hashLanes) enter(ctx context.Context) (leave func(), err error) {
 		turn = h.mixed
 	}
 	if err := turn.enter(ctx); err != nil {
-		h.queue.Release(1)
+		h.queued.Add(-1)
 		return nil, err
 	}
-	return func() { turn.leave(); h.queue.Release(1) }, nil
+	return func() { turn.leave(); h.queued.Add(-1) }, nil
 }
 
 // recent is a map that keeps the entries put last: at least max/2 of them, and at most max. It is
