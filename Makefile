@@ -73,7 +73,7 @@ lint: ## go vet, staticcheck, gosec and gofmt; build for Windows and macOS
 		test -z "$$unformatted" || { echo "gofmt: $$unformatted"; exit 1; }
 	for os in windows darwin; do CGO_ENABLED=0 GOOS=$$os go build -o /dev/null .; done
 
-services: ## provide PostgreSQL, RabbitMQ, PgBouncer and Chromium for the tests, and print their URLs
+services: ## provide PostgreSQL, RabbitMQ and tools for the tests, and print their URLs
 	@.ci/services
 
 clean: ## remove what the other targets made

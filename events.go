@@ -304,6 +304,7 @@ type consumer struct {
 	out      *logWriter // of log
 	consumed *metrics.Counter
 	skipped  *metrics.Counter
+	rejected *metrics.Counter
 	seed     maphash.Seed        // of the hashes of event ids
 	newest   recent[int64, seen] // by user
 	fresh    int                 // events since the last flush
@@ -322,6 +323,7 @@ func newConsumer(log *slog.Logger, out *logWriter, set *metrics.Set) *consumer {
 		out:      out,
 		consumed: set.NewCounter("events_consumed_total"),
 		skipped:  set.NewCounter("events_skipped_total"),
+		rejected: set.NewCounter("events_rejected_total"),
 		seed:     maphash.MakeSeed(),
 		newest:   recent[int64, seen]{max: maxVersions},
 	}
@@ -355,6 +357,7 @@ func (c *consumer) handle(ctx context.Context, bodies [][]byte) (unreadable []in
 		return nil, fmt.Errorf("logging events: %w", err)
 	}
 	c.consumed.Add(c.fresh)
+	c.rejected.Add(len(unreadable))
 	c.fresh = 0
 	return unreadable, nil
 }

@@ -403,6 +403,9 @@ func TestSettleWaitsForLog(t *testing.T) {
 		if c.consumed.Get() != 2 {
 			t.Errorf("consumed: got %d, want 2", c.consumed.Get())
 		}
+		if c.rejected.Get() != 1 {
+			t.Errorf("rejected: got %d, want 1", c.rejected.Get())
+		}
 	})
 }
 
@@ -997,6 +1000,9 @@ func TestMalformedMessages(t *testing.T) {
 	}
 	if n := len(svc.log.lines("Rejected message")); n != len(malformed) {
 		t.Errorf("%d lines \"Rejected message\", want %d", n, len(malformed))
+	}
+	if n := svc.samples()["events_rejected_total"]; n != float64(len(malformed)) {
+		t.Errorf("events_rejected_total %v, want %d", n, len(malformed))
 	}
 }
 

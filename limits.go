@@ -284,7 +284,7 @@ var errBusy = errors.New("too many calls are waiting")
 type hashLanes struct {
 	traffic      *traffic
 	clients      *queues[string]
-	waiting      atomic.Int64 // or being hashed
+	queued       atomic.Int64 // passwords that wait or are being hashed
 	alone, mixed lane
 }
 
@@ -306,7 +306,7 @@ func newHashLanes(l limits, t *traffic) *hashLanes {
 func (h *hashLanes) enter(ctx context.Context, client string) (leave func(), err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, hashWait, errBusy)
 	defer cancel()
-	h.waiting.Add(1)
+	h.queued.Add(1)
 	leaveQueue, err := h.clients.enter(ctx, client)
 	turn := h.alone
 	if h.traffic.isMixed() {
@@ -321,7 +321,7 @@ func (h *hashLanes) enter(ctx context.Context, client string) (leave func(), err
 	leave = func() {
 		turn.leave()
 		leaveQueue()
-		h.waiting.Add(-1)
+		h.queued.Add(-1)
 	}
 	if err != nil {
 		leave()

@@ -168,6 +168,8 @@ type store interface {
 	watch(ctx context.Context)
 	// maintain keeps the tables small until ctx ends.
 	maintain(ctx context.Context)
+	// writeMetrics writes the metrics of the connections to a database, if there are any.
+	writeMetrics(w io.Writer)
 	close()
 }
 
@@ -304,8 +306,10 @@ func newBroker(s settings, handler messageHandler, log *slog.Logger, set *metric
 	return b
 }
 
-// newMetrics returns a set with the metric build_info.
+// newMetrics returns a set with the metrics that belong to no other part. The library has only a
+// global switch for the types of metrics, which describe requires.
 func newMetrics() *metrics.Set {
+	metrics.ExposeMetadata(true)
 	set := metrics.NewSet()
 	set.NewGauge(fmt.Sprintf("build_info{version=%q,go=%q}", version(), runtime.Version()),
 		func() float64 { return 1 })

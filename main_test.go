@@ -933,7 +933,7 @@ func TestHashLanesLimit(t *testing.T) {
 					t.Errorf("%d cores, full queue: error %v, want errBusy", test.cores, err)
 				}
 				time.Sleep(2 * time.Hour)
-				if n := h.waiting.Load(); n != 0 || len(h.clients.keys) != 0 {
+				if n := h.queued.Load(); n != 0 || len(h.clients.keys) != 0 {
 					t.Errorf("%d cores: %d passwords wait after all hashes", test.cores, n)
 				}
 			})

@@ -5,6 +5,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"io"
 	"slices"
 	"sync"
 	"time"
@@ -207,6 +208,8 @@ func (m *memory) watch(context.Context) {}
 func (m *memory) close() {}
 
 func (m *memory) maintain(context.Context) {}
+
+func (m *memory) writeMetrics(io.Writer) {}
 
 // size implements outbox.
 func (m *memory) size(context.Context) (int64, time.Duration, error) {

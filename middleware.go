@@ -54,7 +54,8 @@ type dependencies struct {
 // newHandler returns the handler of all routes of the service.
 func newHandler(d dependencies) http.Handler {
 	t, access := &traffic{}, newAccess(d.settings)
-	a, h := newAPI(d, t), &health{d.store, d.broker, d.metrics, d.draining}
+	a := newAPI(d, t)
+	h := newHealth(d, t, a.hasher.lanes)
 	routes := append(publicRoutes(h), access.protect(protectedRoutes(a, h))...)
 	return newServer(d, t, access, routes)
 }

@@ -1857,8 +1857,16 @@ func TestMetrics(t *testing.T) {
 			"outbox_pending":        0,
 			"outbox_oldest_seconds": 0,
 			"events_returned_total": 0,
+			"events_rejected_total": 0,
 			"relay_leader":          1,
 			"broker_connected":      1,
+
+			"log_lines_dropped_total":       0,
+			"http_requests_in_flight":       1, // this one
+			"http_requests_in_flight_limit": float64(testLimits.requests),
+			"password_hashes_queued":        0,
+			"password_hashes_queued_limit":  float64(testLimits.hashQueue),
+
 			`http_requests_total{route="POST /users",status="201"}`:               2,
 			`http_requests_total{route="GET /users/{id}",status="200"}`:           2,
 			`http_requests_total{route="GET /users/{id}",status="404"}`:           1,
@@ -1871,6 +1879,50 @@ func TestMetrics(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestMetricHelp checks that a service with a database shows exactly the metrics of metricHelp, in
+// families that begin with HELP and TYPE.
+func TestMetricHelp(t *testing.T) {
+	t.Parallel()
+	s := startService(t, postgresSettings(t))
+	s.do("GET", "/healthz", "")
+	shown := make(map[string]bool)
+	var family string
+	for line := range strings.Lines(s.do("GET", "/metrics", "").body) {
+		line = strings.TrimSuffix(line, "\n")
+		if help, ok := strings.CutPrefix(line, "# HELP "); ok {
+			family, help, _ = strings.Cut(help, " ")
+			if shown[family] || help == "" || help != metricHelp[family] {
+				t.Errorf("a second family, or the wrong text: %s", line)
+			}
+			shown[family] = true
+		} else if !strings.HasPrefix(strings.TrimPrefix(line, "# TYPE "), family) {
+			t.Errorf("in the family %s: %s", family, line)
+		}
+	}
+	for name := range metricHelp {
+		if !shown[name] {
+			t.Errorf("%s is not shown", name)
+		}
+	}
+}
+
+// TestMetricsHaveHelp checks that metricHelp has each metric that is registered: others are dropped.
+func TestMetricsHaveHelp(t *testing.T) {
+	t.Parallel()
+	out := &logWriter{w: t.Output()}
+	log, set := newLogger(out, 0), newMetrics()
+	d := testDependencies(memorySettings(), newMemory(), log)
+	d.broker, d.metrics = newBroker(d.settings, newConsumer(log, out, set), log, set), set
+	newRelay(d.store, d.broker, log, set)
+	newHandler(d).ServeHTTP(httptest.NewRecorder(), httptest.NewRequest("GET", "/healthz", nil))
+	for _, name := range set.ListMetricNames() {
+		family, _, _ := strings.Cut(name, "{")
+		if metricHelp[family] == "" {
+			t.Errorf("%s has no text", name)
+		}
+	}
 }
 
 // TestDocsPage checks the page /docs and the redirects to it.

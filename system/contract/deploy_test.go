@@ -19,6 +19,7 @@ import (
 	"github.com/compose-spec/compose-go/v2/types"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	policyv1 "k8s.io/api/policy/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
@@ -41,6 +42,7 @@ type manifest struct {
 	deployment appsv1.Deployment
 	service    corev1.Service
 	budget     policyv1.PodDisruptionBudget
+	network    networkingv1.NetworkPolicy
 	pod        corev1.PodSpec
 	container  corev1.Container
 }
@@ -50,9 +52,10 @@ func readManifest(t *testing.T) manifest {
 	t.Helper()
 	var m manifest
 	objects := map[string]any{
-		"apps/v1 Deployment":            &m.deployment,
-		"v1 Service":                    &m.service,
-		"policy/v1 PodDisruptionBudget": &m.budget,
+		"apps/v1 Deployment":                 &m.deployment,
+		"v1 Service":                         &m.service,
+		"policy/v1 PodDisruptionBudget":      &m.budget,
+		"networking.k8s.io/v1 NetworkPolicy": &m.network,
 	}
 	text := readFile(t, "deploy/kubernetes.yaml")
 	for _, document := range bytes.Split([]byte(text), []byte("\n---\n")) {
@@ -147,13 +150,44 @@ func TestImage(t *testing.T) {
 		t.Errorf("the image is made of\n%s", strings.Join(got, "\n"))
 	}
 	ignored := strings.Split(readFile(t, ".dockerignore"), "\n")
-	for _, private := range []string{".git", ".env*"} {
+	for _, private := range append(secretFiles(t), ".git", ".env*") {
 		if !slices.Contains(ignored, private) {
 			t.Errorf("the build context contains %s", private)
 		}
 	}
 	if slices.ContainsFunc(ignored, func(line string) bool { return strings.HasPrefix(line, "!") }) {
 		t.Error(".dockerignore has an exception")
+	}
+}
+
+// secretFiles returns the files that the manifest asks people to make.
+func secretFiles(t *testing.T) (names []string) {
+	t.Helper()
+	text := readFile(t, "deploy/kubernetes.yaml")
+	for _, match := range regexp.MustCompile(`--from-file=\w+=(\S+)`).FindAllStringSubmatch(text, -1) {
+		names = append(names, match[1])
+	}
+	if len(names) != 3 {
+		t.Errorf("the manifest asks for the files %v, want 3", names)
+	}
+	return names
+}
+
+// TestPrivateFiles checks that git ignores the files with settings and secrets.
+func TestPrivateFiles(t *testing.T) {
+	t.Parallel()
+	ignored := strings.Split(readFile(t, ".gitignore"), "\n")
+	for _, name := range secretFiles(t) {
+		if !slices.Contains(ignored, "/"+name) {
+			t.Errorf("git does not ignore %s", name)
+		}
+	}
+	if !slices.Contains(ignored, ".env") {
+		t.Error("git does not ignore .env")
+	}
+	example := readFile(t, ".env.example")
+	if !strings.Contains(example, "\nHOST=127.0.0.1\n") || strings.Contains(example, "\nAPI_KEYS=") {
+		t.Error(".env.example opens the service to the network, or sets API_KEYS")
 	}
 }
 
@@ -228,6 +262,7 @@ func TestManifestAgrees(t *testing.T) {
 		"Deployment":                 m.deployment.Spec.Selector.MatchLabels,
 		"topology spread constraint": spread[0].LabelSelector.MatchLabels,
 		"PodDisruptionBudget":        m.budget.Spec.Selector.MatchLabels,
+		"NetworkPolicy":              m.network.Spec.PodSelector.MatchLabels,
 	} {
 		if !reflect.DeepEqual(selector, labels) {
 			t.Errorf("%s: the selector is %v, the labels of the pods are %v", name, selector, labels)
@@ -249,6 +284,37 @@ func TestManifestAgrees(t *testing.T) {
 	if update := m.deployment.Spec.Strategy.RollingUpdate; update == nil ||
 		*update.MaxUnavailable != intstr.FromInt32(0) {
 		t.Errorf("the update strategy is %+v", m.deployment.Spec.Strategy)
+	}
+}
+
+// TestNetworkPolicy checks who may send requests, and which ports the service may connect to.
+func TestNetworkPolicy(t *testing.T) {
+	t.Parallel()
+	policy := readManifest(t).network.Spec
+	both := []networkingv1.PolicyType{networkingv1.PolicyTypeIngress, networkingv1.PolicyTypeEgress}
+	if !slices.Equal(policy.PolicyTypes, both) {
+		t.Errorf("the policy applies to %v", policy.PolicyTypes)
+	}
+	sameNamespace := []networkingv1.NetworkPolicyIngressRule{{
+		Ports: []networkingv1.NetworkPolicyPort{{Port: new(intstr.FromString("http"))}},
+		From:  []networkingv1.NetworkPolicyPeer{{PodSelector: &metav1.LabelSelector{}}},
+	}}
+	if !reflect.DeepEqual(policy.Ingress, sameNamespace) {
+		t.Errorf("ingress is allowed from %+v", policy.Ingress)
+	}
+	if len(policy.Egress) != 1 || len(policy.Egress[0].To) > 0 {
+		t.Fatalf("egress is allowed to %+v", policy.Egress)
+	}
+	var ports []string
+	for _, port := range policy.Egress[0].Ports {
+		protocol := corev1.ProtocolTCP
+		if port.Protocol != nil {
+			protocol = *port.Protocol
+		}
+		ports = append(ports, string(protocol)+" "+port.Port.String())
+	}
+	if want := []string{"UDP 53", "TCP 53", "TCP 5432", "TCP 5672", "TCP 5671"}; !slices.Equal(ports, want) {
+		t.Errorf("egress is allowed to the ports %v, want %v", ports, want)
 	}
 }
 
