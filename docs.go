@@ -51,9 +51,15 @@ func serveDocsScript(w *response, _ *http.Request, _ caller) error {
 	return serveFile(w, assets, "assets/docs.js", ".js")
 }
 
-// redirectToDocs sends other spellings of /docs, and the root, to the page.
+// redirectToDocs redirects / and /schema to the page, and /docs/, where the page's relative URLs
+// would not resolve. Location is relative because a proxy may add a prefix to the path.
 func redirectToDocs(w *response, r *http.Request, _ caller) error {
-	http.Redirect(w, r, "/docs", http.StatusFound)
+	location := "docs"
+	if r.URL.Path == "/docs/" {
+		location = "../docs"
+	}
+	w.Header().Set("Location", location) // http.Redirect would make it absolute
+	w.WriteHeader(http.StatusFound)
 	return nil
 }
 
@@ -66,7 +72,7 @@ func serveSwaggerUI(w *response, r *http.Request, _ caller) error {
 		return serveFile(w, static.FS, name, extension)
 	}
 	w.Header().Set("Vary", "Accept-Encoding")
-	if strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
+	if acceptsGzip(r.Header) {
 		w.Header().Set("Content-Encoding", "gzip")
 		return serveFile(w, static.FS, name+".gz", extension)
 	}
@@ -81,6 +87,27 @@ func serveSwaggerUI(w *response, r *http.Request, _ caller) error {
 	w.Header().Set("Content-Type", docsTypes[extension])
 	_, _ = io.Copy(w, unpacked) // #nosec G110 -- a file of ours; response records a failure
 	return nil
+}
+
+// acceptsGzip reports whether Accept-Encoding allows gzip and does not prefer identity (RFC 9110,
+// section 12.5.3). A malformed weight counts as 0.
+func acceptsGzip(h http.Header) bool {
+	weights := make(map[string]float64)
+	list := strings.ToLower(strings.Join(h["Accept-Encoding"], ","))
+	for coding := range strings.SplitSeq(list, ",") {
+		name, parameter, weighted := strings.Cut(coding, ";")
+		weight := 1.0
+		if weighted {
+			text, _ := strings.CutPrefix(strings.TrimSpace(parameter), "q=")
+			weight, _ = strconv.ParseFloat(text, 64)
+		}
+		weights[strings.TrimSpace(name)] = weight
+	}
+	weight, listed := weights["gzip"]
+	if !listed {
+		weight = weights["*"]
+	}
+	return weight > 0 && weight >= weights["identity"]
 }
 
 // serveFile streams an embedded file.

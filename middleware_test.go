@@ -301,9 +301,9 @@ func TestRedirects(t *testing.T) {
 	t.Parallel()
 	s := startService(t, memorySettings())
 	for path, want := range map[string]string{
-		"/":                   "/docs",
-		"/schema":             "/docs",
-		"/docs/":              "/docs",
+		"/":                   "docs", // relative, for a proxy that adds a prefix
+		"/schema":             "docs",
+		"/docs/":              "../docs",
 		"//users":             "/users",
 		"/a/../users":         "/users",
 		"/./users/":           "/users/",
@@ -1925,7 +1925,7 @@ func TestMetricsHaveHelp(t *testing.T) {
 	}
 }
 
-// TestDocsPage checks the page /docs and the redirects to it.
+// TestDocsPage checks the page /docs. Its URLs are relative, for a proxy that adds a prefix.
 func TestDocsPage(t *testing.T) {
 	t.Parallel()
 	s := startService(t, memorySettings())
@@ -1939,10 +1939,9 @@ func TestDocsPage(t *testing.T) {
 	if got := a.header.Get("Content-Security-Policy"); got != policy {
 		t.Errorf("Content-Security-Policy: got %q, want %q", got, policy)
 	}
-	for _, path := range []string{"/docs/", "/schema", "/"} {
-		a := s.do("GET", path, "")
-		if got := a.header.Get("Location"); a.status != 302 || got != "/docs" {
-			t.Errorf("GET %s: status %d, Location %q, want 302, /docs", path, a.status, got)
+	for _, match := range regexp.MustCompile(`(?:href|src)="([^"]*)"`).FindAllStringSubmatch(a.body, -1) {
+		if !strings.HasPrefix(match[1], "docs/") {
+			t.Errorf("the page refers to %s, want a relative URL in docs/", match[1])
 		}
 	}
 }
@@ -1990,6 +1989,47 @@ func TestDocsFiles(t *testing.T) {
 	for _, name := range []string{"nothing.js", "swagger-ui.css.gz", "embed.go", "..%2fgo.mod"} {
 		if a := s.do("GET", "/docs/"+name, ""); a.status != 404 {
 			t.Errorf("GET /docs/%s: status %d, want 404", name, a.status)
+		}
+	}
+}
+
+// TestAcceptEncoding checks which clients receive a file with gzip.
+func TestAcceptEncoding(t *testing.T) {
+	t.Parallel()
+	s := startService(t, memorySettings())
+	for _, test := range []struct {
+		accept string
+		gzip   bool
+	}{
+		{accept: "gzip", gzip: true},
+		{accept: "GZIP", gzip: true},
+		{accept: "gzip, deflate, br", gzip: true},
+		{accept: "br;q=1.0,\tgzip ; Q=0.5", gzip: true},
+		{accept: "gzip;q=0.001", gzip: true},
+		{accept: "*", gzip: true},
+		{accept: "*;q=0.1", gzip: true},
+		{accept: "identity;q=0, *", gzip: true},
+		{accept: "identity;q=0.5, gzip;q=0.5", gzip: true},
+		{accept: "identity"},
+		{accept: "br, deflate"},
+		{accept: "x-not-gzip"},
+		{accept: "gzip;q=0"},
+		{accept: "gzip;q=0.000, *"},
+		{accept: "*;q=0"},
+		{accept: "identity, gzip;q=0.5"},
+		{accept: "gzip;q="},
+		{accept: "gzip;q=x"},
+		{accept: "gzip;level=1"},
+	} {
+		a := s.do("GET", "/docs/swagger-ui.css", "", "Accept-Encoding: "+test.accept)
+		if got := a.header.Get("Content-Encoding") == "gzip"; got != test.gzip {
+			t.Errorf("Accept-Encoding %q: gzip is %t, want %t", test.accept, got, test.gzip)
+		}
+		if vary := a.header.Get("Vary"); vary != "Accept-Encoding" {
+			t.Errorf("Accept-Encoding %q: Vary is %q", test.accept, vary)
+		}
+		if !strings.HasPrefix(unzip(t, a), ".swagger-ui") {
+			t.Errorf("Accept-Encoding %q: got another file", test.accept)
 		}
 	}
 }

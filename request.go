@@ -319,6 +319,10 @@ const (
 	maxPerPage     = 100
 	defaultPerPage = 10
 	maxOffset      = 100_000 // users that a page may skip
+
+	pageBounds    = "must be 1 or more and skip at most 100000 users; use after to go further"
+	perPageBounds = "must be 1 to 100"
+	afterBounds   = "must be 0 or more"
 )
 
 // listQuery is the query of GET /users. The position is page, or after if page is 0.
@@ -339,9 +343,9 @@ func parseListQuery(rawQuery string) (listQuery, error) {
 	p.refuseUnknown("page", "per_page", "after")
 	q := listQuery{
 		values:  values,
-		page:    p.number("page", 1, 1, math.MaxInt64),
-		perPage: p.number("per_page", defaultPerPage, 1, maxPerPage),
-		after:   p.number("after", 0, 0, math.MaxInt64),
+		page:    p.number("page", 1, 1, math.MaxInt64, pageBounds),
+		perPage: p.number("per_page", defaultPerPage, 1, maxPerPage, perPageBounds),
+		after:   p.number("after", 0, 0, math.MaxInt64, afterBounds),
 	}
 	switch {
 	case values.Has("page") && values.Has("after"):
@@ -349,7 +353,7 @@ func parseListQuery(rawQuery string) (listQuery, error) {
 	case values.Has("after"):
 		q.page = 0
 	case len(p.wrong) == 0 && q.page-1 > maxOffset/q.perPage:
-		p.fail("page", fmt.Sprintf("must not skip over %d users; use after instead", maxOffset))
+		p.fail("page", pageBounds)
 	}
 	if len(p.wrong) > 0 {
 		return listQuery{}, invalid("parameter", p.wrong)
@@ -377,8 +381,9 @@ func (p *queryParser) refuseUnknown(known ...string) {
 	}
 }
 
-// number returns fallback if the parameter is not given.
-func (p *queryParser) number(name string, fallback, low, high int64) int64 {
+// number returns fallback if the parameter is not given. A value that is not low to high has the
+// error bounds.
+func (p *queryParser) number(name string, fallback, low, high int64, bounds string) int64 {
 	texts, given := p.values[name]
 	if !given {
 		return fallback
@@ -387,7 +392,7 @@ func (p *queryParser) number(name string, fallback, low, high int64) int64 {
 	if len(texts) > 1 {
 		p.fail(name, "must be given once")
 	} else if err != nil || int64(n) < low || int64(n) > high {
-		p.fail(name, fmt.Sprintf("must be %d to %d", low, high))
+		p.fail(name, bounds)
 	}
 	return int64(n)
 }

@@ -1809,9 +1809,20 @@ func TestListErrors(t *testing.T) {
 	for query, want := range invalidQueries {
 		checkBadRequest(t, query, s.do("GET", "/users?"+query, ""), want...)
 	}
-	for _, query := range []string{"page=10002", "page=9223372036854775807"} {
-		if a := s.do("GET", "/users?"+query, ""); !strings.Contains(a.body, "use after") {
-			t.Errorf("%s: want a detail that recommends after: %s", query, a.body)
+	const pageDetail = "must be 1 or more and skip at most 100000 users; use after to go further"
+	for query, want := range map[string]string{
+		"page=0":                       pageDetail,
+		"page=10002":                   pageDetail,
+		"page=9223372036854775807":     pageDetail,
+		"page=9223372036854775808":     pageDetail,
+		"per_page=0":                   "must be 1 to 100",
+		"per_page=9223372036854775808": "must be 1 to 100",
+		"after=-1":                     "must be 0 or more",
+		"after=9223372036854775808":    "must be 0 or more",
+	} {
+		a := s.do("GET", "/users?"+query, "")
+		if !strings.Contains(a.body, fmt.Sprintf(`,"detail":%q}`, want)) {
+			t.Errorf("%s: want the detail %q: %s", query, want, a.body)
 		}
 	}
 	for _, query := range []string{

@@ -5,6 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -28,19 +32,28 @@ const remoteHost = "users.test"
 
 // TestDocsInBrowser does what a newcomer does: it opens /docs, authorizes with an API key,
 // presses Execute on each operation with the values that the page offers, and reads the answer.
-// With SCREENSHOT=file it leaves a picture of the page.
+// It does so directly and behind a proxy that strips a path prefix.
 func TestDocsInBrowser(t *testing.T) {
 	t.Parallel()
-	s := startService(t, keysSetting())
-	for _, name := range []string{"John", "Zoë"} { // John is user 1 of the examples
-		s.CreateUser(name, "Doe", "Authorization: Bearer "+fullKey)
+	for name, prefix := range map[string]string{"direct": "", "behind a prefix": "/api"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := startService(t, keysSetting())
+			for _, name := range []string{"John", "Zoë"} { // John is user 1 of the examples
+				s.CreateUser(name, "Doe", "Authorization: Bearer "+fullKey)
+			}
+			testDocs(t, openPage(t, addPrefix(t, s.URL, prefix), "/"))
+		})
 	}
-	p := openPage(t, strings.Replace(s.URL, "127.0.0.1", remoteHost, 1), "/docs")
+}
+
+func testDocs(t *testing.T, p *page) {
 	p.run(
 		chromedp.Click(chromedp.CSS(".btn.authorize")),
 		chromedp.SendKeys(chromedp.CSS(".modal-ux input"), fullKey),
 		chromedp.Click(chromedp.CSS(".modal-ux .btn.authorize")),
 		chromedp.Click(chromedp.CSS(".modal-ux .btn-done")),
+		chromedp.Navigate(p.origin+"/docs/"), // the page keeps the key
 	)
 	d := readDocument(t)
 	for id, o := range d.operations {
@@ -58,8 +71,57 @@ func TestDocsInBrowser(t *testing.T) {
 	if complaints := p.recorded(); len(complaints) > 0 {
 		t.Errorf("the page causes %v", complaints)
 	}
-	if file := os.Getenv("SCREENSHOT"); file != "" {
-		p.screenshot(file)
+}
+
+// addPrefix starts a proxy that serves a service under a path prefix, and returns its URL under
+// the name remoteHost.
+func addPrefix(t *testing.T, serviceURL, prefix string) string {
+	t.Helper()
+	target, err := url.Parse(serviceURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle(prefix+"/", http.StripPrefix(prefix, httputil.NewSingleHostReverseProxy(target)))
+	proxy := httptest.NewServer(mux)
+	t.Cleanup(proxy.Close)
+	return strings.Replace(proxy.URL, "127.0.0.1", remoteHost, 1) + prefix
+}
+
+// TestDocsLayout checks that an expanded operation fits on two desktop screens, and that neither
+// a desktop nor a phone has to scroll sideways. With SCREENSHOTS=directory it leaves pictures.
+func TestDocsLayout(t *testing.T) {
+	t.Parallel()
+	p := openPage(t, addPrefix(t, startService(t).URL, ""), "/docs")
+	d := readDocument(t)
+	for _, screen := range []struct {
+		name          string
+		width, height int64
+		maxHeight     float64 // of an operation, in screens
+	}{
+		{name: "desktop", width: 1280, height: 900, maxHeight: 2},
+		{name: "phone", width: 390, height: 844, maxHeight: 4},
+	} {
+		p.run(
+			chromedp.EmulateViewport(screen.width, screen.height),
+			chromedp.Navigate(p.origin+"/docs"),
+		)
+		for id, o := range d.operations {
+			p.run(p.toggle(o), p.waitExpanded(o))
+			height := evaluate(p, chromedp.Evaluate[float64](fmt.Sprintf(
+				"document.querySelector(%q).getBoundingClientRect().height", o.block())))
+			if limit := screen.maxHeight * float64(screen.height); height > limit {
+				t.Errorf("%s, %s: height %.0f, want at most %.0f", screen.name, id, height, limit)
+			}
+			width := evaluate(p, chromedp.Evaluate[int64]("document.documentElement.scrollWidth"))
+			if width > screen.width {
+				t.Errorf("%s, %s: width %d, want at most %d", screen.name, id, width, screen.width)
+			}
+			if directory := os.Getenv("SCREENSHOTS"); directory != "" {
+				p.screenshot(filepath.Join(directory, screen.name+"-"+id+".png"))
+			}
+			p.run(p.toggle(o))
+		}
 	}
 }
 
@@ -141,26 +203,40 @@ func evaluate[T any](p *page, action chromedp.Action[T]) T {
 	return result
 }
 
-// execute unfolds an operation, presses Execute, checks that the page shows a 2xx, folds it
+// block returns the selector of the operation's part of the page.
+func (o *operation) block() string { return "#operations-" + o.Tags[0] + "-" + o.OperationId }
+
+// toggle expands or collapses an operation.
+func (p *page) toggle(o *operation) chromedp.Action[chromedp.Void] {
+	return chromedp.Click(chromedp.CSS(o.block() + " .opblock-summary-control"))
+}
+
+// waitExpanded waits until the page shows the parameters and responses of an operation, which is
+// when every $ref is resolved.
+func (p *page) waitExpanded(o *operation) chromedp.Action[chromedp.Void] {
+	actions := []chromedp.Action[chromedp.Void]{
+		chromedp.WaitVisible(chromedp.CSS(o.block() + " .responses-table .response")),
+	}
+	for _, parameter := range o.Parameters {
+		actions = append(actions, chromedp.WaitVisible(chromedp.CSS(fmt.Sprintf(
+			"%s [data-param-name=%q] input", o.block(), parameter.Name))))
+	}
+	return chromedp.Steps(actions...)
+}
+
+// execute expands an operation, presses Execute, checks that the page shows a 2xx, collapses it
 // again and returns the body that the page shows, if any.
 func (p *page) execute(o *operation) string {
 	p.t.Helper()
-	block := "#operations-" + o.Tags[0] + "-" + o.OperationId + " "
-	toggle := block + ".opblock-summary-control"
-	live := block + ".live-responses-table .response "
-	p.run(
-		chromedp.Click(chromedp.CSS(toggle)),
-		// The parameters appear when every $ref is resolved.
-		chromedp.WaitVisible(chromedp.CSS(block+"[data-param-name=X-Request-Id] input")),
-		chromedp.Click(chromedp.CSS(block+".btn.execute")),
-	)
+	live := o.block() + " .live-responses-table .response "
+	p.run(p.toggle(o), p.waitExpanded(o), chromedp.Click(chromedp.CSS(o.block()+" .btn.execute")))
 	status := evaluate(p, chromedp.Text(chromedp.CSS(live+".response-col_status")))
 	if !strings.HasPrefix(status, "20") {
 		p.t.Errorf("%s: the page shows the status %q", o.OperationId, status)
 	}
 	body := evaluate(p, chromedp.Evaluate[string](fmt.Sprintf(
 		"document.querySelector(%q)?.innerText ?? ''", live+".highlight-code code")))
-	p.run(chromedp.Click(chromedp.CSS(toggle)))
+	p.run(p.toggle(o))
 	return body
 }
 
@@ -170,9 +246,9 @@ func (p *page) execute(o *operation) string {
 func (p *page) record(event any) {
 	switch event := event.(type) {
 	case *network.EventRequestWillBeSent:
-		url := event.Request.URL
-		if !strings.HasPrefix(url, p.origin+"/") && !strings.HasPrefix(url, "data:") {
-			p.complain("a request to " + url)
+		address := event.Request.URL
+		if !strings.HasPrefix(address, p.origin+"/") && !strings.HasPrefix(address, "data:") {
+			p.complain("a request to " + address)
 		}
 	case *network.EventResponseReceived:
 		if event.Response.Status >= 400 {

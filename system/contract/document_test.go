@@ -1,10 +1,13 @@
 package contract
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -165,9 +168,23 @@ func (o *operation) content() map[string]*v3.MediaType {
 	return orderedOrEmpty(o.RequestBody.Content)
 }
 
+// listedErrors matches the end of the description of an operation with the response `default`. The
+// group is its status codes.
+var listedErrors = regexp.MustCompile(`\n\nErrors: (\d{3}(?:, \d{3})*)\.$`)
+
+// statuses returns the statuses that the operation documents: those of its responses, and those of
+// the response `default`, which its description lists.
+func (o *operation) statuses() []string {
+	var statuses []string
+	if match := listedErrors.FindStringSubmatch(o.Description); match != nil {
+		statuses = strings.Split(match[1], ", ")
+	}
+	return slices.AppendSeq(statuses, o.Responses.Codes.KeysFromOldest())
+}
+
 // documents reports whether the operation documents a status.
 func (o *operation) documents(status int) bool {
-	return o.Responses.Codes.GetOrZero(strconv.Itoa(status)) != nil
+	return slices.Contains(o.statuses(), strconv.Itoa(status))
 }
 
 // target returns what Swagger UI requests when a reader only presses Execute: path
@@ -211,10 +228,17 @@ func (o *operation) exampleBody(t *testing.T, mediaType string) string {
 	return string(body)
 }
 
-// undocumentedHeaders may be part of any response. The document need not mention them.
+// undocumentedHeaders may be part of any response. The document mentions them in its description,
+// or not at all.
 var undocumentedHeaders = []string{"Cache-Control", "Connection", "Content-Length",
 	"Content-Security-Policy", "Content-Type", "Date", "Referrer-Policy",
-	"X-Content-Type-Options"}
+	"X-Content-Type-Options", "X-Trace-Id", "RateLimit", "RateLimit-Policy",
+	"Access-Control-Allow-Origin"}
+
+// requiredHeaders are those that the response `default` documents as present with a status.
+var requiredHeaders = map[int][]string{
+	401: {"WWW-Authenticate"}, 429: {"Retry-After"}, 503: {"Retry-After"},
+}
 
 // check checks a response against what the document says about its status.
 func (o *operation) check(t *testing.T, e env.Response) {
@@ -233,10 +257,12 @@ func (o *operation) check(t *testing.T, e env.Response) {
 		e.Request, &response, o.item, o.path); len(problems) > 0 {
 		fail("%v", joined(problems))
 	}
-	documented := o.Responses.Codes.GetOrZero(strconv.Itoa(response.StatusCode))
-	if documented == nil {
-		return // reported above
+	if !o.documents(response.StatusCode) {
+		fail("it has a status that is not documented")
+		return
 	}
+	documented := cmp.Or(o.Responses.Codes.GetOrZero(strconv.Itoa(response.StatusCode)),
+		o.Responses.Default)
 	o.doc.mu.Lock()
 	o.doc.seen[fmt.Sprint(o.OperationId, " ", response.StatusCode)] = true
 	o.doc.mu.Unlock()
@@ -252,10 +278,8 @@ func (o *operation) check(t *testing.T, e env.Response) {
 	for name, header := range orderedOrEmpty(documented.Headers) {
 		undocumented.Del(name)
 		values := response.Header.Values(name)
-		if strings.HasPrefix(name, "RateLimit") && len(values) > 1 {
-			values = []string{strings.Join(values, ", ")} // a list may have several lines
-		}
-		if len(values) > 1 || len(values) == 0 && header.Required {
+		required := header.Required || slices.Contains(requiredHeaders[response.StatusCode], name)
+		if len(values) > 1 || len(values) == 0 && required {
 			fail("the header %s appears %d times", name, len(values))
 		}
 		for _, value := range values {
