@@ -1333,7 +1333,7 @@ func TestLogDelay(t *testing.T) {
 					if log.String() != "" {
 						t.Errorf("before %v: got %s, want nothing", test.delay, log)
 					}
-					time.Sleep(1)
+					time.Sleep(time.Nanosecond)
 				}
 				synctest.Wait()
 				if log.String() == "" {

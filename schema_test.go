@@ -8,6 +8,7 @@ import (
 	_ "embed"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -533,11 +534,12 @@ func openLogged(t *testing.T, databaseURL string) (*logBuffer, error) {
 	log := &logBuffer{}
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
-	s, err := openPostgres(ctx, databaseURL, "test", newLogger(&logWriter{w: log}, 0))
+	out := &logWriter{w: log}
+	s, err := openPostgres(ctx, databaseURL, "test", newLogger(out, 0))
 	if err == nil {
 		s.close()
 	}
-	return log, err
+	return log, errors.Join(err, out.flush())
 }
 
 // repairs are changes of a database with the users 1 to 3, after which the service must start.

@@ -1,6 +1,7 @@
 package process
 
 import (
+	"errors"
 	"io"
 	"net/http"
 	"os"
@@ -54,7 +55,7 @@ func get(url string) error {
 	defer response.Body.Close()
 	_, err = io.Copy(io.Discard, response.Body)
 	if response.StatusCode != http.StatusOK {
-		return &http.ProtocolError{ErrorString: response.Status}
+		return errors.New(response.Status)
 	}
 	return err
 }
