@@ -1733,9 +1733,9 @@ func TestReadyzFollowsDatabase(t *testing.T) {
 	}
 	alter("ALLOW_CONNECTIONS true")
 	s.checkReady(200, "ready", "up", "in-process")
-	if n := len(s.log.lines("Database connection restored")); n != 2 {
-		t.Errorf("%d lines say that the connection is restored, want 2", n)
-	}
+	eventually(t, "two lines that the connection is restored", func() bool {
+		return len(s.log.lines("Database connection restored")) == 2
+	})
 }
 
 // TestReadyzFrozenDatabase checks that /readyz answers in time while the database accepts data but does not
