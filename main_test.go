@@ -610,7 +610,7 @@ func TestWarnings(t *testing.T) {
 			want: "DATABASE_URL"},
 		{env: map[string]string{"DATABASE_URL": "postgres://u@localhost,db/d"}, want: "DATABASE_URL"},
 		{env: map[string]string{"RABBITMQ_URL": "amqp://u:p@[::1]:5672/"}},
-		{env: map[string]string{"RABBITMQ_URL": "amqps://u:p@mq/"}},
+		{env: map[string]string{"RABBITMQ_URL": "amqps://mq/"}},
 		{env: map[string]string{"RABBITMQ_URL": "amqp://u:p@localhost,mq/"}, want: "RABBITMQ_URL"},
 	} {
 		s, err := loadSettings(func(name string) variable {

@@ -980,7 +980,7 @@ func brokenServer(t *testing.T, text string) (address string, attempts *atomic.I
 // refusal returns the message of a server that refuses a connection with a SQLSTATE.
 func refusal(code string) string {
 	fields := "SFATAL\x00VFATAL\x00C" + code + "\x00Mno\x00\x00"
-	return "E" + string(binary.BigEndian.AppendUint32(nil, uint32(len(fields)+4))) + fields
+	return "E" + string(binary.BigEndian.AppendUint32(nil, uint32(len(fields)+4))) + fields // #nosec G115 -- short
 }
 
 // TestDatabaseFailures checks how the failure of a connection is explained: each host once, with a
