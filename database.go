@@ -129,7 +129,8 @@ func openPostgres(ctx context.Context, databaseURL, appName string,
 		if failure.denied {
 			denials++
 		}
-		hopeless := errors.Is(err, errSchema) && !isTemporary(sqlState(err)) || denials == maxDenials
+		refused := errors.Is(err, errSchema) && !isTemporary(sqlState(err))
+		hopeless := refused || denials == maxDenials
 		if hopeless || ctx.Err() != nil || time.Now().Add(databaseRetry).After(deadline) {
 			return nil, fmt.Errorf("opening the database: %w", failure)
 		}

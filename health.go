@@ -298,7 +298,8 @@ func explainAttempt(err error) (host string, f databaseFailure) {
 	case errno == syscall.ECONNREFUSED:
 		return address, databaseFailure{"connection to " + address + " refused", unreachable, false}
 	case pgconn.Timeout(err):
-		return address, databaseFailure{"connection to " + address + " timed out", unreachable, false}
+		return address, databaseFailure{"connection to " + address + " timed out",
+			unreachable, false}
 	case failed:
 		cause = errno.Error()
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):

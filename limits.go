@@ -152,7 +152,8 @@ type limits struct {
 
 // newLimits divides a machine. Connections, passwords and requests may each take a quarter of the
 // memory: a connection with its buffers and stack, and a request with a small body, while large
-// bodies share an eighth. More passwords may wait than can be hashed within hashWait on a slow core.
+// bodies share an eighth. More passwords of a client may wait than can be hashed within hashWait on
+// a slow core.
 func newLimits(cores int, memory int64) limits {
 	hashes := int(min(int64(cores), max(memory/4/hashMemory, 1)))
 	return limits{

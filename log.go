@@ -122,6 +122,7 @@ var (
 const (
 	logDelay = 20 * time.Millisecond  // a line below WARN is written after this
 	logRetry = 100 * time.Millisecond // the pause after a write that failed
+	logBrief = 50 * time.Millisecond  // for a line while the process is about to end
 	logWait  = 400 * time.Millisecond // for the lines of an event, or the last ones of the process
 	logBatch = 64 << 10               // bytes that are written without a delay
 
@@ -155,7 +156,8 @@ type logWriter struct {
 }
 
 // writeLine adds a line to the buffer, to be written at once or after logDelay. It fails with
-// errLineDropped if the buffer is full.
+// errLineDropped if the buffer is full. After stopBuffering it waits until the line is written, for
+// logBrief at most and, if that is not enough, never again.
 func (l *logWriter) writeLine(line []byte, atOnce bool) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -167,6 +169,9 @@ func (l *logWriter) writeLine(line []byte, atOnce bool) error {
 	}
 	l.buffer = append(l.buffer, line...)
 	l.schedule(atOnce || len(l.buffer) >= logBatch)
+	if l.unbuffered && l.await(logBrief) != nil {
+		l.unbuffered = false
+	}
 	return nil
 }
 
@@ -175,7 +180,13 @@ func (l *logWriter) writeLine(line []byte, atOnce bool) error {
 func (l *logWriter) flush() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	timeout, expired := time.After(logWait), false
+	return l.await(logWait)
+}
+
+// await waits until the lines in the buffer are written, and fails after a timeout. The caller holds
+// the lock, which await releases while it waits.
+func (l *logWriter) await(atMost time.Duration) error {
+	timeout, expired := time.After(atMost), false
 	for end := l.written + len(l.writing) + len(l.buffer); l.written < end; {
 		if expired {
 			return errors.Join(errLogStuck, l.err)
@@ -196,7 +207,8 @@ func (l *logWriter) flush() error {
 	return nil
 }
 
-// stopBuffering makes write take the lines in the buffer at once, and from then on each line.
+// stopBuffering makes write take the lines in the buffer at once, and from then on each line: the
+// process may end at any moment.
 func (l *logWriter) stopBuffering() {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -326,6 +326,7 @@ type httpServer struct {
 
 // newHTTPServer returns a server with timeouts, for which zero would mean no limit.
 func newHTTPServer(h http.Handler, l limits, log *slog.Logger) *httpServer {
+	reports := serverErrors{log, newLimiter[string]("", 4.0/60, 4)}
 	s := &httpServer{most: int64(l.connections), Server: http.Server{
 		Handler:                      h,
 		ReadHeaderTimeout:            readHeaderTimeout,
@@ -334,7 +335,7 @@ func newHTTPServer(h http.Handler, l limits, log *slog.Logger) *httpServer {
 		IdleTimeout:                  idleTimeout,
 		MaxHeaderBytes:               maxHeaderBytes,
 		DisableGeneralOptionsHandler: true,
-		ErrorLog:                     stdlog.New(serverErrors{log, newLimiter[string]("", 0.1, 4)}, "", 0),
+		ErrorLog:                     stdlog.New(reports, "", 0),
 	}}
 	s.ConnState = func(_ net.Conn, state http.ConnState) {
 		switch state {

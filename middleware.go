@@ -244,8 +244,8 @@ func (s *server) limitBodies(next handler) handler {
 }
 
 // refuseHosts refuses requests for other hosts than this machine, if only this machine can connect
-// and there are no API keys. A page can make its own host name resolve to 127.0.0.1 (DNS rebinding):
-// to the browser, the service then has the same origin as the page.
+// and there are no API keys. A page can make its own host name resolve to 127.0.0.1 (DNS
+// rebinding): to the browser, the service then has the same origin as the page.
 func (s *server) refuseHosts(next handler) handler {
 	return func(w *response, r *http.Request, by caller) error {
 		if s.access.onlyLocal && !isLocal(r.Host) {

@@ -22,8 +22,8 @@ import (
 // argonCost is the memory in KiB, and the passes, that a new hash takes.
 type argonCost struct{ memory, passes uint32 }
 
-// newHashCost is the cheapest of the pairs that OWASP's password storage cheat sheet lists as equally
-// strong.
+// newHashCost is the cheapest of the pairs that OWASP's password storage cheat sheet lists as
+// equally strong.
 var newHashCost = argonCost{memory: hashMemory >> 10, passes: 5}
 
 // The other parameters of argon2id.
@@ -67,8 +67,8 @@ type hasher struct {
 	cost  argonCost // of new hashes
 }
 
-// hash returns the PHC string of the NFC form of a client's password. It fails with errBusy, or with the error
-// of ctx if the caller leaves before its turn.
+// hash returns the PHC string of the NFC form of a client's password. It fails with errBusy, or with
+// the error of ctx if the caller leaves before its turn.
 func (h *hasher) hash(ctx context.Context, client, password string) (phc string, err error) {
 	leave, err := h.lanes.enter(ctx, client)
 	if err != nil {
@@ -85,7 +85,8 @@ func (h *hasher) hash(ctx context.Context, client, password string) (phc string,
 
 // prefix returns the part of a PHC string that comes before the salt.
 func (c argonCost) prefix() string {
-	return fmt.Sprintf("$argon2id$v=%d$m=%d,t=%d,p=%d$", argon2.Version, c.memory, c.passes, argonThreads)
+	return fmt.Sprintf("$argon2id$v=%d$m=%d,t=%d,p=%d$",
+		argon2.Version, c.memory, c.passes, argonThreads)
 }
 
 // decoy returns a hash that matches no password and takes as long to verify as a new hash.

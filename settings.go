@@ -131,8 +131,8 @@ func loadSettings(lookup func(string) variable) (settings, error) {
 func (s settings) warnings() (texts []string) {
 	switch {
 	case s.apiKeys == nil && !s.open && !isLoopback(s.host):
-		texts = append(texts, "No API_KEYS: every client that reaches the service has full access; "+
-			"set keys, or API_KEYS=open")
+		texts = append(texts, "No API_KEYS: every client that reaches the service has full "+
+			"access; set keys, or API_KEYS=open")
 	case s.apiKeys != nil && len(s.apiKeys) == 0:
 		texts = append(texts, "API_KEYS is set but empty: no client has access; "+
 			"set keys, or unset it, or set API_KEYS=open")
@@ -158,9 +158,10 @@ func mayConnectInClear(databaseURL string) bool {
 		return false
 	}
 	first := &pgconn.FallbackConfig{Host: config.Host, TLSConfig: config.TLSConfig}
-	return slices.ContainsFunc(append(config.Fallbacks, first), func(c *pgconn.FallbackConfig) bool {
+	inClear := func(c *pgconn.FallbackConfig) bool {
 		return c.TLSConfig == nil && !filepath.IsAbs(c.Host) && !isLoopback(c.Host)
-	})
+	}
+	return slices.ContainsFunc(append(config.Fallbacks, first), inClear)
 }
 
 // isLoopback reports whether a host is only reachable from this machine.

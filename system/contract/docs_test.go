@@ -92,7 +92,7 @@ func addPrefix(t *testing.T, serviceURL, prefix string) string {
 // a desktop nor a phone has to scroll sideways. With SCREENSHOTS=directory it leaves pictures.
 func TestDocsLayout(t *testing.T) {
 	t.Parallel()
-	p := openPage(t, addPrefix(t, startService(t).URL, ""), "/docs")
+	p := openPage(t, addPrefix(t, startService(t, "API_KEYS=open").URL, ""), "/docs")
 	d := readDocument(t)
 	for _, screen := range []struct {
 		name          string

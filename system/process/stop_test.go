@@ -49,7 +49,7 @@ func beginPost(t *testing.T, p *env.Program) (finish func() int) {
 	}
 	t.Cleanup(func() { conn.Close() })
 	const head, tail = `{"name": "John", "surname": "Doe", `, `"password": "` + env.Secret + `"}`
-	fmt.Fprintf(conn, "POST /users HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"+
+	fmt.Fprintf(conn, "POST /users HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"+
 		"Content-Length: %d\r\n\r\n%s", len(head+tail), head)
 	p.AwaitLine("Request started", "method", "POST")
 	return func() int {
@@ -209,7 +209,7 @@ func TestEndsWithoutDatabase(t *testing.T) {
 // TestSecondSignal checks that a second signal ends the process at once, without loss of log lines.
 func TestSecondSignal(t *testing.T) {
 	t.Parallel()
-	p := testEnv.StartProgram(t, "SHUTDOWN_DELAY=1h")
+	p := testEnv.StartProgram(t, "SHUTDOWN_DELAY=1h", "LOG_LEVEL=DEBUG")
 	p.Signal(syscall.SIGTERM)
 	_, requests := awaitNotReady(t, p)
 	p.Signal(syscall.SIGTERM)
