@@ -35,7 +35,7 @@ test: lint ## lint, all tests against real services, the drill's selection, some
 		--jsonfile $(TEST_LOG) -- -race -count=1 -parallel 8 -timeout 20m ./...; \
 	cd system; \
 	REQUIRE_SERVICES=1 $(GOTESTSUM) --format pkgname-and-test-fails --hide-summary output \
-		--jsonfile ../$(SYSTEM_LOG) -- -count=1 -timeout 20m ./...
+		--jsonfile ../$(SYSTEM_LOG) -- -p 1 -count=1 -timeout 20m ./...
 	@$(call no-skips,$(TEST_LOG) $(SYSTEM_LOG))
 	$(MAKE) --no-print-directory fuzz FUZZTIME=5000x
 
