@@ -1097,10 +1097,21 @@ func FuzzReadUser(f *testing.F) {
 				t.Errorf("%q: invalid field error %+v", body, e)
 			}
 		}
-		if !maps.Equal(got, wrong) {
+		if !isListed(got, wrong, len(p.Errors)) {
 			t.Errorf("%q: errors for %v, want %v", body, got, wrong)
 		}
 	})
+}
+
+// isListed reports whether got has all names of want, or only such names if an answer with n errors
+// may leave some out.
+func isListed(got, want map[string]bool, n int) bool {
+	for name := range got {
+		if !want[name] {
+			return false
+		}
+	}
+	return n == maxErrors || len(got) == len(want)
 }
 
 // userJSON returns a body with the fields of in.
@@ -1139,7 +1150,8 @@ func wantUser(body []byte, contentType string, required []string) (in userInput,
 		count[m.name]++
 		text, ok := wantText(m)
 		if !ok || count[m.name] > 1 {
-			name := strings.ReplaceAll(strings.ReplaceAll(m.name, "~", "~0"), "/", "~1")
+			name := cut(m.name, maxEchoed)
+			name = strings.ReplaceAll(strings.ReplaceAll(name, "~", "~0"), "/", "~1")
 			u := url.URL{Fragment: name}
 			wrong["#/"+u.EscapedFragment()] = true
 		}
@@ -1664,7 +1676,7 @@ func FuzzListQuery(f *testing.F) {
 			for _, e := range p.Errors {
 				got[e.Parameter] = true
 			}
-			if !maps.Equal(got, invalid) || parsed && len(invalid) == 0 {
+			if !isListed(got, invalid, len(p.Errors)) || parsed && len(invalid) == 0 {
 				t.Errorf("%q: errors for %v, want %v", query, got, invalid)
 			}
 			return
@@ -1741,7 +1753,7 @@ func wantInvalid(query string) (invalid map[string]bool, ok bool) {
 		if high[name] == "" || len(texts) > 1 || !isNumber ||
 			strings.Trim(texts[0], "0123456789") != "" ||
 			n.Cmp(limit) > 0 || name != "after" && n.Sign() == 0 {
-			invalid[name] = true
+			invalid[cut(name, maxEchoed)] = true
 		}
 		number[name] = n
 	}
