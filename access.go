@@ -28,7 +28,7 @@ const maxClients = 100_000 // whose missing tokens a limiter remembers
 type access struct {
 	keys        []apiKey         // nil: everybody may
 	rates       *limiter[string] // of callers; nil: no limit
-	proxies     []netip.Prefix   // whose X-Forwarded-For is trusted
+	proxies     []netip.Prefix   // whose X-Forwarded-For and Forwarded are trusted
 	origins     []string         // whose pages may use the API
 	crossOrigin *http.CrossOriginProtection
 	onlyLocal   bool // only this machine can connect, and needs no key
