@@ -120,9 +120,11 @@ func openPostgres(ctx context.Context, databaseURL, appName string,
 		return nil, err
 	}
 	denials, explicit, said := 0, false, databaseFailure{}
+	var indexes []string
 	var saidAt time.Time
 	for deadline := time.Now().Add(databaseWait); ; sleep(ctx, databaseRetry) {
-		if explicit, err = prepareDatabase(ctx, config, deadline, log); err == nil {
+		explicit, indexes, err = prepareDatabase(ctx, config, deadline, log)
+		if err == nil {
 			break
 		}
 		failure := explainFailure(err)
@@ -144,6 +146,7 @@ func openPostgres(ctx context.Context, databaseURL, appName string,
 		return nil, err
 	}
 	s := newPostgres(pool, explicit, log)
+	s.indexes = indexes
 	ctx, cancel := context.WithTimeout(ctx, startUpkeep)
 	defer cancel()
 	_ = errors.Join(s.fold(ctx), s.vacuum(ctx)) // maintain will try again
@@ -153,9 +156,9 @@ func openPostgres(ctx context.Context, databaseURL, appName string,
 // prepareDatabase brings the schema up to date on a connection of its own, and adapts config to the
 // server. A pooler may give the session to another client after each transaction. So behind a
 // pooler, config gets a mode without prepared statements, no session is changed, and explicit
-// reports whether each transaction must set its isolation level.
+// reports whether each transaction must set its isolation level. indexes must still be built.
 func prepareDatabase(ctx context.Context, config *pgxpool.Config, deadline time.Time,
-	log *slog.Logger) (explicit bool, err error) {
+	log *slog.Logger) (explicit bool, indexes []string, err error) {
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	c := config.ConnConfig.Copy()
@@ -165,11 +168,16 @@ func prepareDatabase(ctx context.Context, config *pgxpool.Config, deadline time.
 			log.Warn("Database repaired", "what", n.Message)
 		case "US101":
 			log.Info("Database schema updated", "what", n.Message)
+		case "US102":
+			indexes = append(indexes, n.Message)
+		case "US103":
+			log.Warn("Predecessor's users not imported", "what", n.Message,
+				"remedy", "run: user-service import --predecessor")
 		}
 	}
 	conn, err := pgx.ConnectConfig(ctx, c)
 	if err != nil {
-		return false, err
+		return false, nil, err
 	}
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeWait)
@@ -181,7 +189,7 @@ func prepareDatabase(ctx context.Context, config *pgxpool.Config, deadline time.
 		current_setting('default_transaction_isolation') <> 'read committed'`,
 		pgx.QueryExecModeExec, int64(conn.PgConn().PID())).Scan(&pooled, &explicit)
 	if err != nil {
-		return false, err
+		return false, nil, err
 	}
 	config.AfterConnect = nil
 	if !pooled {
@@ -200,7 +208,7 @@ func prepareDatabase(ctx context.Context, config *pgxpool.Config, deadline time.
 	if refusal, ok := errors.AsType[*pgconn.PgError](err); ok && refusal.Hint != "" {
 		err = fmt.Errorf("%w; %s", err, refusal.Hint)
 	}
-	return explicit, err
+	return explicit, indexes, err
 }
 
 // openSession prepares a new connection. By default PostgreSQL plans WHERE id = ANY ($1) at every

@@ -368,6 +368,9 @@ func (s faultyStore) getUser(context.Context, int64) (User, error) { return User
 func (s faultyStore) listUsers(context.Context, int64, int64, int64) ([]User, int64, error) {
 	return nil, 0, s.err
 }
+func (s faultyStore) findUsers(context.Context, string, int64, int64, int64) ([]User, int64, error) {
+	return nil, 0, s.err
+}
 func (s faultyStore) updateUser(context.Context, int64, userInput, []int64) (User, error) {
 	return User{}, s.err
 }

@@ -120,6 +120,7 @@ const (
 	foldBytes      = 1 << 20   // table size above which one row moves too, for vacuum to truncate
 	vacuumInterval = 10 * time.Second
 	vacuumBudget   = 5 * time.Minute
+	indexPause     = time.Minute // after an attempt to build an index that failed
 )
 
 // Concurrent statements of each Group. One read batch at a time is fastest. Writes need two, so

@@ -7,8 +7,10 @@ import (
 	"context"
 	"io"
 	"slices"
+	"strings"
 	"sync"
 	"time"
+	"unicode"
 )
 
 // memory is the store of a service without a database, and its outbox. Everything is lost when the
@@ -123,6 +125,41 @@ func (m *memory) listUsers(_ context.Context, after, offset, limit int64) ([]Use
 		users = append(users, u.User)
 	}
 	return users, int64(len(m.users)), nil
+}
+
+// findUsers implements userStore. It looks at every user, unlike postgres.
+func (m *memory) findUsers(_ context.Context, prefix string, after, offset, limit int64) (
+	users []User, total int64, err error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	prefix, users = foldCase(prefix), []User{}
+	for _, u := range m.users {
+		if !strings.HasPrefix(foldCase(u.Name), prefix) &&
+			!strings.HasPrefix(foldCase(u.Surname), prefix) {
+			continue
+		}
+		total++
+		if u.ID <= after || int64(len(users)) == limit {
+			continue
+		}
+		if offset--; offset < 0 {
+			users = append(users, u.User)
+		}
+	}
+	return users, min(total, maxMatches+1), nil
+}
+
+// foldCase maps each character to one that stands for all characters which Unicode's simple case
+// folding considers equal, and İ to i. user_service_fold in schema.sql does the same. Accents
+// count: neither removes them, composes characters or decomposes them.
+func foldCase(text string) string {
+	return strings.Map(func(r rune) rune {
+		lowest := r
+		for next := unicode.SimpleFold(r); next != r; next = unicode.SimpleFold(next) {
+			lowest = min(lowest, next)
+		}
+		return unicode.ToLower(lowest)
+	}, text)
 }
 
 // updateUser implements userStore.

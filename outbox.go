@@ -6,6 +6,7 @@ package main
 import (
 	"context"
 	"math/rand/v2"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -142,6 +143,7 @@ func (s *postgres) maintain(ctx context.Context) {
 		}
 		failing[task] = err != nil
 	}
+	defer start(s.buildIndexes)(closeWait)
 	var swept, vacuumed time.Time
 	for ctx.Err() == nil {
 		attempt("folding the total", s.fold)
@@ -197,6 +199,43 @@ func (s *postgres) sweepKeys(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// buildIndexes builds the indexes that schema.sql leaves to it, without locking users. It uses a
+// connection of its own, because that may take hours: PostgreSQL waits for all older transactions.
+func (s *postgres) buildIndexes(ctx context.Context) {
+	for ; len(s.indexes) > 0 && ctx.Err() == nil; sleep(ctx, indexPause) {
+		for len(s.indexes) > 0 {
+			name, _, _ := strings.Cut(s.indexes[0], " ")
+			s.log.Info("Building a search index", "index", name)
+			if err := s.buildIndex(ctx, name, s.indexes[0]); err != nil {
+				s.log.Warn("Building a search index failed", "index", name, "error", err)
+				break
+			}
+			s.log.Info("Search index built", "index", name)
+			s.indexes = s.indexes[1:]
+		}
+	}
+}
+
+// buildIndex replaces what a failed attempt has left.
+func (s *postgres) buildIndex(ctx context.Context, name, definition string) error {
+	config := s.pool.Config()
+	conn, err := pgx.ConnectConfig(ctx, config.ConnConfig)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = conn.Close(context.WithoutCancel(ctx)) }()
+	if config.AfterConnect != nil { // else the session is a pooler's
+		_, err = conn.Exec(ctx, "SET statement_timeout = 0; SET lock_timeout = 0")
+	}
+	for _, sql := range []string{"DROP INDEX CONCURRENTLY IF EXISTS " + name,
+		"CREATE INDEX CONCURRENTLY IF NOT EXISTS " + definition} {
+		if err == nil {
+			_, err = conn.Exec(ctx, sql, pgx.QueryExecModeSimpleProtocol)
+		}
+	}
+	return err
 }
 
 // vacuum removes dead rows, which slow down reading the outbox and the total; autovacuum looks once

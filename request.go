@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode"
 	"unicode/utf16"
 	"unicode/utf8"
 )
@@ -323,11 +324,14 @@ const (
 	pageBounds    = "must be 1 or more and skip at most 100000 users; use after to go further"
 	perPageBounds = "must be 1 to 100"
 	afterBounds   = "must be 0 or more"
+	prefixBounds  = "must be 1 to 255 characters of UTF-8 without control characters"
 )
 
-// listQuery is the query of GET /users. The position is page, or after if page is 0.
+// listQuery is the query of GET /users. The position is page, or after if page is 0. The prefix is
+// empty if all users are listed.
 type listQuery struct {
 	values  url.Values
+	prefix  string
 	page    int64
 	after   int64
 	perPage int64
@@ -340,9 +344,10 @@ func parseListQuery(rawQuery string) (listQuery, error) {
 		return listQuery{}, newProblem(http.StatusBadRequest, "The query is not valid")
 	}
 	p := queryParser{values: values}
-	p.refuseUnknown("page", "per_page", "after")
+	p.refuseUnknown("page", "per_page", "after", "q")
 	q := listQuery{
 		values:  values,
+		prefix:  p.prefix("q"),
 		page:    p.number("page", 1, 1, math.MaxInt64, pageBounds),
 		perPage: p.number("per_page", defaultPerPage, 1, maxPerPage, perPageBounds),
 		after:   p.number("after", 0, 0, math.MaxInt64, afterBounds),
@@ -397,6 +402,22 @@ func (p *queryParser) number(name string, fallback, low, high int64, bounds stri
 	return int64(n)
 }
 
+// prefix returns the text with which names begin, or "" if the parameter is not given.
+func (p *queryParser) prefix(name string) string {
+	texts, given := p.values[name]
+	if !given {
+		return ""
+	}
+	text := texts[0]
+	if len(texts) > 1 {
+		p.fail(name, "must be given once")
+	} else if n := utf8.RuneCountInString(text); n < 1 || n > maxNameLength ||
+		!utf8.ValidString(text) || strings.ContainsFunc(text, unicode.IsControl) {
+		p.fail(name, prefixBounds)
+	}
+	return text
+}
+
 // offset returns how many users the page skips.
 func (q listQuery) offset() int64 {
 	return max(q.page-1, 0) * q.perPage
@@ -405,6 +426,9 @@ func (q listQuery) offset() int64 {
 // list returns the page of up to perPage+1 users. The extra user shows that more follow.
 func (q listQuery) list(users []User, total int64) userList {
 	list := userList{Users: users, Total: total, Page: q.page, PerPage: q.perPage}
+	if q.prefix != "" && total > maxMatches {
+		list.Total, list.TotalCapped = maxMatches, true
+	}
 	if int64(len(users)) > q.perPage {
 		list.Users = users[:q.perPage]
 		list.NextAfter = &users[q.perPage-1].ID
@@ -412,8 +436,8 @@ func (q listQuery) list(users []User, total int64) userList {
 	return list
 }
 
-// links returns the Link header of a list (RFC 8288). It leaves out a last page that is too far
-// away for the parameter page.
+// links returns the Link header of a list (RFC 8288). It leaves out a last page that is not known,
+// or too far away for the parameter page.
 func (q listQuery) links(list userList) string {
 	var links []string
 	link := func(relation, position string, n int64) {
@@ -423,6 +447,9 @@ func (q listQuery) links(list userList) string {
 		links = append(links, fmt.Sprintf(`</users?%s>; rel="%s"`, values.Encode(), relation))
 	}
 	last := max((list.Total+q.perPage-1)/q.perPage, 1)
+	if list.TotalCapped {
+		last = math.MaxInt64
+	}
 	if q.page > 0 {
 		link("first", "page", 1)
 	}

@@ -13,7 +13,8 @@
 -- release can run on it, and increment the version in user_service_schema and in step 0.
 --
 -- The service handles these error codes: US001 the database cannot be used, US002 skip the
--- remaining steps, US100 the schema was repaired, US101 a new version was installed.
+-- remaining steps, US100 the schema was repaired, US101 a new version was installed, US102 an index
+-- must be created concurrently, US103 users of the predecessor wait to be imported.
 
 -- Step 0: refuse a database that the service cannot use. This step changes nothing.
 DO $$
@@ -35,12 +36,12 @@ BEGIN
     END IF;
     IF to_regprocedure('user_service_schema()') IS NOT NULL THEN
         SELECT * INTO installed, oldest FROM user_service_schema();
-        IF oldest > 2 THEN
+        IF oldest > 3 THEN
             RAISE EXCEPTION USING ERRCODE = 'US001',
-                MESSAGE = format('the schema has version %s, and this release knows versions up to 2',
+                MESSAGE = format('the schema has version %s, and this release knows versions up to 3',
                     installed),
                 HINT = 'Run a newer release';
-        ELSIF installed > 2 THEN
+        ELSIF installed > 3 THEN
             RAISE EXCEPTION 'a newer schema that this release can use' USING ERRCODE = 'US002';
         END IF;
     END IF;
@@ -164,12 +165,14 @@ CREATE TABLE IF NOT EXISTS relay_lease (
 -- user_service_stamp sets version and updated_at when a user is updated. A change of any other
 -- column creates a new version, except when an unchanged password is hashed again. The value of a
 -- stored generated column is not computed yet at this point, so in a table with such a column every
--- update counts as a change.
+-- update counts as a change. An import keeps the given updated_at if it is later than the last one.
 --
 -- The rows are compared as a whole, because a session caches the types of the columns that a
 -- function uses, and the function fails after ALTER TABLE ... ALTER COLUMN ... TYPE. If that
 -- happens to id, version or updated_at, the service opens a new session.
 CREATE OR REPLACE FUNCTION user_service_stamp() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    given timestamptz := NEW.updated_at;
 BEGIN
     IF NEW.id <> OLD.id THEN
         RAISE EXCEPTION 'the id of a user never changes'
@@ -181,7 +184,10 @@ BEGIN
         OR to_jsonb(NEW) - 'password' <> to_jsonb(OLD) - 'password')
     THEN
         NEW.version := OLD.version + 1;
-        NEW.updated_at := greatest(clock_timestamp(), OLD.updated_at + interval '1 microsecond');
+        IF current_setting('user_service.import', true) IS DISTINCT FROM 'on' THEN
+            given := clock_timestamp();
+        END IF;
+        NEW.updated_at := greatest(given, OLD.updated_at + interval '1 microsecond');
     END IF;
     RETURN NEW;
 END
@@ -221,7 +227,7 @@ BEGIN
         WHERE highest > coalesce(pg_sequence_last_value(sequence::regclass), 0);
     WHEN 'UPDATE' THEN
         INSERT INTO outbox (event_type, user_id, version, occurred_at, trace_id)
-        SELECT 'user.updated', id, version, updated_at,
+        SELECT 'user.updated', id, version, greatest(updated_at, now()),
             coalesce(traces[array_position(ids, id)], trace)
         FROM (
             SELECT id, version, updated_at FROM updated EXCEPT
@@ -394,18 +400,163 @@ BEGIN
 END
 $$;
 
--- Step 4: repair the data. It moves sequences past the ids in use, corrects the total, and installs
+-- Step 4: create what searches need. The previous release can run on this step; its changes of names
+-- take longer, because they change the indexes too.
+
+-- user_service_fold returns a text with which another text is compared regardless of case. It maps
+-- each character by Unicode's simple case folding, and İ to i, whatever the locale of the database
+-- is. foldCase in memory.go does the same. In a database with the encoding SQL_ASCII, only the
+-- letters A to Z are mapped.
+--
+-- Indexes use this function, so its results must never change. It is not STRICT, because PostgreSQL
+-- could not inline it then. The letters are divided, because translate() compares each character
+-- with all of them: first those of other scripts, then Greek and Cyrillic, then Latin.
+CREATE OR REPLACE FUNCTION user_service_fold(original text) RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT CASE WHEN octet_length(original) = char_length(original) THEN lower(original COLLATE "C")
+    ELSE translate(CASE WHEN original COLLATE "C" !~ '[^\u0001-\u024f]' THEN original
+        ELSE translate(CASE WHEN original COLLATE "C" !~ '[^\u0001-\u052f]' THEN original
+            ELSE translate(original,
+                'ԱԲԳԴԵԶԷԸԹԺԻԼԽԾԿՀՁՂՃՄՅՆՇՈՉՊՋՌՍՎՏՐՑՒՓՔՕՖႠႡႢႣႤႥႦႧႨႩႪႫႬႭႮႯႰႱႲႳႴႵႶႷႸႹႺႻႼႽႾႿჀჁჂჃჄჅჇჍᎠᎡᎢᎣᎤᎥ'
+                'ᎦᎧᎨᎩᎪᎫᎬᎭᎮᎯᎰᎱᎲᎳᎴᎵᎶᎷᎸᎹᎺᎻᎼᎽᎾᎿᏀᏁᏂᏃᏄᏅᏆᏇᏈᏉᏊᏋᏌᏍᏎᏏᏐᏑᏒᏓᏔᏕᏖᏗᏘᏙᏚᏛᏜᏝᏞᏟᏠᏡᏢᏣᏤᏥᏦᏧᏨᏩᏪᏫᏬᏭᏮᏯᏰᏱᏲᏳᏴᏵᲀᲁᲂᲃ'
+                'ᲄᲅᲆᲇᲐᲑᲒᲓᲔᲕᲖᲗᲘᲙᲚᲛᲜᲝᲞᲟᲠᲡᲢᲣᲤᲥᲦᲧᲨᲩᲪᲫᲬᲭᲮᲯᲰᲱᲲᲳᲴᲵᲶᲷᲸᲹᲺᲽᲾᲿḀḂḄḆḈḊḌḎḐḒḔḖḘḚḜḞḠḢḤḦḨḪḬḮḰḲḴḶḸḺḼḾṀṂ'
+                'ṄṆṈṊṌṎṐṒṔṖṘṚṜṞṠṢṤṦṨṪṬṮṰṲṴṶṸṺṼṾẀẂẄẆẈẊẌẎẐẒẔẛẞẠẢẤẦẨẪẬẮẰẲẴẶẸẺẼẾỀỂỄỆỈỊỌỎỐỒỔỖỘỚỜỞỠỢỤỦỨỪỬỮỰ'
+                'ỲỴỶỸỺỼỾἈἉἊἋἌἍἎἏἘἙἚἛἜἝἨἩἪἫἬἭἮἯἸἹἺἻἼἽἾἿὈὉὊὋὌὍὙὛὝὟὨὩὪὫὬὭὮὯᾈᾉᾊᾋᾌᾍᾎᾏᾘᾙᾚᾛᾜᾝᾞᾟᾨᾩᾪᾫᾬᾭᾮᾯᾸᾹᾺΆᾼ'
+                'ιῈΈῊΉῌῘῙῚΊῨῩῪΎῬῸΌῺΏῼΩKÅℲⅠⅡⅢⅣⅤⅥⅦⅧⅨⅩⅪⅫⅬⅭⅮⅯↃⒶⒷⒸⒹⒺⒻⒼⒽⒾⒿⓀⓁⓂⓃⓄⓅⓆⓇⓈⓉⓊⓋⓌⓍⓎⓏⰀⰁⰂⰃⰄⰅⰆⰇⰈⰉⰊⰋⰌⰍⰎⰏⰐ'
+                'ⰑⰒⰓⰔⰕⰖⰗⰘⰙⰚⰛⰜⰝⰞⰟⰠⰡⰢⰣⰤⰥⰦⰧⰨⰩⰪⰫⰬⰭⰮⰯⱠⱢⱣⱤⱧⱩⱫⱭⱮⱯⱰⱲⱵⱾⱿⲀⲂⲄⲆⲈⲊⲌⲎⲐⲒⲔⲖⲘⲚⲜⲞⲠⲢⲤⲦⲨⲪⲬⲮⲰⲲⲴⲶⲸⲺⲼⲾⳀⳂⳄⳆⳈⳊ'
+                'ⳌⳎⳐⳒⳔⳖⳘⳚⳜⳞⳠⳢⳫⳭⳲꙀꙂꙄꙆꙈꙊꙋꙌꙎꙐꙒꙔꙖꙘꙚꙜꙞꙠꙢꙤꙦꙨꙪꙬꚀꚂꚄꚆꚈꚊꚌꚎꚐꚒꚔꚖꚘꚚꜢꜤꜦꜨꜪꜬꜮꜲꜴꜶꜸꜺꜼꜾꝀꝂꝄꝆꝈꝊꝌꝎꝐꝒꝔꝖꝘꝚꝜꝞꝠ'
+                'ꝢꝤꝦꝨꝪꝬꝮꝹꝻꝽꝾꞀꞂꞄꞆꞋꞍꞐꞒꞖꞘꞚꞜꞞꞠꞢꞤꞦꞨꞪꞫꞬꞭꞮꞰꞱꞲꞳꞴꞶꞸꞺꞼꞾꟀꟂꟄꟅꟆꟇꟉꟐꟖꟘꟵＡＢＣＤＥＦＧＨＩＪＫＬＭＮＯＰＱＲＳＴＵＶＷＸＹＺ𐐀𐐁𐐂'
+                '𐐃𐐄𐐅𐐆𐐇𐐈𐐉𐐊𐐋𐐌𐐍𐐎𐐏𐐐𐐑𐐒𐐓𐐔𐐕𐐖𐐗𐐘𐐙𐐚𐐛𐐜𐐝𐐞𐐟𐐠𐐡𐐢𐐣𐐤𐐥𐐦𐐧𐒰𐒱𐒲𐒳𐒴𐒵𐒶𐒷𐒸𐒹𐒺𐒻𐒼𐒽𐒾𐒿𐓀𐓁𐓂𐓃𐓄𐓅𐓆𐓇𐓈𐓉𐓊𐓋𐓌𐓍𐓎𐓏𐓐𐓑𐓒𐓓𐕰𐕱𐕲𐕳𐕴𐕵𐕶𐕷𐕸𐕹𐕺'
+                '𐕼𐕽𐕾𐕿𐖀𐖁𐖂𐖃𐖄𐖅𐖆𐖇𐖈𐖉𐖊𐖌𐖍𐖎𐖏𐖐𐖑𐖒𐖔𐖕𐲀𐲁𐲂𐲃𐲄𐲅𐲆𐲇𐲈𐲉𐲊𐲋𐲌𐲍𐲎𐲏𐲐𐲑𐲒𐲓𐲔𐲕𐲖𐲗𐲘𐲙𐲚𐲛𐲜𐲝𐲞𐲟𐲠𐲡𐲢𐲣𐲤𐲥𐲦𐲧𐲨𐲩𐲪𐲫𐲬𐲭𐲮𐲯𐲰𐲱𐲲𑢠𑢡𑢢𑢣𑢤𑢥𑢦𑢧𑢨'
+                '𑢩𑢪𑢫𑢬𑢭𑢮𑢯𑢰𑢱𑢲𑢳𑢴𑢵𑢶𑢷𑢸𑢹𑢺𑢻𑢼𑢽𑢾𑢿𖹀𖹁𖹂𖹃𖹄𖹅𖹆𖹇𖹈𖹉𖹊𖹋𖹌𖹍𖹎𖹏𖹐𖹑𖹒𖹓𖹔𖹕𖹖𖹗𖹘𖹙𖹚𖹛𖹜𖹝𖹞𖹟𞤀𞤁𞤂𞤃𞤄𞤅𞤆𞤇𞤈𞤉𞤊𞤋𞤌𞤍𞤎𞤏𞤐𞤑𞤒𞤓𞤔𞤕𞤖𞤗𞤘𞤙𞤚𞤛𞤜'
+                '𞤝𞤞𞤟𞤠𞤡',
+                'աբգդեզէըթժիլխծկհձղճմյնշոչպջռսվտրցւփքօֆⴀⴁⴂⴃⴄⴅⴆⴇⴈⴉⴊⴋⴌⴍⴎⴏⴐⴑⴒⴓⴔⴕⴖⴗⴘⴙⴚⴛⴜⴝⴞⴟⴠⴡⴢⴣⴤⴥⴧⴭꭰꭱꭲꭳꭴꭵ'
+                'ꭶꭷꭸꭹꭺꭻꭼꭽꭾꭿꮀꮁꮂꮃꮄꮅꮆꮇꮈꮉꮊꮋꮌꮍꮎꮏꮐꮑꮒꮓꮔꮕꮖꮗꮘꮙꮚꮛꮜꮝꮞꮟꮠꮡꮢꮣꮤꮥꮦꮧꮨꮩꮪꮫꮬꮭꮮꮯꮰꮱꮲꮳꮴꮵꮶꮷꮸꮹꮺꮻꮼꮽꮾꮿᏸᏹᏺᏻᏼᏽвдос'
+                'ттъѣაბგდევზთიკლმნოპჟრსტუფქღყშჩცძწჭხჯჰჱჲჳჴჵჶჷჸჹჺჽჾჿḁḃḅḇḉḋḍḏḑḓḕḗḙḛḝḟḡḣḥḧḩḫḭḯḱḳḵḷḹḻḽḿṁṃ'
+                'ṅṇṉṋṍṏṑṓṕṗṙṛṝṟṡṣṥṧṩṫṭṯṱṳṵṷṹṻṽṿẁẃẅẇẉẋẍẏẑẓẕṡßạảấầẩẫậắằẳẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữự'
+                'ỳỵỷỹỻỽỿἀἁἂἃἄἅἆἇἐἑἒἓἔἕἠἡἢἣἤἥἦἧἰἱἲἳἴἵἶἷὀὁὂὃὄὅὑὓὕὗὠὡὢὣὤὥὦὧᾀᾁᾂᾃᾄᾅᾆᾇᾐᾑᾒᾓᾔᾕᾖᾗᾠᾡᾢᾣᾤᾥᾦᾧᾰᾱὰάᾳ'
+                'ͅὲέὴήῃῐῑὶίῠῡὺύῥὸόὼώῳωkåⅎⅰⅱⅲⅳⅴⅵⅶⅷⅸⅹⅺⅻⅼⅽⅾⅿↄⓐⓑⓒⓓⓔⓕⓖⓗⓘⓙⓚⓛⓜⓝⓞⓟⓠⓡⓢⓣⓤⓥⓦⓧⓨⓩⰰⰱⰲⰳⰴⰵⰶⰷⰸⰹⰺⰻⰼⰽⰾⰿⱀ'
+                'ⱁⱂⱃⱄⱅⱆⱇⱈⱉⱊⱋⱌⱍⱎⱏⱐⱑⱒⱓⱔⱕⱖⱗⱘⱙⱚⱛⱜⱝⱞⱟⱡɫᵽɽⱨⱪⱬɑɱɐɒⱳⱶȿɀⲁⲃⲅⲇⲉⲋⲍⲏⲑⲓⲕⲗⲙⲛⲝⲟⲡⲣⲥⲧⲩⲫⲭⲯⲱⲳⲵⲷⲹⲻⲽⲿⳁⳃⳅⳇⳉⳋ'
+                'ⳍⳏⳑⳓⳕⳗⳙⳛⳝⳟⳡⳣⳬⳮⳳꙁꙃꙅꙇꙉᲈᲈꙍꙏꙑꙓꙕꙗꙙꙛꙝꙟꙡꙣꙥꙧꙩꙫꙭꚁꚃꚅꚇꚉꚋꚍꚏꚑꚓꚕꚗꚙꚛꜣꜥꜧꜩꜫꜭꜯꜳꜵꜷꜹꜻꜽꜿꝁꝃꝅꝇꝉꝋꝍꝏꝑꝓꝕꝗꝙꝛꝝꝟꝡ'
+                'ꝣꝥꝧꝩꝫꝭꝯꝺꝼᵹꝿꞁꞃꞅꞇꞌɥꞑꞓꞗꞙꞛꞝꞟꞡꞣꞥꞧꞩɦɜɡɬɪʞʇʝꭓꞵꞷꞹꞻꞽꞿꟁꟃꞔʂᶎꟈꟊꟑꟗꟙꟶａｂｃｄｅｆｇｈｉｊｋｌｍｎｏｐｑｒｓｔｕｖｗｘｙｚ𐐨𐐩𐐪'
+                '𐐫𐐬𐐭𐐮𐐯𐐰𐐱𐐲𐐳𐐴𐐵𐐶𐐷𐐸𐐹𐐺𐐻𐐼𐐽𐐾𐐿𐑀𐑁𐑂𐑃𐑄𐑅𐑆𐑇𐑈𐑉𐑊𐑋𐑌𐑍𐑎𐑏𐓘𐓙𐓚𐓛𐓜𐓝𐓞𐓟𐓠𐓡𐓢𐓣𐓤𐓥𐓦𐓧𐓨𐓩𐓪𐓫𐓬𐓭𐓮𐓯𐓰𐓱𐓲𐓳𐓴𐓵𐓶𐓷𐓸𐓹𐓺𐓻𐖗𐖘𐖙𐖚𐖛𐖜𐖝𐖞𐖟𐖠𐖡'
+                '𐖣𐖤𐖥𐖦𐖧𐖨𐖩𐖪𐖫𐖬𐖭𐖮𐖯𐖰𐖱𐖳𐖴𐖵𐖶𐖷𐖸𐖹𐖻𐖼𐳀𐳁𐳂𐳃𐳄𐳅𐳆𐳇𐳈𐳉𐳊𐳋𐳌𐳍𐳎𐳏𐳐𐳑𐳒𐳓𐳔𐳕𐳖𐳗𐳘𐳙𐳚𐳛𐳜𐳝𐳞𐳟𐳠𐳡𐳢𐳣𐳤𐳥𐳦𐳧𐳨𐳩𐳪𐳫𐳬𐳭𐳮𐳯𐳰𐳱𐳲𑣀𑣁𑣂𑣃𑣄𑣅𑣆𑣇𑣈'
+                '𑣉𑣊𑣋𑣌𑣍𑣎𑣏𑣐𑣑𑣒𑣓𑣔𑣕𑣖𑣗𑣘𑣙𑣚𑣛𑣜𑣝𑣞𑣟𖹠𖹡𖹢𖹣𖹤𖹥𖹦𖹧𖹨𖹩𖹪𖹫𖹬𖹭𖹮𖹯𖹰𖹱𖹲𖹳𖹴𖹵𖹶𖹷𖹸𖹹𖹺𖹻𖹼𖹽𖹾𖹿𞤢𞤣𞤤𞤥𞤦𞤧𞤨𞤩𞤪𞤫𞤬𞤭𞤮𞤯𞤰𞤱𞤲𞤳𞤴𞤵𞤶𞤷𞤸𞤹𞤺𞤻𞤼𞤽𞤾'
+                '𞤿𞥀𞥁𞥂𞥃')
+            END,
+                'ͰͲͶͿΆΈΉΊΌΎΏΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩΪΫιμςϏϐϑϕϖϘϚϜϞϠϢϤϦϨϪϬϮϰϱϴϵϷϹϺϽϾϿЀЁЂЃЄЅІЇЈЉЊЋЌЍЎЏА'
+                'БВГДЕЖЗИЙКЛМНОПРСТУФХЦЧШЩЪЫЬЭЮЯѠѢѤѦѨѪѬѮѰѲѴѶѸѺѼѾҀҊҌҎҐҒҔҖҘҚҜҞҠҢҤҦҨҪҬҮҰҲҴҶҸҺҼҾӀӁӃӅӇӉӋӍӐ'
+                'ӒӔӖӘӚӜӞӠӢӤӦӨӪӬӮӰӲӴӶӸӺӼӾԀԂԄԆԈԊԌԎԐԒԔԖԘԚԜԞԠԢԤԦԨԪԬԮ',
+                'ͱͳͷϳάέήίόύώαβγδεζηθͅκλµνξοπρστυφχψωϊϋͅµσϗβθφπϙϛϝϟϡϣϥϧϩϫϭϯκρθεϸϲϻͻͼͽѐёђѓєѕіїјљњћќѝўџа'
+                'бвгдежзийклмнопрстуфхцчшщъыьэюяѡѣѥѧѩѫѭѯѱѳѵѷѹѻѽѿҁҋҍҏґғҕҗҙқҝҟҡңҥҧҩҫҭүұҳҵҷҹһҽҿӏӂӄӆӈӊӌӎӑ'
+                'ӓӕӗәӛӝӟӡӣӥӧөӫӭӯӱӳӵӷӹӻӽӿԁԃԅԇԉԋԍԏԑԓԕԗԙԛԝԟԡԣԥԧԩԫԭԯ')
+        END,
+                'ABCDEFGHIJKLMNOPQRSTUVWXYZÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÐÑÒÓÔÕÖØÙÚÛÜÝÞĀĂĄĆĈĊČĎĐĒĔĖĘĚĜĞĠĢĤĦĨĪĬĮİĲĴĶ'
+                'ĹĻĽĿŁŃŅŇŊŌŎŐŒŔŖŘŚŜŞŠŢŤŦŨŪŬŮŰŲŴŶŸŹŻŽſƁƂƄƆƇƉƊƋƎƏƐƑƓƔƖƗƘƜƝƟƠƢƤƦƧƩƬƮƯƱƲƳƵƷƸƼǄǅǇǈǊǋǍǏǑǓǕǗ'
+                'ǙǛǞǠǢǤǦǨǪǬǮǱǲǴǶǷǸǺǼǾȀȂȄȆȈȊȌȎȐȒȔȖȘȚȜȞȠȢȤȦȨȪȬȮȰȲȺȻȽȾɁɃɄɅɆɈɊɌɎ',
+                'abcdefghijklmnopqrstuvwxyzàáâãäåæçèéêëìíîïðñòóôõöøùúûüýþāăąćĉċčďđēĕėęěĝğġģĥħĩīĭįiĳĵķ'
+                'ĺļľŀłńņňŋōŏőœŕŗřśŝşšţťŧũūŭůűųŵŷÿźżžsɓƃƅɔƈɖɗƌǝəɛƒɠɣɩɨƙɯɲɵơƣƥʀƨʃƭʈưʊʋƴƶʒƹƽǆǆǉǉǌǌǎǐǒǔǖǘ'
+                'ǚǜǟǡǣǥǧǩǫǭǯǳǳǵƕƿǹǻǽǿȁȃȅȇȉȋȍȏȑȓȕȗșțȝȟƞȣȥȧȩȫȭȯȱȳⱥȼƚⱦɂƀʉʌɇɉɋɍɏ')
+    END
+$$;
+
+-- user_service_find returns the users whose name or surname begins with a prefix, regardless of
+-- case: how many there are, or 10001 if there are more than 10000, and the ids of those above after,
+-- in their order, without the first skipped ones, and most of them at most. last is a suffix that
+-- sorts after the rest of every name.
+--
+-- No index serves both a prefix and the order of ids. Up to 10000 ids are read and sorted. Of more
+-- matches, some are probably among the next 5000 users. Only if they are not, the ids of all matches
+-- are read.
+CREATE OR REPLACE FUNCTION user_service_find(
+    prefix text, last text, after bigint, skipped bigint, most bigint, OUT total bigint, OUT ids bigint[]
+) LANGUAGE plpgsql STABLE SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
+DECLARE
+    low      text     := user_service_fold(prefix);
+    high     text     := low || last;
+    names    bigint[] := ARRAY(SELECT id FROM users
+        WHERE user_service_fold(name) ~>=~ low AND user_service_fold(name) ~<~ high LIMIT 10001);
+    surnames bigint[] := ARRAY(SELECT id FROM users
+        WHERE user_service_fold(surname) ~>=~ low AND user_service_fold(surname) ~<~ high
+        LIMIT 10001 * (cardinality(names) < 10001)::int);
+BEGIN
+    total := greatest(cardinality(names), cardinality(surnames));
+    IF total < 10001 THEN
+        names := ARRAY(SELECT unnest(names) UNION SELECT unnest(surnames));
+        total := least(cardinality(names), 10001);
+    END IF;
+    IF total < 10001 THEN
+        ids := ARRAY(SELECT id FROM unnest(names) AS id WHERE id > after ORDER BY id
+            OFFSET skipped LIMIT most);
+        RETURN;
+    END IF;
+    ids := ARRAY(SELECT id
+        FROM (SELECT id, name, surname FROM users WHERE id > after ORDER BY id LIMIT 5000) AS next
+        WHERE starts_with(user_service_fold(name), low) OR starts_with(user_service_fold(surname), low)
+        ORDER BY id LIMIT skipped + most);
+    IF cardinality(ids) < skipped + most THEN -- "+ 0" prevents a scan in the order of ids
+        ids := ARRAY(
+            (SELECT id FROM users
+                WHERE user_service_fold(name) ~>=~ low AND user_service_fold(name) ~<~ high
+                    AND id > after ORDER BY id + 0 LIMIT skipped + most)
+            UNION
+            (SELECT id FROM users
+                WHERE user_service_fold(surname) ~>=~ low AND user_service_fold(surname) ~<~ high
+                    AND id > after ORDER BY id + 0 LIMIT skipped + most)
+            ORDER BY 1 LIMIT skipped + most);
+    END IF;
+    ids := ids[skipped + 1:];
+END
+$$;
+
+-- Creating an index locks a table against changes. If the table is larger than 8 MiB, the service
+-- creates it concurrently after the start. Until then, searches are slow. An index that is not valid
+-- is left by an attempt that failed, unless another replica is creating it.
+DO $$
+DECLARE
+    missing record;
+    code    text := '01000';
+BEGIN
+    IF to_regprocedure('user_service_schema()') IS NOT NULL THEN
+        SELECT CASE WHEN version < 3 THEN code ELSE 'US100' END INTO code FROM user_service_schema();
+    END IF;
+    FOR missing IN
+        SELECT 'user_service_' || attname AS name,
+            format('%1$s ON users (user_service_fold(%2$s) text_pattern_ops, id) INCLUDE (%2$s)',
+                'user_service_' || attname, attname) AS definition
+        FROM unnest('{name, surname}'::text[]) AS attname
+        WHERE NOT EXISTS (
+                SELECT FROM pg_index
+                WHERE indexrelid = to_regclass('user_service_' || attname) AND indisvalid)
+            AND NOT EXISTS (
+                SELECT FROM pg_stat_progress_create_index
+                WHERE index_relid = to_regclass('user_service_' || attname))
+    LOOP
+        IF pg_relation_size('users') > 8 * 1024 * 1024 THEN
+            RAISE WARNING '%', missing.definition USING ERRCODE = 'US102';
+            CONTINUE;
+        END IF;
+        EXECUTE format('DROP INDEX IF EXISTS %I', missing.name);
+        EXECUTE 'CREATE INDEX ' || missing.definition;
+        RAISE WARNING 'created the index %', missing.name USING ERRCODE = code;
+    END LOOP;
+END
+$$;
+
+-- Step 5: repair the data. It moves sequences past the ids in use, corrects the total, and installs
 -- the version, which means that all steps are complete. Correcting the total needs no lock: a
 -- change and its row in user_counts become visible together, so a snapshot that does not include a
 -- change does not include its row either.
 DO $$
 DECLARE
-    relation text;
-    sequence text;
-    highest  bigint;
-    next     bigint;
-    missing  bigint;
-    code     text := CASE WHEN to_regprocedure('user_service_schema()') IS NULL
+    relation  text;
+    sequence  text;
+    highest   bigint;
+    next      bigint;
+    missing   bigint;
+    installed int  := 0;
+    waiting   bool;
+    code      text := CASE WHEN to_regprocedure('user_service_schema()') IS NULL
         THEN '01000' ELSE 'US100' END;
 BEGIN
     FOREACH relation IN ARRAY '{users, outbox}'::text[] LOOP
@@ -429,8 +580,23 @@ BEGIN
         RAISE WARNING 'corrected the total by %', missing USING ERRCODE = code;
     END IF;
 
-    IF to_regprocedure('user_service_schema()') IS NULL THEN
-        RAISE WARNING 'installed version 2' USING ERRCODE = 'US101';
+    IF to_regprocedure('user_service_schema()') IS NOT NULL THEN
+        SELECT version INTO installed FROM user_service_schema();
+    END IF;
+    IF installed < 3 THEN
+        RAISE WARNING 'installed version 3' USING ERRCODE = 'US101';
+    END IF;
+
+    IF NOT EXISTS (SELECT FROM users) AND has_table_privilege(to_regclass('"user"')::oid, 'SELECT')
+        AND 6 = (
+            SELECT count(*) FROM pg_attribute
+            WHERE attrelid = to_regclass('"user"') AND NOT attisdropped
+                AND attname IN ('id', 'name', 'surname', 'password', 'created_at', 'updated_at'))
+    THEN
+        EXECUTE 'SELECT true FROM "user" LIMIT 1' INTO waiting;
+        IF waiting THEN
+            RAISE WARNING 'the table "user" has users, the table users has none' USING ERRCODE = 'US103';
+        END IF;
     END IF;
 END
 $$;
@@ -438,4 +604,4 @@ $$;
 -- user_service_schema returns the version of the schema, and the oldest version that a release must
 -- know to use it. It is a function and not a row so that a dump of the schema alone includes it.
 CREATE OR REPLACE FUNCTION user_service_schema(OUT version int, OUT oldest int)
-LANGUAGE sql IMMUTABLE AS 'SELECT 2, 1';
+LANGUAGE sql IMMUTABLE AS 'SELECT 3, 1';

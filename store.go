@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"time"
+	"unicode"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -28,6 +29,7 @@ type postgres struct {
 	holder   string // identifies this replica in relay_lease
 	wake     chan struct{}
 	state    atomic.Value // of the database, a state
+	indexes  []string     // definitions of those that buildIndexes builds
 	reset    atomic.Int64 // when resetPool last replaced the connections, in ns since 1970
 
 	read, list, write, create, lockedWrite, relay, probe kind
@@ -203,25 +205,39 @@ func (s *postgres) rehashPassword(ctx context.Context, id int64, old, hash strin
 		WHERE id = $1 AND password = $2`, id, old, hash)
 }
 
-// listUsers reads the page and the total in one statement, so that they agree.
+// listUsers implements userStore.
 func (s *postgres) listUsers(ctx context.Context, after, offset, limit int64) (
-	users []User, total int64, err error) {
+	[]User, int64, error) {
+	return s.page(ctx, "SELECT greatest(sum(n), 0)::bigint AS total FROM user_counts",
+		"id > $1 ORDER BY id OFFSET $2 LIMIT $3", after, offset, limit)
+}
+
+// findUsers implements userStore; see user_service_find.
+func (s *postgres) findUsers(ctx context.Context, prefix string, after, offset, limit int64) (
+	[]User, int64, error) {
+	last := strings.Repeat(string(unicode.MaxRune), maxNameLength)
+	return s.page(ctx, "SELECT * FROM user_service_find($1, $2, $3, $4, $5)",
+		"id = ANY ((SELECT ids FROM found)::bigint[])", prefix, last, after, offset, limit)
+}
+
+// page reads a total and the users of a page, in one statement, so that they agree.
+func (s *postgres) page(ctx context.Context, total, condition string, args ...any) (
+	users []User, count int64, err error) {
 	err = s.do(ctx, "selecting a page", s.list, func(ctx context.Context, db querier) error {
-		// One statement sees one state of both tables. The total comes first: NULLs sort last.
+		// The row with the total comes first: NULLs sort last.
 		rows, _ := db.Query(ctx, `
-			SELECT greatest(sum(n), 0)::bigint AS total, 0 AS id, '' AS name, '' AS surname,
-				0 AS version, now() AS created_at, now() AS updated_at
-			FROM user_counts
-			UNION ALL (
-				SELECT NULL, `+userColumns+` FROM users WHERE id > $1 ORDER BY id LIMIT $3 OFFSET $2
-			)
-			ORDER BY total, id`, after, offset, limit)
-		users = make([]User, 0, limit)
+			WITH found AS MATERIALIZED (`+total+`)
+			SELECT total, 0 AS id, '' AS name, '' AS surname, 0 AS version, now() AS created_at,
+				now() AS updated_at
+			FROM found
+			UNION ALL (SELECT NULL, `+userColumns+` FROM users WHERE `+condition+`)
+			ORDER BY total, id`, args...)
+		users = []User{}
 		var first *int64
 		var u User
 		_, err := pgx.ForEachRow(rows, append([]any{&first}, u.scanInto()...), func() error {
 			if first != nil {
-				total = *first
+				count = *first
 			} else {
 				users = append(users, u)
 			}
@@ -229,7 +245,7 @@ func (s *postgres) listUsers(ctx context.Context, after, offset, limit int64) (
 		})
 		return err
 	})
-	return users, total, err
+	return users, count, err
 }
 
 // updateUser implements userStore with a change that may share its statement.

@@ -32,12 +32,16 @@ type User struct {
 
 // userList is a page of users. NextAfter is nil if nothing follows.
 type userList struct {
-	Users     []User `json:"users"`
-	Total     int64  `json:"total"`
-	Page      int64  `json:"page,omitempty"`
-	PerPage   int64  `json:"per_page"`
-	NextAfter *int64 `json:"next_after"`
+	Users       []User `json:"users"`
+	Total       int64  `json:"total"`
+	TotalCapped bool   `json:"total_capped,omitempty"`
+	Page        int64  `json:"page,omitempty"`
+	PerPage     int64  `json:"per_page"`
+	NextAfter   *int64 `json:"next_after"`
 }
+
+// maxMatches is up to how many users of a search are counted.
+const maxMatches = 10_000
 
 // userInput holds the fields that a request sets; nil fields are not set. Handlers replace the
 // password by its hash before they call the store.
@@ -71,6 +75,10 @@ type userStore interface {
 	// first offset of them. total counts all users.
 	listUsers(ctx context.Context, after, offset, limit int64) (users []User, total int64,
 		err error)
+	// findUsers lists like listUsers, but only users whose name or surname begins with prefix when
+	// both are folded (see foldCase). total counts them, but is maxMatches+1 if there are more.
+	findUsers(ctx context.Context, prefix string, after, offset, limit int64) (users []User,
+		total int64, err error)
 	// updateUser fails with errNotFound, then errVersionMismatch. If nothing differs, it returns
 	// the unchanged user and makes no event.
 	updateUser(ctx context.Context, id int64, in userInput, match []int64) (User, error)
@@ -126,7 +134,13 @@ func (a *api) listUsers(w *response, r *http.Request, _ caller) error {
 	if err != nil {
 		return err
 	}
-	users, total, err := a.store.listUsers(r.Context(), q.after, q.offset(), q.perPage+1)
+	var users []User
+	var total int64
+	if q.prefix == "" {
+		users, total, err = a.store.listUsers(r.Context(), q.after, q.offset(), q.perPage+1)
+	} else {
+		users, total, err = a.store.findUsers(r.Context(), q.prefix, q.after, q.offset(), q.perPage+1)
+	}
 	if err != nil {
 		return err
 	}
@@ -307,6 +321,9 @@ func (l userList) appendJSON(b []byte) []byte {
 		b = u.appendJSON(b)
 	}
 	b = strconv.AppendInt(append(b, `],"total":`...), l.Total, 10)
+	if l.TotalCapped {
+		b = append(b, `,"total_capped":true`...)
+	}
 	if l.Page > 0 {
 		b = strconv.AppendInt(append(b, `,"page":`...), l.Page, 10)
 	}
