@@ -1651,12 +1651,12 @@ func TestPasswordIsNotTrimmed(t *testing.T) {
 	}
 }
 
-// FuzzPHC compares parsePHC with scanPHC, a second implementation. It also checks that a hash that
-// parsePHC refuses is not computed.
-func FuzzPHC(f *testing.F) {
+// FuzzPasswordHash compares parseHash with scanHash, a second implementation. It also checks that a
+// hash that parseHash refuses is not computed.
+func FuzzPasswordHash(f *testing.F) {
 	const salt, key = "c2FsdHNhbHRzYWx0c2FsdA", "a2V5a2V5a2V5a2V5a2V5a2V5a2V5a2V5a2V5a2V5a2U"
 	const head = "$argon2id$v=19$"
-	for _, phc := range []string{
+	for _, text := range append([]string{
 		head + "m=12288,t=3,p=1$" + salt + "$" + key,
 		head + "m=8,t=1,p=1$c2FsdHNhbHQ$a2V5cw", // the minimum
 		head + "m=65536,t=10,p=99$" + strings.Repeat("A", 86) + "$" + strings.Repeat("A", 86),
@@ -1675,44 +1675,79 @@ func FuzzPHC(f *testing.F) {
 		head + "m=12288,t=3,p=1$" + salt + "$" + strings.Repeat("A", 87),
 		strings.Replace(head, "19", "16", 1) + "m=12288,t=3,p=1$" + salt + "$" + key,
 		strings.Replace(head, "2id", "2i", 1) + "m=12288,t=3,p=1$" + salt + "$" + key,
-		"", "$$$$$",
-	} {
-		f.Add(phc)
+		"", "$$$$$", "$2b$15$" + strings.Repeat("a", 53), "$2b$04$" + strings.Repeat("a", 53) + "\n",
+		"$pbkdf2-sha256$i=5000001$" + salt + "$" + key, "pbkdf2_sha256$1$a b$" + key + "=",
+		"$pbkdf2-sha512$i=1,l=32$" + salt + "$" + key, "$pbkdf2-sha256$1,l=0$" + salt + "$" + key,
+	}, foreignHashes...) {
+		f.Add(text)
 	}
-	f.Fuzz(func(t *testing.T, phc string) {
-		got, err := parsePHC(phc)
-		want, ok := scanPHC(phc)
-		if (err == nil) != ok || !reflect.DeepEqual(got, want) {
-			t.Fatalf("parsePHC(%q) = %+v, %v, want %+v, %t", phc, got, err, want, ok)
+	f.Fuzz(func(t *testing.T, text string) {
+		_, err := parseHash(text)
+		if want := scanHash(text); (err == nil) != want {
+			t.Fatalf("parseHash(%q): %v, want success: %t", text, err, want)
 		}
 		if err != nil {
 			h := &hasher{} // panics if it computes
-			same, got := h.verify(t.Context(), "", secret, phc)
-			if same || fmt.Sprint(got) != err.Error() {
-				t.Errorf("verify with %q = %t, %v, want false, %v", phc, same, got, err)
+			valid, got := h.verify(t.Context(), "", secret, text)
+			if valid || !errors.Is(got, errHash) {
+				t.Errorf("verify with %q = %t, %v, want false, %v", text, valid, got, errHash)
 			}
 		}
 	})
 }
 
-// scanPHC parses a PHC string by formatting the parsed parameters and comparing the result with it.
-// ok is false if argon2 does not allow the parameters or if they are too expensive.
-func scanPHC(phc string) (h argonHash, ok bool) {
-	fields := strings.Split(phc, "$")
-	if len(fields) != 6 {
-		return argonHash{}, false
+// scanHash reports whether a stored hash is well-formed and within bounds. It formats the parsed
+// parameters and compares the result with the text.
+func scanHash(text string) bool {
+	const base64Digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+	fields := strings.Split(text, "$")
+	switch {
+	case len(fields) == 6 && fields[1] == "argon2id":
+		var memory, passes, threads, salt, key int
+		fmt.Sscanf(fields[3], "m=%d,t=%d,p=%d", &memory, &passes, &threads)
+		fields[3] = fmt.Sprintf("m=%d,t=%d,p=%d", memory, passes, threads)
+		fields[2] = "v=19"
+		fields[4], salt = recode(base64.RawStdEncoding, fields[4])
+		fields[5], key = recode(base64.RawStdEncoding, fields[5])
+		return strings.Join(fields, "$") == text && passes >= 1 && passes <= 10 && threads >= 1 &&
+			threads <= 99 && memory >= 8*threads && memory <= 64*1024 &&
+			salt >= 8 && salt <= 64 && key >= 4 && key <= 64
+	case len(fields) == 4 && slices.Contains([]string{"2a", "2b", "2y"}, fields[1]):
+		var cost int
+		fmt.Sscanf(fields[2], "%d", &cost)
+		rest := strings.Trim(fields[3], "."+strings.Replace(base64Digits, "+", "", 1))
+		return fields[0] == "" && fields[2] == fmt.Sprintf("%02d", cost) && cost >= 4 && cost <= 14 &&
+			len(fields[3]) == 53 && rest == ""
+	case len(fields) == 5 && fields[0] == "" && strings.HasPrefix(fields[1], "pbkdf2-"):
+		parameters := strings.Split(strings.TrimPrefix(fields[2], "i="), ",")
+		salt, saltSize := recode(base64.RawStdEncoding, strings.ReplaceAll(fields[3], ".", "+"))
+		key, keySize := recode(base64.RawStdEncoding, strings.ReplaceAll(fields[4], ".", "+"))
+		return salt == strings.ReplaceAll(fields[3], ".", "+") &&
+			key == strings.ReplaceAll(fields[4], ".", "+") &&
+			(len(parameters) == 1 || len(parameters) == 2 && parameters[1] == fmt.Sprint("l=", keySize)) &&
+			scanPBKDF2(strings.TrimPrefix(fields[1], "pbkdf2-"), parameters[0], saltSize, keySize)
+	case len(fields) == 4 && strings.HasPrefix(fields[0], "pbkdf2_"):
+		key, keySize := recode(base64.StdEncoding, fields[3])
+		graphic := func(r rune) bool { return r > ' ' && r <= '~' }
+		return key == fields[3] && strings.TrimFunc(fields[2], graphic) == "" &&
+			strings.IndexFunc(fields[2], func(r rune) bool { return !graphic(r) }) < 0 &&
+			scanPBKDF2(strings.TrimPrefix(fields[0], "pbkdf2_"), fields[1], len(fields[2]), keySize)
 	}
-	fmt.Sscanf(fields[3], "m=%d,t=%d,p=%d", &h.memory, &h.passes, &h.threads)
-	h.salt, _ = base64.RawStdEncoding.DecodeString(fields[4])
-	h.key, _ = base64.RawStdEncoding.DecodeString(fields[5])
-	again := fmt.Sprintf("$argon2id$v=19$m=%d,t=%d,p=%d$%s$%s", h.memory, h.passes, h.threads,
-		base64.RawStdEncoding.EncodeToString(h.salt), base64.RawStdEncoding.EncodeToString(h.key))
-	if again != phc || h.passes < 1 || h.passes > 10 || h.threads < 1 || h.threads > 99 ||
-		h.memory < 8*uint32(h.threads) || h.memory > 64*1024 ||
-		len(h.salt) < 8 || len(h.salt) > 64 || len(h.key) < 4 || len(h.key) > 64 {
-		return argonHash{}, false
-	}
-	return h, true
+	return false
+}
+
+// scanPBKDF2 reports whether the parameters of PBKDF2 are within bounds.
+func scanPBKDF2(digest, rounds string, salt, key int) bool {
+	n, size := 0, map[string]int{"sha256": 32, "sha512": 64}[digest]
+	fmt.Sscanf(rounds, "%d", &n)
+	return rounds == strconv.Itoa(n) && n >= 1 && n <= 5_000_000 && salt >= 1 && salt <= 64 &&
+		key >= 16 && key <= size
+}
+
+// recode decodes text and encodes the bytes again. It also returns their number.
+func recode(encoding *base64.Encoding, text string) (string, int) {
+	decoded, _ := encoding.DecodeString(text)
+	return encoding.EncodeToString(decoded), len(decoded)
 }
 
 // slowGroup returns a Group that returns the text of each positive key after a second, and fails for
