@@ -1675,7 +1675,8 @@ func FuzzPasswordHash(f *testing.F) {
 		head + "m=12288,t=3,p=1$" + salt + "$" + strings.Repeat("A", 87),
 		strings.Replace(head, "19", "16", 1) + "m=12288,t=3,p=1$" + salt + "$" + key,
 		strings.Replace(head, "2id", "2i", 1) + "m=12288,t=3,p=1$" + salt + "$" + key,
-		"", "$$$$$", "$2b$15$" + strings.Repeat("a", 53), "$2b$04$" + strings.Repeat("a", 53) + "\n",
+		"", "$$$$$", "$2b$15$" + strings.Repeat("a", 53),
+		"$2b$04$" + strings.Repeat("a", 53) + "\n",
 		"$pbkdf2-sha256$i=5000001$" + salt + "$" + key, "pbkdf2_sha256$1$a b$" + key + "=",
 		"$pbkdf2-sha512$i=1,l=32$" + salt + "$" + key, "$pbkdf2-sha256$1,l=0$" + salt + "$" + key,
 	}, foreignHashes...) {
@@ -1696,44 +1697,57 @@ func FuzzPasswordHash(f *testing.F) {
 	})
 }
 
-// scanHash reports whether a stored hash is well-formed and within bounds. It formats the parsed
-// parameters and compares the result with the text.
+// scanHash reports whether a stored hash is well-formed and within bounds. It formats what it has
+// parsed and compares the result with the text.
 func scanHash(text string) bool {
-	const base64Digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 	fields := strings.Split(text, "$")
-	switch {
-	case len(fields) == 6 && fields[1] == "argon2id":
-		var memory, passes, threads, salt, key int
-		fmt.Sscanf(fields[3], "m=%d,t=%d,p=%d", &memory, &passes, &threads)
-		fields[3] = fmt.Sprintf("m=%d,t=%d,p=%d", memory, passes, threads)
-		fields[2] = "v=19"
-		fields[4], salt = recode(base64.RawStdEncoding, fields[4])
-		fields[5], key = recode(base64.RawStdEncoding, fields[5])
-		return strings.Join(fields, "$") == text && passes >= 1 && passes <= 10 && threads >= 1 &&
-			threads <= 99 && memory >= 8*threads && memory <= 64*1024 &&
-			salt >= 8 && salt <= 64 && key >= 4 && key <= 64
-	case len(fields) == 4 && slices.Contains([]string{"2a", "2b", "2y"}, fields[1]):
-		var cost int
-		fmt.Sscanf(fields[2], "%d", &cost)
-		rest := strings.Trim(fields[3], "."+strings.Replace(base64Digits, "+", "", 1))
-		return fields[0] == "" && fields[2] == fmt.Sprintf("%02d", cost) && cost >= 4 && cost <= 14 &&
-			len(fields[3]) == 53 && rest == ""
-	case len(fields) == 5 && fields[0] == "" && strings.HasPrefix(fields[1], "pbkdf2-"):
-		parameters := strings.Split(strings.TrimPrefix(fields[2], "i="), ",")
-		salt, saltSize := recode(base64.RawStdEncoding, strings.ReplaceAll(fields[3], ".", "+"))
-		key, keySize := recode(base64.RawStdEncoding, strings.ReplaceAll(fields[4], ".", "+"))
-		return salt == strings.ReplaceAll(fields[3], ".", "+") &&
-			key == strings.ReplaceAll(fields[4], ".", "+") &&
-			(len(parameters) == 1 || len(parameters) == 2 && parameters[1] == fmt.Sprint("l=", keySize)) &&
-			scanPBKDF2(strings.TrimPrefix(fields[1], "pbkdf2-"), parameters[0], saltSize, keySize)
-	case len(fields) == 4 && strings.HasPrefix(fields[0], "pbkdf2_"):
+	if kind, digest, ok := strings.Cut(fields[0], "_"); ok && kind == "pbkdf2" && len(fields) == 4 {
 		key, keySize := recode(base64.StdEncoding, fields[3])
-		graphic := func(r rune) bool { return r > ' ' && r <= '~' }
-		return key == fields[3] && strings.TrimFunc(fields[2], graphic) == "" &&
-			strings.IndexFunc(fields[2], func(r rune) bool { return !graphic(r) }) < 0 &&
-			scanPBKDF2(strings.TrimPrefix(fields[0], "pbkdf2_"), fields[1], len(fields[2]), keySize)
+		unprintable := func(r rune) bool { return r <= ' ' || r > '~' }
+		return key == fields[3] && !strings.ContainsFunc(fields[2], unprintable) &&
+			scanPBKDF2(digest, fields[1], len(fields[2]), keySize)
+	}
+	switch {
+	case fields[0] != "":
+		return false
+	case len(fields) == 6:
+		return scanArgon2id(text, fields)
+	case len(fields) == 5:
+		return scanPHC(fields)
+	case len(fields) == 4:
+		cost, err := strconv.Atoi(fields[2])
+		foreign := func(r rune) bool { return !strings.ContainsRune(bcryptDigits, r) }
+		return err == nil && fields[2] == fmt.Sprintf("%02d", cost) && cost >= 4 && cost <= 14 &&
+			slices.Contains([]string{"2a", "2b", "2y"}, fields[1]) &&
+			len(fields[3]) == 53 && !strings.ContainsFunc(fields[3], foreign)
 	}
 	return false
+}
+
+const bcryptDigits = "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+
+// scanArgon2id is scanHash for argon2id.
+func scanArgon2id(text string, fields []string) bool {
+	var memory, passes, threads int
+	fmt.Sscanf(fields[3], "m=%d,t=%d,p=%d", &memory, &passes, &threads)
+	salt, saltSize := recode(base64.RawStdEncoding, fields[4])
+	key, keySize := recode(base64.RawStdEncoding, fields[5])
+	again := fmt.Sprintf("$argon2id$v=19$m=%d,t=%d,p=%d$%s$%s", memory, passes, threads, salt, key)
+	return again == text && passes >= 1 && passes <= 10 && threads >= 1 && threads <= 99 &&
+		memory >= 8*threads && memory <= 64*1024 &&
+		saltSize >= 8 && saltSize <= 64 && keySize >= 4 && keySize <= 64
+}
+
+// scanPHC is scanHash for PBKDF2 that does not come from Django.
+func scanPHC(fields []string) bool {
+	digest, isPBKDF2 := strings.CutPrefix(fields[1], "pbkdf2-")
+	rounds, length, hasLength := strings.Cut(strings.TrimPrefix(fields[2], "i="), ",")
+	salt, saltSize := recode(base64.RawStdEncoding, strings.ReplaceAll(fields[3], ".", "+"))
+	key, keySize := recode(base64.RawStdEncoding, strings.ReplaceAll(fields[4], ".", "+"))
+	return isPBKDF2 && salt == strings.ReplaceAll(fields[3], ".", "+") &&
+		key == strings.ReplaceAll(fields[4], ".", "+") &&
+		(!hasLength || length == fmt.Sprint("l=", keySize)) &&
+		scanPBKDF2(digest, rounds, saltSize, keySize)
 }
 
 // scanPBKDF2 reports whether the parameters of PBKDF2 are within bounds.

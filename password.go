@@ -64,8 +64,8 @@ func newPasswordRule(minLength int, blocklist bool) fieldRule {
 	}
 }
 
-// hasher hashes and verifies passwords when hashLanes allow it: each takes a core and 7 MiB, or what
-// passwordFormats allow for a hash of another system.
+// hasher hashes and verifies passwords when hashLanes allow it: each takes a core and 7 MiB, or
+// what passwordFormats allow for a hash of another system.
 type hasher struct {
 	lanes *hashLanes
 	cost  argonCost // of new hashes
@@ -109,8 +109,8 @@ type passwordFormat struct {
 	name    string
 	pattern *regexp.Regexp
 	bounds  []bound
-	// parse takes the groups of pattern. It returns the values that bounds limit, and the check, which
-	// may be called only if they are within the bounds.
+	// parse takes the groups of pattern. It returns the values that bounds limit, and the check,
+	// which may be called only if they are within the bounds.
 	parse func(groups []string) ([]int, passwordCheck)
 }
 

@@ -405,12 +405,11 @@ func TestVerifyImportedHash(t *testing.T) {
 	}
 }
 
-// foreignHashes are hashes of secret by other implementations: the argon2 of its authors, htpasswd of
-// Apache, libxcrypt, passlib, Django, and hashlib of Python.
+// foreignHashes are hashes of secret by other implementations: the argon2 of its authors, htpasswd
+// of Apache, libxcrypt, passlib, Django, and hashlib of Python.
 var foreignHashes = []string{
 	"$argon2id$v=19$m=128,t=1,p=2$c2FsdHNhbHQx$X0CPF/9uhobmxe6RKRLx7g",
 	"$2y$10$ri.gZAbTk3UNmqUda5BWMuAav1mmGYEN9Jx9r3cmUFw1KHtdhVBGK",
-	"$2y$12$E45pglDaLxxsshC48gNin.bI7YDIBjXwmLbnzRC8/1miek2C4XJoC",
 	"$2a$04$abcdefghijklmnopqrstuucztQDpJXZhW4r8nZ.wVbgLzS.bZh6m.",
 	"$2b$10$abcdefghijklmnopqrstuuwMU6/u.aJ9NR0arCBl0ESC9rlxMtIBW",
 	"$pbkdf2-sha256$1000$LEUIgZCyVsr5v5dSSqmVMg$r4FzaElX57I0XhVagMoFXu4SLn2x6YyPi9ODWH/wMiA",
@@ -422,18 +421,19 @@ var foreignHashes = []string{
 	"$pbkdf2-sha512$i=1000,l=64$c2l4dGVlbn5ieXRlcz8+IQ$lGWXkE2LBjbz7RmMbp9NCC3WC1syVLEtkuWQjY6XKj" +
 		"4dhnhX1f1ohjgH12sPh1rqUQRxBa/tBN6XQDWlIqFX+w",
 	"pbkdf2_sha256$260000$abcDEF123456$eE/vuOnDUiGHs3+XLeXP2II8an37r4bC0IKPsZIYK0A=",
-	"pbkdf2_sha512$1000$abcDEF123456$E9fiSLedyYqf12/ubzUo2U2GQDGZHtIkBbg/sIwVYkEcD7Yni+ER3agx6Fn6EA" +
-		"B6kaSSmcXBVQzuSL9VeGYXVQ==",
+	"pbkdf2_sha512$1000$abcDEF123456$E9fiSLedyYqf12/ubzUo2U2GQDGZHtIkBbg/sIwVYkEcD7Yni+ER3agx6Fn" +
+		"6EAB6kaSSmcXBVQzuSL9VeGYXVQ==",
 }
 
-// TestForeignHash checks that hashes of other systems verify secret and nothing else, in both stores,
-// and that only a success replaces them.
+// TestForeignHash checks that hashes of other systems verify secret and nothing else, in both
+// stores, and that only a success replaces them.
 func TestForeignHash(t *testing.T) {
 	t.Parallel()
 	eachStoreAlone(t, func(t *testing.T, users store) {
 		d := testDependencies(memorySettings(), users, slog.New(slog.DiscardHandler))
 		a := newAPI(d, &traffic{})
-		s := serveInProcess(t, newServer(d, &traffic{}, newAccess(d.settings), protectedRoutes(a, &health{})))
+		s := serveInProcess(t,
+			newServer(d, &traffic{}, newAccess(d.settings), protectedRoutes(a, &health{})))
 		for _, hash := range foreignHashes {
 			id := s.createUser("Ann", "Lee")
 			stored := func() string {
@@ -451,7 +451,8 @@ func TestForeignHash(t *testing.T) {
 				password        string
 				valid, replaced bool
 			}{
-				{secret + "!", false, false}, {secret, true, true}, {secret, true, true}, {"x", false, true},
+				{secret + "!", false, false}, {secret, true, true},
+				{secret, true, true}, {"x", false, true},
 			} {
 				got := s.do("POST", fmt.Sprintf("/users/%d/password/verify", id),
 					fmt.Sprintf(`{"password": %q}`, attempt.password))
@@ -469,30 +470,40 @@ func TestForeignHash(t *testing.T) {
 	})
 }
 
-// TestForeignPasswordBytes checks which bytes of a password count: hashes of another system may be of
-// the decomposed form, and bcrypt takes the first 72 bytes.
+// TestForeignPasswordBytes checks which bytes of a password count: hashes of another system may be
+// of the decomposed form, and bcrypt takes the first 72 bytes.
 func TestForeignPasswordBytes(t *testing.T) {
 	t.Parallel()
 	const composed, decomposed = "caf\u00e9 " + secret, "cafe\u0301 " + secret
 	long := strings.Repeat(secret, 5)
 	h := newTestHasher()
+	const (
+		bcryptComposed   = "$2b$04$abcdefghijklmnopqrstuu65mQN8I19Sr05poEILFHuQrj1szXdoO"
+		bcryptDecomposed = "$2b$04$abcdefghijklmnopqrstuucQPSzHWXYPphMwfsqXyavpYPoz1NUIO"
+		bcryptLong       = "$2b$04$abcdefghijklmnopqrstuuf1/DiXu8zFiN.Gzf3ury6MjcJ.LVbqK"
+		django           = "pbkdf2_sha256$1000$abcDEF123456$" +
+			"J5w4ZXeYPHCswujpahGbFc1Bdf8LRXTUCrFXf3EhdKE="
+	)
 	for _, test := range []struct {
 		hash, password string
 		want           bool
 	}{
-		{"$2b$04$abcdefghijklmnopqrstuucQPSzHWXYPphMwfsqXyavpYPoz1NUIO", decomposed, true},
-		{"$2b$04$abcdefghijklmnopqrstuucQPSzHWXYPphMwfsqXyavpYPoz1NUIO", composed, false},
-		{"$2b$04$abcdefghijklmnopqrstuu65mQN8I19Sr05poEILFHuQrj1szXdoO", decomposed, true},
-		{"$2b$04$abcdefghijklmnopqrstuu65mQN8I19Sr05poEILFHuQrj1szXdoO", composed, true},
+		{bcryptDecomposed, decomposed, true},
+		{bcryptDecomposed, composed, false},
+		{bcryptComposed, decomposed, true},
+		{bcryptComposed, composed, true},
 		{"$argon2id$v=19$m=128,t=1,p=2$c2FsdHNhbHQx$Pa1N8pbBXO9ePwMxt/1/bg", decomposed, true},
-		{"pbkdf2_sha256$1000$abcDEF123456$J5w4ZXeYPHCswujpahGbFc1Bdf8LRXTUCrFXf3EhdKE=", decomposed, true},
-		{"pbkdf2_sha256$1000$abcDEF123456$J5w4ZXeYPHCswujpahGbFc1Bdf8LRXTUCrFXf3EhdKE=", composed, false},
-		{"$2b$04$abcdefghijklmnopqrstuuf1/DiXu8zFiN.Gzf3ury6MjcJ.LVbqK", long, true},
-		{"$2b$04$abcdefghijklmnopqrstuuf1/DiXu8zFiN.Gzf3ury6MjcJ.LVbqK", long[:72] + "!", true},
-		{"$2b$04$abcdefghijklmnopqrstuuf1/DiXu8zFiN.Gzf3ury6MjcJ.LVbqK", long[:71], false},
+		{django, decomposed, true},
+		{django, composed, false},
+		{"$2y$12$E45pglDaLxxsshC48gNin.bI7YDIBjXwmLbnzRC8/1miek2C4XJoC", secret, true},
+		{bcryptLong, long, true},
+		{bcryptLong, long[:72] + "!", true},
+		{bcryptLong, long[:71], false},
 	} {
-		if got, err := h.verify(t.Context(), "", test.password, test.hash); got != test.want || err != nil {
-			t.Errorf("verify(%+q, %s): got %t, %v, want %t", test.password, test.hash, got, err, test.want)
+		got, err := h.verify(t.Context(), "", test.password, test.hash)
+		if got != test.want || err != nil {
+			t.Errorf("verify(%+q, %s): got %t, %v, want %t",
+				test.password, test.hash, got, err, test.want)
 		}
 	}
 }
@@ -512,48 +523,49 @@ func TestHashBounds(t *testing.T) {
 		return fmt.Sprintf("pbkdf2_%s$%s$%s$%s", digest, rounds, salt, padded(key))
 	}
 	bcrypt := func(head string) string { return head + strings.Repeat("a", 53) }
-	for text, ok := range map[string]bool{
-		argon(8, 1, 1, 8, 4): true, argon(65536, 10, 99, 64, 64): true, argon(16, 1, 2, 8, 4): true,
-		argon(7, 1, 1, 8, 4): false, argon(65537, 1, 1, 8, 4): false, argon(15, 1, 2, 8, 4): false,
-		argon(8, 0, 1, 8, 4): false, argon(8, 11, 1, 8, 4): false, argon(8, 1, 0, 8, 4): false,
-		argon(800, 1, 100, 8, 4): false, argon(8, 1, 1, 7, 4): false, argon(8, 1, 1, 65, 4): false,
-		argon(8, 1, 1, 8, 3): false, argon(8, 1, 1, 8, 65): false, argon(1<<32+8, 1, 1, 8, 4): false,
-		argon(8, 1, 257, 8, 4): false, argon(8, 1, math.MaxUint64, 8, 4): false,
-
-		bcrypt("$2a$04$"): true, bcrypt("$2b$14$"): true, bcrypt("$2y$14$"): true,
-		bcrypt("$2a$03$"): false, bcrypt("$2b$15$"): false, bcrypt("$2x$10$"): false,
-		bcrypt("$2$10$"): false, bcrypt("$2b$4$"): false, bcrypt("$2b$10$a"): false,
-		bcrypt("$2b$10$")[:59]: false, bcrypt("$2b$10$")[:59] + "+": false, bcrypt("$2b$10$") + "\n": false,
-
-		phc("sha256", "i=1", 1, 16): true, phc("sha256", "i=5000000", 64, 32): true,
-		phc("sha256", "i=0", 8, 32): false, phc("sha256", "i=5000001", 8, 32): false,
-		phc("sha256", "i=01", 8, 32): false, phc("sha256", "i=18446744073709551617", 8, 32): false,
-		phc("sha256", "1", 0, 32): false, phc("sha256", "1", 65, 32): false, phc("sha1", "1", 8, 16): false,
-		phc("sha256", "1", 8, 15): false, phc("sha256", "1", 8, 33): false, phc("sha256", "-1", 8, 32): false,
-		phc("sha512", "5000000", 8, 64): true, phc("sha512", "1", 8, 65): false,
-		phc("sha256", "i=1,l=31", 8, 31): true, phc("sha256", "i=1,l=31", 8, 32): false,
-		phc("sha256", "i=1,l=0", 8, 32): false, phc("sha256", "i=1,l=", 8, 32): false,
-		phc("sha512", "i=1,l=64", 8, 32): false, phc("sha256", "i=1", 8, 32) + "=": false,
-		phc("sha256", "i=1", 8, 32)[:73] + "B": false, // bits beyond the last byte
-
-		django("sha256", "1", "s", 16): true, django("sha256", "5000000", strings.Repeat("+", 64), 32): true,
-		django("sha256", "0", "s", 32): false, django("sha256", "5000001", "s", 32): false,
-		django("sha256", "1", "", 32): false, django("sha256", "1", strings.Repeat("s", 65), 32): false,
-		django("sha256", "1", "s", 15): false, django("sha256", "1", "s", 33): false,
-		django("sha512", "1", "s", 64): true, django("sha512", "1", "s", 65): false,
-		django("sha256", "1", "s s", 32): false, django("sha256", "1", "\u00e9", 32): false,
-		django("sha256", "1", "s", 32) + "=": false, "$" + django("sha256", "1", "s", 32): false,
-		strings.TrimRight(django("sha256", "1", "s", 32), "="): false, "pbkdf2_sha256$1$s$====": false,
-		"": false, "$": false, secret: false, "$pbkdf2-sha256$": false, "md5$s$00": false,
+	for _, text := range []string{
+		argon(8, 1, 1, 8, 4), argon(65536, 10, 99, 64, 64), argon(16, 1, 2, 8, 4),
+		bcrypt("$2a$04$"), bcrypt("$2b$14$"), bcrypt("$2y$14$"),
+		phc("sha256", "i=1", 1, 16), phc("sha256", "i=5000000", 64, 32),
+		phc("sha512", "5000000", 8, 64), phc("sha256", "i=1,l=31", 8, 31),
+		django("sha256", "1", "s", 16), django("sha256", "5000000", strings.Repeat("+", 64), 32),
+		django("sha512", "1", "s", 64),
 	} {
-		if check, err := parseHash(text); (err == nil) != ok || (check != nil) != ok {
-			t.Errorf("parseHash(%q): %v, want success: %t", text, err, ok)
+		if check, err := parseHash(text); check == nil || err != nil {
+			t.Errorf("parseHash(%q): %v", text, err)
 		}
-		if ok {
-			continue
-		}
+	}
+	for _, text := range []string{
+		"", "$", secret, "md5$s$00", argon(7, 1, 1, 8, 4), argon(65537, 1, 1, 8, 4),
+		argon(15, 1, 2, 8, 4), argon(8, 0, 1, 8, 4), argon(8, 11, 1, 8, 4), argon(8, 1, 0, 8, 4),
+		argon(800, 1, 100, 8, 4), argon(8, 1, 1, 7, 4), argon(8, 1, 1, 65, 4),
+		argon(8, 1, 1, 8, 3), argon(8, 1, 1, 8, 65), argon(1<<32+8, 1, 1, 8, 4),
+		argon(8, 1, 257, 8, 4), argon(8, 1, math.MaxUint64, 8, 4),
+
+		bcrypt("$2a$03$"), bcrypt("$2b$15$"), bcrypt("$2x$10$"), bcrypt("$2$10$"), bcrypt("$2b$4$"),
+		bcrypt("$2b$10$a"), bcrypt("$2b$10$")[:59], bcrypt("$2b$10$")[:59] + "+",
+		bcrypt("$2b$10$") + "\n",
+
+		phc("sha256", "i=0", 8, 32), phc("sha256", "i=5000001", 8, 32),
+		phc("sha256", "i=01", 8, 32), phc("sha256", "i=18446744073709551617", 8, 32),
+		phc("sha256", "1", 0, 32), phc("sha256", "1", 65, 32), phc("sha1", "1", 8, 16),
+		phc("sha256", "1", 8, 15), phc("sha256", "1", 8, 33), phc("sha256", "-1", 8, 32),
+		phc("sha512", "1", 8, 65), phc("sha256", "i=1,l=31", 8, 32),
+		phc("sha256", "i=1,l=0", 8, 32), phc("sha256", "i=1,l=", 8, 32), phc("sha512", "i=1,l=64", 8, 32),
+		phc("sha256", "i=1", 8, 32) + "=", "$pbkdf2-sha256$",
+		phc("sha256", "i=1", 8, 32)[:73] + "B", // bits beyond the last byte
+
+		django("sha256", "0", "s", 32), django("sha256", "5000001", "s", 32),
+		django("sha256", "1", "", 32), django("sha256", "1", strings.Repeat("s", 65), 32),
+		django("sha256", "1", "s", 15), django("sha256", "1", "s", 33),
+		django("sha512", "1", "s", 65), django("sha256", "1", "s s", 32),
+		django("sha256", "1", "\u00e9", 32),
+		django("sha256", "1", "s", 32) + "=", "$" + django("sha256", "1", "s", 32),
+		strings.TrimRight(django("sha256", "1", "s", 32), "="), "pbkdf2_sha256$1$s$====",
+	} {
 		h := &hasher{} // panics if it computes
-		if valid, err := h.verify(t.Context(), "", secret, text); valid || !errors.Is(err, errHash) {
+		valid, err := h.verify(t.Context(), "", secret, text)
+		if valid || !errors.Is(err, errHash) {
 			t.Errorf("verify with %q: got %t, %v, want errHash", text, valid, err)
 		}
 	}
@@ -587,7 +599,7 @@ func TestDocumentedHashes(t *testing.T) {
 		want = append(want, f.name+": "+strings.Join(bounds, ", "))
 	}
 	if !slices.Equal(got, want) {
-		t.Errorf("the table of docs/takeover.md differs from passwordFormats:\ngot  %q\nwant %q", got, want)
+		t.Errorf("docs/takeover.md differs from passwordFormats:\ngot  %q\nwant %q", got, want)
 	}
 }
 
