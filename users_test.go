@@ -551,8 +551,8 @@ func TestHashBounds(t *testing.T) {
 		phc("sha256", "1", 0, 32), phc("sha256", "1", 65, 32), phc("sha1", "1", 8, 16),
 		phc("sha256", "1", 8, 15), phc("sha256", "1", 8, 33), phc("sha256", "-1", 8, 32),
 		phc("sha512", "1", 8, 65), phc("sha256", "i=1,l=31", 8, 32),
-		phc("sha256", "i=1,l=0", 8, 32), phc("sha256", "i=1,l=", 8, 32), phc("sha512", "i=1,l=64", 8, 32),
-		phc("sha256", "i=1", 8, 32) + "=", "$pbkdf2-sha256$",
+		phc("sha256", "i=1,l=0", 8, 32), phc("sha256", "i=1,l=", 8, 32),
+		phc("sha512", "i=1,l=64", 8, 32), phc("sha256", "i=1", 8, 32) + "=", "$pbkdf2-sha256$",
 		phc("sha256", "i=1", 8, 32)[:73] + "B", // bits beyond the last byte
 
 		django("sha256", "0", "s", 32), django("sha256", "5000001", "s", 32),
