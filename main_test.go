@@ -1651,12 +1651,12 @@ func TestPasswordIsNotTrimmed(t *testing.T) {
 	}
 }
 
-// FuzzPHC compares parsePHC with scanPHC, a second implementation. It also checks that a hash that
-// parsePHC refuses is not computed.
-func FuzzPHC(f *testing.F) {
+// FuzzPasswordHash compares parseHash with scanHash, a second implementation. It also checks that a
+// hash that parseHash refuses is not computed.
+func FuzzPasswordHash(f *testing.F) {
 	const salt, key = "c2FsdHNhbHRzYWx0c2FsdA", "a2V5a2V5a2V5a2V5a2V5a2V5a2V5a2V5a2V5a2V5a2U"
 	const head = "$argon2id$v=19$"
-	for _, phc := range []string{
+	for _, text := range append([]string{
 		head + "m=12288,t=3,p=1$" + salt + "$" + key,
 		head + "m=8,t=1,p=1$c2FsdHNhbHQ$a2V5cw", // the minimum
 		head + "m=65536,t=10,p=99$" + strings.Repeat("A", 86) + "$" + strings.Repeat("A", 86),
@@ -1675,44 +1675,93 @@ func FuzzPHC(f *testing.F) {
 		head + "m=12288,t=3,p=1$" + salt + "$" + strings.Repeat("A", 87),
 		strings.Replace(head, "19", "16", 1) + "m=12288,t=3,p=1$" + salt + "$" + key,
 		strings.Replace(head, "2id", "2i", 1) + "m=12288,t=3,p=1$" + salt + "$" + key,
-		"", "$$$$$",
-	} {
-		f.Add(phc)
+		"", "$$$$$", "$2b$15$" + strings.Repeat("a", 53),
+		"$2b$04$" + strings.Repeat("a", 53) + "\n",
+		"$pbkdf2-sha256$i=5000001$" + salt + "$" + key, "pbkdf2_sha256$1$a b$" + key + "=",
+		"$pbkdf2-sha512$i=1,l=32$" + salt + "$" + key, "$pbkdf2-sha256$1,l=0$" + salt + "$" + key,
+	}, foreignHashes...) {
+		f.Add(text)
 	}
-	f.Fuzz(func(t *testing.T, phc string) {
-		got, err := parsePHC(phc)
-		want, ok := scanPHC(phc)
-		if (err == nil) != ok || !reflect.DeepEqual(got, want) {
-			t.Fatalf("parsePHC(%q) = %+v, %v, want %+v, %t", phc, got, err, want, ok)
+	f.Fuzz(func(t *testing.T, text string) {
+		_, err := parseHash(text)
+		if want := scanHash(text); (err == nil) != want {
+			t.Fatalf("parseHash(%q): %v, want success: %t", text, err, want)
 		}
 		if err != nil {
 			h := &hasher{} // panics if it computes
-			same, got := h.verify(t.Context(), "", secret, phc)
-			if same || fmt.Sprint(got) != err.Error() {
-				t.Errorf("verify with %q = %t, %v, want false, %v", phc, same, got, err)
+			valid, got := h.verify(t.Context(), "", secret, text)
+			if valid || !errors.Is(got, errHash) {
+				t.Errorf("verify with %q = %t, %v, want false, %v", text, valid, got, errHash)
 			}
 		}
 	})
 }
 
-// scanPHC parses a PHC string by formatting the parsed parameters and comparing the result with it.
-// ok is false if argon2 does not allow the parameters or if they are too expensive.
-func scanPHC(phc string) (h argonHash, ok bool) {
-	fields := strings.Split(phc, "$")
-	if len(fields) != 6 {
-		return argonHash{}, false
+// scanHash reports whether a stored hash is well-formed and within bounds. It formats what it has
+// parsed and compares the result with the text.
+func scanHash(text string) bool {
+	fields := strings.Split(text, "$")
+	if kind, digest, ok := strings.Cut(fields[0], "_"); ok && kind == "pbkdf2" && len(fields) == 4 {
+		key, keySize := recode(base64.StdEncoding, fields[3])
+		unprintable := func(r rune) bool { return r <= ' ' || r > '~' }
+		return key == fields[3] && !strings.ContainsFunc(fields[2], unprintable) &&
+			scanPBKDF2(digest, fields[1], len(fields[2]), keySize)
 	}
-	fmt.Sscanf(fields[3], "m=%d,t=%d,p=%d", &h.memory, &h.passes, &h.threads)
-	h.salt, _ = base64.RawStdEncoding.DecodeString(fields[4])
-	h.key, _ = base64.RawStdEncoding.DecodeString(fields[5])
-	again := fmt.Sprintf("$argon2id$v=19$m=%d,t=%d,p=%d$%s$%s", h.memory, h.passes, h.threads,
-		base64.RawStdEncoding.EncodeToString(h.salt), base64.RawStdEncoding.EncodeToString(h.key))
-	if again != phc || h.passes < 1 || h.passes > 10 || h.threads < 1 || h.threads > 99 ||
-		h.memory < 8*uint32(h.threads) || h.memory > 64*1024 ||
-		len(h.salt) < 8 || len(h.salt) > 64 || len(h.key) < 4 || len(h.key) > 64 {
-		return argonHash{}, false
+	switch {
+	case fields[0] != "":
+		return false
+	case len(fields) == 6:
+		return scanArgon2id(text, fields)
+	case len(fields) == 5:
+		return scanPHC(fields)
+	case len(fields) == 4:
+		cost, err := strconv.Atoi(fields[2])
+		foreign := func(r rune) bool { return !strings.ContainsRune(bcryptDigits, r) }
+		return err == nil && fields[2] == fmt.Sprintf("%02d", cost) && cost >= 4 && cost <= 14 &&
+			slices.Contains([]string{"2a", "2b", "2y"}, fields[1]) &&
+			len(fields[3]) == 53 && !strings.ContainsFunc(fields[3], foreign)
 	}
-	return h, true
+	return false
+}
+
+const bcryptDigits = "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+
+// scanArgon2id is scanHash for argon2id.
+func scanArgon2id(text string, fields []string) bool {
+	var memory, passes, threads int
+	fmt.Sscanf(fields[3], "m=%d,t=%d,p=%d", &memory, &passes, &threads)
+	salt, saltSize := recode(base64.RawStdEncoding, fields[4])
+	key, keySize := recode(base64.RawStdEncoding, fields[5])
+	again := fmt.Sprintf("$argon2id$v=19$m=%d,t=%d,p=%d$%s$%s", memory, passes, threads, salt, key)
+	return again == text && passes >= 1 && passes <= 10 && threads >= 1 && threads <= 99 &&
+		memory >= 8*threads && memory <= 64*1024 &&
+		saltSize >= 8 && saltSize <= 64 && keySize >= 4 && keySize <= 64
+}
+
+// scanPHC is scanHash for PBKDF2 that does not come from Django.
+func scanPHC(fields []string) bool {
+	digest, isPBKDF2 := strings.CutPrefix(fields[1], "pbkdf2-")
+	rounds, length, hasLength := strings.Cut(strings.TrimPrefix(fields[2], "i="), ",")
+	salt, saltSize := recode(base64.RawStdEncoding, strings.ReplaceAll(fields[3], ".", "+"))
+	key, keySize := recode(base64.RawStdEncoding, strings.ReplaceAll(fields[4], ".", "+"))
+	return isPBKDF2 && salt == strings.ReplaceAll(fields[3], ".", "+") &&
+		key == strings.ReplaceAll(fields[4], ".", "+") &&
+		(!hasLength || length == fmt.Sprint("l=", keySize)) &&
+		scanPBKDF2(digest, rounds, saltSize, keySize)
+}
+
+// scanPBKDF2 reports whether the parameters of PBKDF2 are within bounds.
+func scanPBKDF2(digest, rounds string, salt, key int) bool {
+	n, size := 0, map[string]int{"sha256": 32, "sha512": 64}[digest]
+	fmt.Sscanf(rounds, "%d", &n)
+	return rounds == strconv.Itoa(n) && n >= 1 && n <= 5_000_000 && salt >= 1 && salt <= 64 &&
+		key >= 16 && key <= size
+}
+
+// recode decodes text and encodes the bytes again. It also returns their number.
+func recode(encoding *base64.Encoding, text string) (string, int) {
+	decoded, _ := encoding.DecodeString(text)
+	return encoding.EncodeToString(decoded), len(decoded)
 }
 
 // slowGroup returns a Group that returns the text of each positive key after a second, and fails for

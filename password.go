@@ -1,21 +1,27 @@
 package main
 
-// This file owns passwords: the rules for new ones, argon2id hashes, and their verification.
+// This file owns passwords: the rules for new ones, argon2id hashes, and the verification of these
+// and of other systems' hashes.
 
 import (
 	"context"
+	"crypto/pbkdf2"
 	"crypto/rand"
+	"crypto/sha256"
+	"crypto/sha512"
 	"crypto/subtle"
 	_ "embed"
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"hash"
 	"regexp"
 	"strconv"
 	"strings"
 	"unicode/utf8"
 
 	"golang.org/x/crypto/argon2"
+	"golang.org/x/crypto/bcrypt"
 	"golang.org/x/text/unicode/norm"
 )
 
@@ -31,9 +37,6 @@ const (
 	argonThreads = 1
 	argonSalt    = 16 // bytes
 	argonKey     = 32 // bytes
-
-	maxArgonMemory = 64 << 10 // KiB, of a stored hash
-	maxArgonTime   = 10
 )
 
 const maxPasswordLength = 128 // code points
@@ -61,7 +64,8 @@ func newPasswordRule(minLength int, blocklist bool) fieldRule {
 	}
 }
 
-// hasher hashes and verifies passwords when hashLanes allow it: each takes a core and 7 MiB.
+// hasher hashes and verifies passwords when hashLanes allow it: each takes a core and 7 MiB, or
+// what passwordFormats allow for a hash of another system.
 type hasher struct {
 	lanes *hashLanes
 	cost  argonCost // of new hashes
@@ -94,47 +98,132 @@ func (h *hasher) decoy() string {
 	return h.cost.prefix() + strings.Repeat("A", 22) + "$" + strings.Repeat("A", 43)
 }
 
-// needsRehash reports whether phc has other parameters than a new hash.
-func (h *hasher) needsRehash(phc string) bool { return !strings.HasPrefix(phc, h.cost.prefix()) }
+// needsRehash reports whether old has another format or other parameters than a new hash.
+func (h *hasher) needsRehash(old string) bool { return !strings.HasPrefix(old, h.cost.prefix()) }
 
 // errHash reports a stored hash that is malformed or too expensive to verify.
 var errHash = errors.New("the stored hash is malformed or too expensive to verify")
 
-// argonHash is a parsed PHC string of argon2id.
-type argonHash struct {
-	memory, passes uint32
-	threads        uint8
-	salt, key      []byte
+// passwordFormat is a way to write hashes that match pattern.
+type passwordFormat struct {
+	name    string
+	pattern *regexp.Regexp
+	bounds  []bound
+	// parse takes the groups of pattern. It returns the values that bounds limit, and the check,
+	// which may be called only if they are within the bounds.
+	parse func(groups []string) ([]int, passwordCheck)
 }
 
-// phcPattern matches salts of 8 to 64 bytes and keys of 4 to 64 bytes.
-var phcPattern = regexp.MustCompile(
-	`^\$argon2id\$v=19\$m=([1-9]\d{0,4}),t=([1-9]\d?),p=([1-9]\d?)` +
-		`\$([A-Za-z0-9+/]{11,86})\$([A-Za-z0-9+/]{6,86})$`)
-
-// parsePHC fails with errHash unless phc is the canonical form of an argon2id hash that takes at
-// most 64 MiB and ten passes.
-func parsePHC(phc string) (argonHash, error) {
-	fields := phcPattern.FindStringSubmatch(phc)
-	if fields == nil {
-		return argonHash{}, errHash
-	}
-	memory, _ := strconv.ParseUint(fields[1], 10, 32) // the pattern allows digits only
-	passes, _ := strconv.ParseUint(fields[2], 10, 32)
-	threads, _ := strconv.ParseUint(fields[3], 10, 8)
-	salt, saltErr := base64.RawStdEncoding.Strict().DecodeString(fields[4])
-	key, keyErr := base64.RawStdEncoding.Strict().DecodeString(fields[5])
-	if saltErr != nil || keyErr != nil || passes > maxArgonTime ||
-		memory > maxArgonMemory || memory < 8*threads { // RFC 9106, section 3.1
-		return argonHash{}, errHash
-	}
-	return argonHash{uint32(memory), uint32(passes), uint8(threads), salt, key}, nil
+// bound limits a parameter of a hash, or the length of a part in bytes.
+type bound struct {
+	name     string
+	min, max int
 }
 
-// verify reports whether phc is a hash of password. It fails with errHash before it computes
-// anything, and with the errors of hash.
-func (h *hasher) verify(ctx context.Context, client, password, phc string) (bool, error) {
-	want, err := parsePHC(phc)
+// passwordCheck reports whether a hash is that of password, byte by byte.
+type passwordCheck func(password string) bool
+
+// passwordFormats lists the hashes that can be verified. docs/takeover.md has the same table.
+var passwordFormats = []passwordFormat{
+	{"argon2id", regexp.MustCompile(`^\$argon2id\$v=19\$m=([1-9]\d*),t=([1-9]\d*),p=([1-9]\d*)` +
+		`\$([A-Za-z0-9+/]+)\$([A-Za-z0-9+/]+)$`), []bound{
+		{"KiB of memory", 8, 64 << 10}, {"KiB per thread", 8, 64 << 10}, // RFC 9106, section 3.1
+		{"threads", 1, 99}, {"passes", 1, 10}, {"salt", 8, 64}, {"key", 4, 64},
+	}, parseArgon2id},
+	{"bcrypt", regexp.MustCompile(`^\$2[aby]\$(\d\d)\$[./A-Za-z0-9]{53}$`),
+		[]bound{{"cost", 4, 14}}, parseBcrypt},
+	pbkdf2Format("pbkdf2-sha256", sha256.New),
+	pbkdf2Format("pbkdf2-sha512", sha512.New),
+	pbkdf2Format("pbkdf2_sha256", sha256.New),
+	pbkdf2Format("pbkdf2_sha512", sha512.New),
+}
+
+// parseHash returns the check of a stored hash. It computes nothing, and fails with errHash unless
+// the hash is in one of passwordFormats and within its bounds.
+func parseHash(text string) (passwordCheck, error) {
+	for _, f := range passwordFormats {
+		groups := f.pattern.FindStringSubmatch(text)
+		if groups == nil {
+			continue
+		}
+		values, check := f.parse(groups)
+		for i, b := range f.bounds {
+			if values[i] < b.min || values[i] > b.max {
+				return nil, errHash
+			}
+		}
+		return check, nil
+	}
+	return nil, errHash
+}
+
+// parseArgon2id parses a PHC string.
+func parseArgon2id(groups []string) ([]int, passwordCheck) {
+	memory, passes, threads := atoi(groups[1]), atoi(groups[2]), atoi(groups[3])
+	salt, key := decode(base64.RawStdEncoding, groups[4]), decode(base64.RawStdEncoding, groups[5])
+	values := []int{memory, memory / threads, threads, passes, len(salt), len(key)}
+	return values, func(password string) bool {
+		got := argon2.IDKey([]byte(password), salt, uint32(passes), // #nosec G115 -- within bounds
+			uint32(memory), uint8(threads), uint32(len(key))) // #nosec G115 -- within bounds
+		return subtle.ConstantTimeCompare(got, key) == 1
+	}
+}
+
+// parseBcrypt parses a string of crypt(3). Only the first 72 bytes of a password count.
+func parseBcrypt(groups []string) ([]int, passwordCheck) {
+	return []int{atoi(groups[1])}, func(password string) bool {
+		return bcrypt.CompareHashAndPassword([]byte(groups[0]), []byte(password)) == nil
+	}
+}
+
+// pbkdf2Format returns the format with the given name: Django's if it has an underscore, otherwise
+// that of PHC strings, in which passlib omits "i=" and writes "." for "+". A key longer than the
+// digest would multiply the cost.
+func pbkdf2Format(name string, digest func() hash.Hash) passwordFormat {
+	pattern, encoding := `^\$`+name+`\$(?:i=)?([1-9]\d*)(?:,l=(\d+))?`+
+		`\$([A-Za-z0-9+/.]+)\$([A-Za-z0-9+/.]+)$`, base64.RawStdEncoding
+	django := strings.Contains(name, "_")
+	if django {
+		pattern = `^` + name + `\$([1-9]\d*)()\$([!-#%-~]+)\$([A-Za-z0-9+/=]+)$`
+		encoding = base64.StdEncoding
+	}
+	bounds := []bound{{"rounds", 1, 5_000_000}, {"salt", 1, 64}, {"key", 16, digest().Size()}}
+	parse := func(groups []string) ([]int, passwordCheck) {
+		rounds, salt, key := atoi(groups[1]), []byte(groups[3]), decode(encoding, groups[4])
+		if !django {
+			salt = decode(encoding, groups[3])
+		}
+		if groups[2] != "" && groups[2] != strconv.Itoa(len(key)) {
+			key = nil // below its bound
+		}
+		return []int{rounds, len(salt), len(key)}, func(password string) bool {
+			got, err := pbkdf2.Key(digest, password, salt, rounds, len(key))
+			return err == nil && subtle.ConstantTimeCompare(got, key) == 1
+		}
+	}
+	return passwordFormat{name, regexp.MustCompile(pattern), bounds, parse}
+}
+
+// atoi returns the value of decimal digits, or the largest int if they overflow.
+func atoi(digits string) int {
+	n, _ := strconv.Atoi(digits)
+	return n
+}
+
+// decode returns nil if text is not the canonical form of any bytes, in base64 with "+" or ".".
+func decode(encoding *base64.Encoding, text string) []byte {
+	decoded, err := encoding.Strict().DecodeString(strings.ReplaceAll(text, ".", "+"))
+	if err != nil {
+		return nil
+	}
+	return decoded
+}
+
+// verify reports whether stored is a hash of password. It fails with errHash before it computes
+// anything, and with the errors of hash. Our hashes are of the NFC form, those of other systems may
+// be of the password as received.
+func (h *hasher) verify(ctx context.Context, client, password, stored string) (bool, error) {
+	check, err := parseHash(stored)
 	if err != nil {
 		return false, err
 	}
@@ -143,7 +232,6 @@ func (h *hasher) verify(ctx context.Context, client, password, phc string) (bool
 		return false, err
 	}
 	defer leave()
-	got := argon2.IDKey(norm.NFC.Bytes([]byte(password)), want.salt,
-		want.passes, want.memory, want.threads, uint32(len(want.key))) // #nosec G115 -- at most 64
-	return subtle.ConstantTimeCompare(got, want.key) == 1, nil
+	nfc := norm.NFC.String(password)
+	return check(nfc) || nfc != password && check(password), nil
 }

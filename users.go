@@ -252,7 +252,8 @@ func (a *api) verifyPassword(w *response, r *http.Request, by caller) error {
 }
 
 // verify reports whether password is that of a user. It costs the same for a user that does not
-// exist, and for a hash that cannot be verified. It replaces a hash with outdated parameters.
+// exist, and for a hash that cannot be verified. It replaces a hash of another system or with
+// outdated parameters.
 func (a *api) verify(ctx context.Context, client string, id int64, password string) (bool, error) {
 	hash, err := a.store.passwordHash(ctx, id)
 	if errors.Is(err, errNotFound) {
@@ -272,7 +273,7 @@ func (a *api) verify(ctx context.Context, client string, id int64, password stri
 	return valid, err
 }
 
-// rehash replaces a hash that has outdated parameters. If it fails, the next verification tries
+// rehash replaces old, a hash of password, by a new one. If it fails, the next verification tries
 // again.
 func (a *api) rehash(ctx context.Context, client string, id int64, old, password string) {
 	hash, err := a.hasher.hash(ctx, client, password)

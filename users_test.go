@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"os"
 	"reflect"
 	"regexp"
 	"slices"
@@ -371,7 +372,7 @@ func TestVerifyImportedHash(t *testing.T) {
 		warns  int // lines in the log so far
 	}{
 		{"plain " + secret, false, 1},
-		{"$2b$10$N9qo8uLOickgx2ZMRZoMyeIjZAgcfl7p92ldGxad68LJZdL17lhWy", false, 2},
+		{"$2b$15$N9qo8uLOickgx2ZMRZoMyeIjZAgcfl7p92ldGxad68LJZdL17lhWy", false, 2},
 		{strings.Replace(older, "m=128,", "m=65537,", 1), false, 3},
 		{strings.Replace(older, "t=1,", "t=11,", 1), false, 4},
 		{strings.Replace(older, "c29", "c2%", 1), false, 5},
@@ -401,6 +402,204 @@ func TestVerifyImportedHash(t *testing.T) {
 	s.waitForLine("Received event user.updated with user_id=1", "version", 8)
 	if events := len(s.log.lines("Received event user.updated with user_id=1")); events != 7 {
 		t.Errorf("%d events of 6 updates by SQL and 1 by the API, want 7", events)
+	}
+}
+
+// foreignHashes are hashes of secret by other implementations: the argon2 of its authors, htpasswd
+// of Apache, libxcrypt, passlib, Django, and hashlib of Python.
+var foreignHashes = []string{
+	"$argon2id$v=19$m=128,t=1,p=2$c2FsdHNhbHQx$X0CPF/9uhobmxe6RKRLx7g",
+	"$2y$10$ri.gZAbTk3UNmqUda5BWMuAav1mmGYEN9Jx9r3cmUFw1KHtdhVBGK",
+	"$2a$04$abcdefghijklmnopqrstuucztQDpJXZhW4r8nZ.wVbgLzS.bZh6m.",
+	"$2b$10$abcdefghijklmnopqrstuuwMU6/u.aJ9NR0arCBl0ESC9rlxMtIBW",
+	"$pbkdf2-sha256$1000$LEUIgZCyVsr5v5dSSqmVMg$r4FzaElX57I0XhVagMoFXu4SLn2x6YyPi9ODWH/wMiA",
+	"$pbkdf2-sha256$i=1000$c2l4dGVlbn5ieXRlcz8+IQ$tWkqhlH4ncsDjE2zeFMsnxY2LWflD7U4Y+p7rDdi+ew",
+	"$pbkdf2-sha256$i=1000,l=32$c2l4dGVlbn5ieXRlcz8+IQ$tWkqhlH4ncsDjE2zeFMsnxY2LWflD7U4Y+p7rDdi+ew",
+	"$pbkdf2-sha256$i=1000$c2l4dGVlbn5ieXRlcz8+IQ$tWkqhlH4ncsDjE2zeFMsnw",
+	"$pbkdf2-sha512$1000$mNMag1BKSYkxZkzpvXduLQ$3xr34.lXPMAK1FGKssTpI3KZx7ER9JC3FHAWP96wSjmp9Djet" +
+		"AldqwE..0raUv4bfEh.pGXYczsd.UxLDltiIg",
+	"$pbkdf2-sha512$i=1000,l=64$c2l4dGVlbn5ieXRlcz8+IQ$lGWXkE2LBjbz7RmMbp9NCC3WC1syVLEtkuWQjY6XKj" +
+		"4dhnhX1f1ohjgH12sPh1rqUQRxBa/tBN6XQDWlIqFX+w",
+	"pbkdf2_sha256$260000$abcDEF123456$eE/vuOnDUiGHs3+XLeXP2II8an37r4bC0IKPsZIYK0A=",
+	"pbkdf2_sha512$1000$abcDEF123456$E9fiSLedyYqf12/ubzUo2U2GQDGZHtIkBbg/sIwVYkEcD7Yni+ER3agx6Fn" +
+		"6EAB6kaSSmcXBVQzuSL9VeGYXVQ==",
+}
+
+// TestForeignHash checks that hashes of other systems verify secret and nothing else, in both
+// stores, and that only a success replaces them.
+func TestForeignHash(t *testing.T) {
+	t.Parallel()
+	eachStoreAlone(t, func(t *testing.T, users store) {
+		d := testDependencies(memorySettings(), users, slog.New(slog.DiscardHandler))
+		a := newAPI(d, &traffic{})
+		s := serveInProcess(t,
+			newServer(d, &traffic{}, newAccess(d.settings), protectedRoutes(a, &health{})))
+		for _, hash := range foreignHashes {
+			id := s.createUser("Ann", "Lee")
+			stored := func() string {
+				t.Helper()
+				got, err := users.passwordHash(t.Context(), id)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return got
+			}
+			if err := users.rehashPassword(t.Context(), id, stored(), hash); err != nil {
+				t.Fatal(err)
+			}
+			for i, attempt := range []struct {
+				password        string
+				valid, replaced bool
+			}{
+				{secret + "!", false, false}, {secret, true, true},
+				{secret, true, true}, {"x", false, true},
+			} {
+				got := s.do("POST", fmt.Sprintf("/users/%d/password/verify", id),
+					fmt.Sprintf(`{"password": %q}`, attempt.password))
+				if got.status != 200 || got.json(t, "valid") != attempt.valid {
+					t.Errorf("%s, attempt %d: status %d, want valid %t: %s",
+						hash, i, got.status, attempt.valid, got.body)
+				}
+				if attempt.replaced {
+					verifies(t, stored(), secret) // fails if it is not a new hash
+				} else if stored() != hash {
+					t.Errorf("%s became %s after attempt %d", hash, stored(), i)
+				}
+			}
+		}
+	})
+}
+
+// TestForeignPasswordBytes checks which bytes of a password count: hashes of another system may be
+// of the decomposed form, and bcrypt takes the first 72 bytes.
+func TestForeignPasswordBytes(t *testing.T) {
+	t.Parallel()
+	const composed, decomposed = "caf\u00e9 " + secret, "cafe\u0301 " + secret
+	long := strings.Repeat(secret, 5)
+	h := newTestHasher()
+	const (
+		bcryptComposed   = "$2b$04$abcdefghijklmnopqrstuu65mQN8I19Sr05poEILFHuQrj1szXdoO"
+		bcryptDecomposed = "$2b$04$abcdefghijklmnopqrstuucQPSzHWXYPphMwfsqXyavpYPoz1NUIO"
+		bcryptLong       = "$2b$04$abcdefghijklmnopqrstuuf1/DiXu8zFiN.Gzf3ury6MjcJ.LVbqK"
+		django           = "pbkdf2_sha256$1000$abcDEF123456$" +
+			"J5w4ZXeYPHCswujpahGbFc1Bdf8LRXTUCrFXf3EhdKE="
+	)
+	for _, test := range []struct {
+		hash, password string
+		want           bool
+	}{
+		{bcryptDecomposed, decomposed, true},
+		{bcryptDecomposed, composed, false},
+		{bcryptComposed, decomposed, true},
+		{bcryptComposed, composed, true},
+		{"$argon2id$v=19$m=128,t=1,p=2$c2FsdHNhbHQx$Pa1N8pbBXO9ePwMxt/1/bg", decomposed, true},
+		{django, decomposed, true},
+		{django, composed, false},
+		{"$2y$12$E45pglDaLxxsshC48gNin.bI7YDIBjXwmLbnzRC8/1miek2C4XJoC", secret, true},
+		{bcryptLong, long, true},
+		{bcryptLong, long[:72] + "!", true},
+		{bcryptLong, long[:71], false},
+	} {
+		got, err := h.verify(t.Context(), "", test.password, test.hash)
+		if got != test.want || err != nil {
+			t.Errorf("verify(%+q, %s): got %t, %v, want %t",
+				test.password, test.hash, got, err, test.want)
+		}
+	}
+}
+
+// TestHashBounds checks the bounds of each format. A hash outside of them is not computed.
+func TestHashBounds(t *testing.T) {
+	t.Parallel()
+	raw := func(n int) string { return base64.RawStdEncoding.EncodeToString(make([]byte, n)) }
+	padded := func(n int) string { return base64.StdEncoding.EncodeToString(make([]byte, n)) }
+	argon := func(m, t, p uint64, salt, key int) string {
+		return fmt.Sprintf("$argon2id$v=19$m=%d,t=%d,p=%d$%s$%s", m, t, p, raw(salt), raw(key))
+	}
+	phc := func(digest, parameters string, salt, key int) string {
+		return fmt.Sprintf("$pbkdf2-%s$%s$%s$%s", digest, parameters, raw(salt), raw(key))
+	}
+	django := func(digest, rounds, salt string, key int) string {
+		return fmt.Sprintf("pbkdf2_%s$%s$%s$%s", digest, rounds, salt, padded(key))
+	}
+	bcrypt := func(head string) string { return head + strings.Repeat("a", 53) }
+	for _, text := range []string{
+		argon(8, 1, 1, 8, 4), argon(65536, 10, 99, 64, 64), argon(16, 1, 2, 8, 4),
+		bcrypt("$2a$04$"), bcrypt("$2b$14$"), bcrypt("$2y$14$"),
+		phc("sha256", "i=1", 1, 16), phc("sha256", "i=5000000", 64, 32),
+		phc("sha512", "5000000", 8, 64), phc("sha256", "i=1,l=31", 8, 31),
+		django("sha256", "1", "s", 16), django("sha256", "5000000", strings.Repeat("+", 64), 32),
+		django("sha512", "1", "s", 64),
+	} {
+		if check, err := parseHash(text); check == nil || err != nil {
+			t.Errorf("parseHash(%q): %v", text, err)
+		}
+	}
+	for _, text := range []string{
+		"", "$", secret, "md5$s$00", argon(7, 1, 1, 8, 4), argon(65537, 1, 1, 8, 4),
+		argon(15, 1, 2, 8, 4), argon(8, 0, 1, 8, 4), argon(8, 11, 1, 8, 4), argon(8, 1, 0, 8, 4),
+		argon(800, 1, 100, 8, 4), argon(8, 1, 1, 7, 4), argon(8, 1, 1, 65, 4),
+		argon(8, 1, 1, 8, 3), argon(8, 1, 1, 8, 65), argon(1<<32+8, 1, 1, 8, 4),
+		argon(8, 1, 257, 8, 4), argon(8, 1, math.MaxUint64, 8, 4),
+
+		bcrypt("$2a$03$"), bcrypt("$2b$15$"), bcrypt("$2x$10$"), bcrypt("$2$10$"), bcrypt("$2b$4$"),
+		bcrypt("$2b$10$a"), bcrypt("$2b$10$")[:59], bcrypt("$2b$10$")[:59] + "+",
+		bcrypt("$2b$10$") + "\n",
+
+		phc("sha256", "i=0", 8, 32), phc("sha256", "i=5000001", 8, 32),
+		phc("sha256", "i=01", 8, 32), phc("sha256", "i=18446744073709551617", 8, 32),
+		phc("sha256", "1", 0, 32), phc("sha256", "1", 65, 32), phc("sha1", "1", 8, 16),
+		phc("sha256", "1", 8, 15), phc("sha256", "1", 8, 33), phc("sha256", "-1", 8, 32),
+		phc("sha512", "1", 8, 65), phc("sha256", "i=1,l=31", 8, 32),
+		phc("sha256", "i=1,l=0", 8, 32), phc("sha256", "i=1,l=", 8, 32),
+		phc("sha512", "i=1,l=64", 8, 32), phc("sha256", "i=1", 8, 32) + "=", "$pbkdf2-sha256$",
+		phc("sha256", "i=1", 8, 32)[:73] + "B", // bits beyond the last byte
+
+		django("sha256", "0", "s", 32), django("sha256", "5000001", "s", 32),
+		django("sha256", "1", "", 32), django("sha256", "1", strings.Repeat("s", 65), 32),
+		django("sha256", "1", "s", 15), django("sha256", "1", "s", 33),
+		django("sha512", "1", "s", 65), django("sha256", "1", "s s", 32),
+		django("sha256", "1", "\u00e9", 32),
+		django("sha256", "1", "s", 32) + "=", "$" + django("sha256", "1", "s", 32),
+		strings.TrimRight(django("sha256", "1", "s", 32), "="), "pbkdf2_sha256$1$s$====",
+	} {
+		h := &hasher{} // panics if it computes
+		valid, err := h.verify(t.Context(), "", secret, text)
+		if valid || !errors.Is(err, errHash) {
+			t.Errorf("verify with %q: got %t, %v, want errHash", text, valid, err)
+		}
+	}
+}
+
+// TestDocumentedHashes compares the table in docs/takeover.md with passwordFormats.
+func TestDocumentedHashes(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("docs/takeover.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, text, _ = bytes.Cut(text, []byte("## Password hashes\n"))
+	text, _, _ = bytes.Cut(text, []byte("\n## "))
+	var got, want []string
+	for _, row := range regexp.MustCompile("(?m)^\\| `([^`]+)` \\| `([^`]+)` \\| (.+) \\|$").
+		FindAllSubmatch(text, -1) {
+		got = append(got, fmt.Sprintf("%s: %s", row[1], row[3]))
+		if _, err := parseHash(string(row[2])); err != nil {
+			t.Errorf("the example %s: %v", row[2], err)
+		}
+		if !strings.Contains(string(row[2]), strings.TrimPrefix(string(row[1]), "bcrypt")) {
+			t.Errorf("the example %s is not of the format %s", row[2], row[1])
+		}
+	}
+	for _, f := range passwordFormats {
+		var bounds []string
+		for _, b := range f.bounds {
+			bounds = append(bounds, fmt.Sprintf("%s %d to %d", b.name, b.min, b.max))
+		}
+		want = append(want, f.name+": "+strings.Join(bounds, ", "))
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("docs/takeover.md differs from passwordFormats:\ngot  %q\nwant %q", got, want)
 	}
 }
 
