@@ -44,25 +44,40 @@ func main() {
 		signal.Stop(signals) // first of all, so that a second signal ends the process at once
 		cancel()
 	}()
-	os.Exit(command(ctx, os.Args[1:], os.Stdout))
+	os.Exit(command(ctx, os.Args[1:], streams{os.Stdin, os.Stdout, os.Stderr}))
 }
 
 const usage = `user-service is a REST API for users over PostgreSQL with events on RabbitMQ.
 
   user-service                  run the service
+  user-service import FILE      import users from JSON lines; - is standard input
+  user-service import --predecessor
+                                import the table "user" of the predecessor
+  user-service export           print all users as JSON lines
   user-service key NAME [read]  print a new API key and its entry for API_KEYS
   user-service healthcheck      exit with 0 if the service with the same settings answers
   user-service version          print the version, the commit and the Go version
   user-service help             print this text
 
+Import takes --no-events too, and export takes --password-hashes; see docs/takeover.md.
 Settings: environment variables or .env; see README.md, section Configuration.
 `
 
+// streams are the standard streams of a process.
+type streams struct {
+	in       io.Reader
+	out, err io.Writer
+}
+
 // command runs the service or another command, and returns the exit code: 2 for wrong arguments or
-// settings, 1 for a failure. The last line on stdout gives the reason. If stdout blocks, command
-// returns logWait later.
-func command(ctx context.Context, args []string, stdout io.Writer) int {
+// settings, 1 for a failure. The last line of the log gives the reason. The log is on standard output,
+// but that of import and export on standard error. If it blocks, command returns logWait later.
+func command(ctx context.Context, args []string, std streams) int {
+	stdout := std.out
 	out := &logWriter{w: stdout}
+	if len(args) > 0 && (args[0] == "import" || args[0] == "export") {
+		out.w = std.err
+	}
 	defer func() { _ = out.flush() }()
 	log := newLogger(out, slog.LevelInfo)
 	if slices.Contains(args, "-h") || slices.Contains(args, "--help") {
@@ -70,7 +85,7 @@ func command(ctx context.Context, args []string, stdout io.Writer) int {
 	}
 	switch strings.Join(args, " ") {
 	case "", "healthcheck":
-		return withSettings(ctx, args, out, log)
+		return withSettings(ctx, args, std, out, log)
 	case "help":
 		fmt.Fprint(stdout, usage)
 		return 0
@@ -79,16 +94,20 @@ func command(ctx context.Context, args []string, stdout io.Writer) int {
 		fmt.Fprintf(stdout, "user-service %s, commit %s, %s\n", number, commit(), runtime.Version())
 		return 0
 	}
-	if args[0] == "key" {
+	switch args[0] {
+	case "key":
 		return makeKey(args[1:], stdout, log)
+	case "import", "export":
+		return withSettings(ctx, args, std, out, log)
 	}
 	log.Error("Unknown command", "error",
-		"commands: none to run the service, key, healthcheck, version, help")
+		"commands: none to run the service, import, export, key, healthcheck, version, help")
 	return 2
 }
 
-// withSettings runs the service, or the command healthcheck.
-func withSettings(ctx context.Context, args []string, out *logWriter, log *slog.Logger) int {
+// withSettings runs the service, or one of the commands import, export and healthcheck.
+func withSettings(ctx context.Context, args []string, std streams, out *logWriter,
+	log *slog.Logger) int {
 	lookup, err := lookupWithFile(".env")
 	var s settings
 	if err == nil {
@@ -98,13 +117,16 @@ func withSettings(ctx context.Context, args []string, out *logWriter, log *slog.
 		log.Error("Invalid setting", "error", err)
 		return 2
 	}
-	if len(args) > 0 {
-		err = checkHealth(s)
-	} else {
-		machine := machineLimits()
+	machine := machineLimits()
+	switch {
+	case len(args) == 0:
 		floor := machine.applyToRuntime()
 		err = run(ctx, s, machine, out)
 		runtime.KeepAlive(floor)
+	case args[0] == "healthcheck":
+		err = checkHealth(s)
+	default:
+		return transfer(ctx, args, s, machine, std, log)
 	}
 	if err != nil {
 		log.Error("Service failed", "error", err)

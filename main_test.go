@@ -120,7 +120,7 @@ func TestCommands(t *testing.T) {
 		{args: "help me", code: 2, lines: 1, says: []string{`"ERROR"`, "key, healthcheck, version, help"}},
 	} {
 		var out bytes.Buffer
-		if code := command(t.Context(), strings.Fields(test.args), &out); code != test.code {
+		if code := command(t.Context(), strings.Fields(test.args), streams{out: &out, err: &out}); code != test.code {
 			t.Errorf("%s: exit code %d, want %d", test.args, code, test.code)
 		}
 		for _, text := range test.says {

@@ -861,7 +861,7 @@ func TestKeyCommand(t *testing.T) {
 		{args: []string{"key", strings.Repeat("x", 65)}, want: 2},
 	} {
 		var out bytes.Buffer
-		if code := command(t.Context(), test.args, &out); code != test.want {
+		if code := command(t.Context(), test.args, streams{out: &out, err: &out}); code != test.want {
 			t.Errorf("%q: exit code %d, want %d: %s", test.args, code, test.want, &out)
 		}
 		if test.want > 0 {

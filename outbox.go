@@ -218,7 +218,7 @@ func (s *postgres) buildIndexes(ctx context.Context) {
 	}
 }
 
-// buildIndex replaces what a failed attempt has left.
+// buildIndex replaces what a failed attempt has left, unless another replica was faster.
 func (s *postgres) buildIndex(ctx context.Context, name, definition string) error {
 	config := s.pool.Config()
 	conn, err := pgx.ConnectConfig(ctx, config.ConnConfig)
@@ -226,7 +226,14 @@ func (s *postgres) buildIndex(ctx context.Context, name, definition string) erro
 		return err
 	}
 	defer func() { _ = conn.Close(context.WithoutCancel(ctx)) }()
-	if config.AfterConnect != nil { // else the session is a pooler's
+	var built bool
+	err = conn.QueryRow(ctx, `SELECT EXISTS (
+		SELECT FROM pg_index WHERE indexrelid = to_regclass($1) AND indisvalid)`,
+		pgx.QueryExecModeExec, name).Scan(&built)
+	if built {
+		return nil
+	}
+	if err == nil && config.AfterConnect != nil { // else the session is a pooler's
 		_, err = conn.Exec(ctx, "SET statement_timeout = 0; SET lock_timeout = 0")
 	}
 	for _, sql := range []string{"DROP INDEX CONCURRENTLY IF EXISTS " + name,

@@ -79,12 +79,17 @@ func (h *hasher) hash(ctx context.Context, client, password string) (phc string,
 		return "", err
 	}
 	defer leave()
+	return h.cost.hash(password), nil
+}
+
+// hash returns the PHC string of the NFC form of a password.
+func (c argonCost) hash(password string) string {
 	salt := make([]byte, argonSalt)
 	rand.Read(salt) // never fails, see its documentation
 	key := argon2.IDKey(norm.NFC.Bytes([]byte(password)), salt,
-		h.cost.passes, h.cost.memory, argonThreads, argonKey)
-	return h.cost.prefix() + base64.RawStdEncoding.EncodeToString(salt) + "$" +
-		base64.RawStdEncoding.EncodeToString(key), nil
+		c.passes, c.memory, argonThreads, argonKey)
+	return c.prefix() + base64.RawStdEncoding.EncodeToString(salt) + "$" +
+		base64.RawStdEncoding.EncodeToString(key)
 }
 
 // prefix returns the part of a PHC string that comes before the salt.
@@ -219,9 +224,15 @@ func decode(encoding *base64.Encoding, text string) []byte {
 	return decoded
 }
 
+// matches applies the check to the NFC form of a password, as our hashes are, and to the password as
+// received, as those of other systems may be.
+func (c passwordCheck) matches(password string) bool {
+	nfc := norm.NFC.String(password)
+	return c(nfc) || nfc != password && c(password)
+}
+
 // verify reports whether stored is a hash of password. It fails with errHash before it computes
-// anything, and with the errors of hash. Our hashes are of the NFC form, those of other systems may
-// be of the password as received.
+// anything, and with the errors of hash.
 func (h *hasher) verify(ctx context.Context, client, password, stored string) (bool, error) {
 	check, err := parseHash(stored)
 	if err != nil {
@@ -232,6 +243,5 @@ func (h *hasher) verify(ctx context.Context, client, password, stored string) (b
 		return false, err
 	}
 	defer leave()
-	nfc := norm.NFC.String(password)
-	return check(nfc) || nfc != password && check(password), nil
+	return check.matches(password), nil
 }
