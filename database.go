@@ -120,10 +120,10 @@ func openPostgres(ctx context.Context, databaseURL, appName string,
 		return nil, err
 	}
 	denials, explicit, said := 0, false, databaseFailure{}
-	var indexes []string
+	var left []*pgconn.Notice
 	var saidAt time.Time
 	for deadline := time.Now().Add(databaseWait); ; sleep(ctx, databaseRetry) {
-		explicit, indexes, err = prepareDatabase(ctx, config, deadline, log)
+		explicit, left, err = prepareDatabase(ctx, config, deadline, log)
 		if err == nil {
 			break
 		}
@@ -146,7 +146,7 @@ func openPostgres(ctx context.Context, databaseURL, appName string,
 		return nil, err
 	}
 	s := newPostgres(pool, explicit, log)
-	s.indexes = indexes
+	s.left = left
 	ctx, cancel := context.WithTimeout(ctx, startUpkeep)
 	defer cancel()
 	_ = errors.Join(s.fold(ctx), s.vacuum(ctx)) // maintain will try again
@@ -156,9 +156,9 @@ func openPostgres(ctx context.Context, databaseURL, appName string,
 // prepareDatabase brings the schema up to date on a connection of its own, and adapts config to the
 // server. A pooler may give the session to another client after each transaction. So behind a
 // pooler, config gets a mode without prepared statements, no session is changed, and explicit
-// reports whether each transaction must set its isolation level. indexes must still be built.
+// reports whether each transaction must set its isolation level. left is for finishSchema.
 func prepareDatabase(ctx context.Context, config *pgxpool.Config, deadline time.Time,
-	log *slog.Logger) (explicit bool, indexes []string, err error) {
+	log *slog.Logger) (explicit bool, left []*pgconn.Notice, err error) {
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	c := config.ConnConfig.Copy()
@@ -168,11 +168,8 @@ func prepareDatabase(ctx context.Context, config *pgxpool.Config, deadline time.
 			log.Warn("Database repaired", "what", n.Message)
 		case "US101":
 			log.Info("Database schema updated", "what", n.Message)
-		case "US102":
-			indexes = append(indexes, n.Message)
-		case "US103":
-			log.Warn("Predecessor's users not imported", "what", n.Message,
-				"remedy", "run: user-service import --predecessor")
+		case "US102", "US103":
+			left = append(left, n)
 		}
 	}
 	conn, err := pgx.ConnectConfig(ctx, c)
@@ -208,7 +205,7 @@ func prepareDatabase(ctx context.Context, config *pgxpool.Config, deadline time.
 	if refusal, ok := errors.AsType[*pgconn.PgError](err); ok && refusal.Hint != "" {
 		err = fmt.Errorf("%w; %s", err, refusal.Hint)
 	}
-	return explicit, indexes, err
+	return explicit, left, err
 }
 
 // openSession prepares a new connection. By default PostgreSQL plans WHERE id = ANY ($1) at every

@@ -143,7 +143,7 @@ func (s *postgres) maintain(ctx context.Context) {
 		}
 		failing[task] = err != nil
 	}
-	defer start(s.buildIndexes)(closeWait)
+	defer start(s.finishSchema)(closeWait)
 	var swept, vacuumed time.Time
 	for ctx.Err() == nil {
 		attempt("folding the total", s.fold)
@@ -201,25 +201,27 @@ func (s *postgres) sweepKeys(ctx context.Context) error {
 	return nil
 }
 
-// buildIndexes builds the indexes that schema.sql leaves to it, without locking users. It uses a
-// connection of its own, because that may take hours: PostgreSQL waits for all older transactions.
-func (s *postgres) buildIndexes(ctx context.Context) {
-	for ; len(s.indexes) > 0 && ctx.Err() == nil; sleep(ctx, indexPause) {
-		for len(s.indexes) > 0 {
-			name, _, _ := strings.Cut(s.indexes[0], " ")
-			s.log.Info("Building a search index", "index", name)
-			if err := s.buildIndex(ctx, name, s.indexes[0]); err != nil {
-				s.log.Warn("Building a search index failed", "index", name, "error", err)
-				break
-			}
-			s.log.Info("Search index built", "index", name)
-			s.indexes = s.indexes[1:]
+// finishSchema builds the indexes that schema.sql leaves to it, without locking users. PostgreSQL
+// waits for all older transactions, which may take hours.
+func (s *postgres) finishSchema(ctx context.Context) {
+	for len(s.left) > 0 && ctx.Err() == nil {
+		if next := s.left[0]; next.Code == "US103" {
+			s.log.Warn("Predecessor's users not imported", "what", next.Message,
+				"remedy", "run: user-service import --predecessor")
+		} else if err := s.buildIndex(ctx, next.Message); err != nil {
+			s.log.Warn("Building a search index failed", "index", next.Message, "error", err)
+			sleep(ctx, indexPause)
+			continue
 		}
+		s.left = s.left[1:]
 	}
 }
 
-// buildIndex replaces what a failed attempt has left, unless another replica was faster.
-func (s *postgres) buildIndex(ctx context.Context, name, definition string) error {
+// buildIndex replaces what a failed attempt has left, unless another replica was faster. It uses a
+// connection of its own.
+func (s *postgres) buildIndex(ctx context.Context, definition string) error {
+	name, _, _ := strings.Cut(definition, " ")
+	s.log.Info("Building a search index", "index", name)
 	config := s.pool.Config()
 	conn, err := pgx.ConnectConfig(ctx, config.ConnConfig)
 	if err != nil {
@@ -241,6 +243,9 @@ func (s *postgres) buildIndex(ctx context.Context, name, definition string) erro
 		if err == nil {
 			_, err = conn.Exec(ctx, sql, pgx.QueryExecModeSimpleProtocol)
 		}
+	}
+	if err == nil {
+		s.log.Info("Search index built", "index", name)
 	}
 	return err
 }

@@ -28,9 +28,9 @@ type postgres struct {
 	log      *slog.Logger
 	holder   string // identifies this replica in relay_lease
 	wake     chan struct{}
-	state    atomic.Value // of the database, a state
-	indexes  []string     // definitions of those that buildIndexes builds
-	reset    atomic.Int64 // when resetPool last replaced the connections, in ns since 1970
+	state    atomic.Value     // of the database, a state
+	left     []*pgconn.Notice // what schema.sql leaves to finishSchema
+	reset    atomic.Int64     // when resetPool last replaced the connections, in ns since 1970
 
 	read, list, write, create, lockedWrite, relay, probe kind
 
