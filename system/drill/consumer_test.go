@@ -60,10 +60,11 @@ func (r *trial) insertUsers(n int) []int64 {
 		SELECT 'listed ' || n, 'Doe', '' FROM generate_series(1, $1::int) AS n RETURNING id`, n)
 	ids, err := pgx.CollectRows(rows, pgx.RowTo[int64])
 	require(r.t, err)
-	for begin := time.Now(); r.ledger.received.Load() < int64(n); time.Sleep(100 * time.Millisecond) {
+	for begin := time.Now(); r.ledger.received.Load() < int64(n); {
 		if time.Since(begin) > 2*time.Minute {
 			r.t.Fatalf("only %d events arrive", r.ledger.received.Load())
 		}
+		time.Sleep(100 * time.Millisecond)
 	}
 	return ids
 }
