@@ -25,9 +25,9 @@ type User struct {
 	ID        int64     `json:"id"`
 	Name      string    `json:"name"`
 	Surname   string    `json:"surname"`
+	Version   int64     `json:"version"`
 	CreatedAt timestamp `json:"created_at"`
 	UpdatedAt timestamp `json:"updated_at"`
-	Version   int64     `json:"-"`
 }
 
 // userList is a page of users. NextAfter is nil if nothing follows.
@@ -307,6 +307,7 @@ func (u User) appendJSON(b []byte) []byte {
 	b = strconv.AppendInt(append(b, `{"id":`...), u.ID, 10)
 	b = appendJSONString(append(b, `,"name":`...), u.Name)
 	b = appendJSONString(append(b, `,"surname":`...), u.Surname)
+	b = strconv.AppendInt(append(b, `,"version":`...), u.Version, 10)
 	b = u.CreatedAt.appendJSON(append(b, `,"created_at":`...))
 	b = u.UpdatedAt.appendJSON(append(b, `,"updated_at":`...))
 	return append(b, '}')

@@ -89,13 +89,13 @@ var timePattern = regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z$`)
 // checkJohn checks that an answer is the JSON of the user John Doe, who has just been created.
 func checkJohn(t *testing.T, a answer, id int) {
 	t.Helper()
-	want := []string{"id", "name", "surname", "created_at", "updated_at"}
+	want := []string{"id", "name", "surname", "version", "created_at", "updated_at"}
 	if got := keys(a.body); !slices.Equal(got, want) {
 		t.Errorf("keys %v, want %v", got, want)
 	}
 	if a.json(t, "id") != float64(id) || a.json(t, "name") != "John" ||
-		a.json(t, "surname") != "Doe" {
-		t.Errorf("want John Doe with the id %d: %s", id, a.body)
+		a.json(t, "surname") != "Doe" || a.json(t, "version") != 1.0 {
+		t.Errorf("want version 1 of John Doe with the id %d: %s", id, a.body)
 	}
 	created := fmt.Sprint(a.json(t, "created_at"))
 	at, err := time.Parse(time.RFC3339, created)
@@ -156,8 +156,9 @@ func checkUpdates(t *testing.T, s *service, method, contentType string) {
 		what := method + " " + u.body + " as " + contentType
 		a := s.do(method, path, u.body, "Content-Type: "+contentType)
 		etag := a.header.Get("ETag")
-		if a.status != http.StatusOK || etag != u.etag ||
-			a.json(t, "name") != u.name || a.json(t, "surname") != u.surname {
+		if a.status != http.StatusOK || etag != u.etag || a.json(t, "name") != u.name ||
+			a.json(t, "surname") != u.surname ||
+			fmt.Sprintf(`"%v"`, a.json(t, "version")) != etag {
 			t.Errorf("%s: status %d, ETag %s, want 200, %s with %s %s: %s",
 				what, a.status, etag, u.etag, u.name, u.surname, a.body)
 		}

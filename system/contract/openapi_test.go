@@ -343,6 +343,10 @@ func TestListParameters(t *testing.T) {
 		{name: "after", value: "9223372036854775808"},
 		{name: "after", value: "-1"},
 		{name: "after", value: "one"},
+		{name: "q", value: "x", valid: true},
+		{name: "q", value: strings.Repeat("x", 255), valid: true},
+		{name: "q", value: strings.Repeat("x", 256)},
+		{name: "q", value: ""},
 	} {
 		err := d.validateText(parameters[test.name].Schema, test.value)
 		e := s.Do("GET", "/users?"+test.name+"="+test.value+test.and, "")

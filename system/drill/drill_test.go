@@ -149,6 +149,8 @@ var scenarios = []scenario{
 	// Load.
 	{name: "old snapshot, backlog of 100,000", onlyRabbit: true, replicas: 1, clients: 4,
 		fault: drainBacklog},
+	{name: "consumer that starts under load", short: true, onlyRabbit: true, clients: 1,
+		fault: startConsumer},
 	{name: "2,000 clients vanish", replicas: 1, fault: vanish},
 }
 

@@ -163,7 +163,7 @@ func (r *trial) logRow(row result) {
 func (r *trial) prepareRabbit() {
 	r.t.Helper()
 	ch := r.rabbitChannel()
-	for _, queue := range []string{env.Queue, env.DeadLetterQueue, recorderQueue} {
+	for _, queue := range []string{env.Queue, env.DeadLetterQueue, recorderQueue, mirrorQueue} {
 		_, err := ch.QueueDelete(queue, false, false, false)
 		require(r.t, err)
 	}
