@@ -126,7 +126,7 @@ func withSettings(ctx context.Context, args []string, std streams, out *logWrite
 	case args[0] == "healthcheck":
 		err = checkHealth(s)
 	default:
-		return transfer(ctx, args, s, machine, std, log)
+		return runTransfer(ctx, args, s, machine, std, log)
 	}
 	if err != nil {
 		log.Error("Service failed", "error", err)

@@ -46,7 +46,7 @@ var commonPasswords string
 
 // newPasswordRule returns the rule for passwords of at least minLength code points. If blocklist is
 // set, it refuses the most common passwords, in any case.
-func newPasswordRule(minLength int, blocklist bool) fieldRule {
+func newPasswordRule(minLength int, blocklist bool) func(text string) (string, error) {
 	blocked := make(map[string]bool)
 	if blocklist {
 		for password := range strings.FieldsSeq(commonPasswords) {

@@ -35,8 +35,20 @@ func userID(r *http.Request) (int64, error) {
 	return id, nil
 }
 
-// fieldRule returns a field's text as it is stored, or an error that says what would be valid.
-type fieldRule func(text string) (string, error)
+// fieldRule returns the text of a member's value as it is stored, or an error that says what would
+// be valid.
+type fieldRule func(value json.RawMessage) (string, error)
+
+// textRule returns the rule for strings to which check applies.
+func textRule(check func(text string) (string, error)) fieldRule {
+	return func(value json.RawMessage) (string, error) {
+		text, err := parseString(value)
+		if err == nil {
+			text, err = check(text)
+		}
+		return text, err
+	}
+}
 
 // readFields reads the string members of a JSON object by their rules. It fails with the errors of
 // readBody, or with one 400 that names every invalid member.
@@ -50,29 +62,36 @@ func readFields(w http.ResponseWriter, r *http.Request, rules map[string]fieldRu
 	if err != nil {
 		return nil, err
 	}
-	known := strings.Join(slices.Sorted(maps.Keys(rules)), ", ")
 	if len(members) == 0 && len(required) == 0 {
-		return nil, newProblem(http.StatusBadRequest, "The body must have one or more of "+known)
+		return nil, newProblem(http.StatusBadRequest, "The body must have one or more of "+
+			strings.Join(slices.Sorted(maps.Keys(rules)), ", "))
 	}
-	fields := make(map[string]string)
-	var wrong []fieldError
+	fields, wrong := checkMembers(members, rules, required)
+	if len(wrong) > 0 {
+		return nil, invalid("field", wrong)
+	}
+	return fields, nil
+}
+
+// checkMembers returns the texts of members by their rules, and what is wrong with them.
+func checkMembers(members []member, rules map[string]fieldRule, required []string) (
+	fields map[string]string, wrong []fieldError) {
+	fields = make(map[string]string)
 	fail := func(name, detail string) {
 		wrong = append(wrong, fieldError{Pointer: pointer(cut(name, maxEchoed)), Detail: detail})
 	}
 	for _, m := range members {
 		rule, ok := rules[m.name]
 		if !ok {
-			fail(m.name, "is unknown; the fields are "+known)
+			fail(m.name, "is unknown; the fields are "+
+				strings.Join(slices.Sorted(maps.Keys(rules)), ", "))
 			continue
 		}
 		if _, repeated := fields[m.name]; repeated {
 			fail(m.name, "must be given once")
 			continue
 		}
-		text, err := parseString(m.value)
-		if err == nil {
-			text, err = rule(text)
-		}
+		text, err := rule(m.value)
 		if err != nil {
 			fail(m.name, err.Error())
 		}
@@ -83,10 +102,7 @@ func readFields(w http.ResponseWriter, r *http.Request, rules map[string]fieldRu
 			fail(name, "is required")
 		}
 	}
-	if len(wrong) > 0 {
-		return nil, invalid("field", wrong)
-	}
-	return fields, nil
+	return fields, wrong
 }
 
 // readBody returns the body of r if it has one of the media types. It fails with the problems 415,

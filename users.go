@@ -119,9 +119,9 @@ func newAPI(d dependencies, t *traffic) *api {
 		hasher: &hasher{newHashLanes(d.limits, t), d.limits.hash},
 		log:    d.log,
 		rules: map[string]fieldRule{
-			"name":     checkName,
-			"surname":  checkName,
-			"password": newPasswordRule(s.passwordMinLength, s.passwordBlocklist),
+			"name":     textRule(checkName),
+			"surname":  textRule(checkName),
+			"password": textRule(newPasswordRule(s.passwordMinLength, s.passwordBlocklist)),
 		},
 		verifications: newLimiter[int64]("password", maxVerifications/60.0, maxVerifications),
 	}
@@ -228,7 +228,7 @@ func (a *api) deleteUser(w *response, r *http.Request, _ caller) error {
 
 // anyPassword accepts every password that any settings would: the rules may have changed since a
 // password was stored.
-var anyPassword = map[string]fieldRule{"password": newPasswordRule(1, false)}
+var anyPassword = map[string]fieldRule{"password": textRule(newPasswordRule(1, false))}
 
 // verifyPassword takes the same time for a user that does not exist.
 func (a *api) verifyPassword(w *response, r *http.Request, by caller) error {
@@ -337,7 +337,7 @@ func (l userList) appendJSON(b []byte) []byte {
 	return append(strconv.AppendInt(b, *l.NextAfter, 10), '}')
 }
 
-// checkName is the fieldRule of names and surnames. It trims white space.
+// checkName is the rule of names and surnames. It trims white space.
 func checkName(text string) (string, error) {
 	text = strings.TrimFunc(text, unicode.IsSpace)
 	if n := utf8.RuneCountInString(text); n < 1 || n > maxNameLength {
