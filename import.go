@@ -58,21 +58,21 @@ func (t *transfer) importUsers(ctx context.Context) error {
 		})
 	}()
 	traced := withTraceID(ctx, newUUIDv4())
-	for {
+	for ctx.Err() == nil {
 		select {
 		case records := <-batches:
 			if err := im.importBatch(traced, records); err != nil {
 				return err
 			}
 		case <-ctx.Done():
-			return ctx.Err()
 		case err := <-ended:
-			if err == nil && t.written.Load() >= importBatch { // until then, searches are slow
-				_, err = store.pool.Exec(ctx, "VACUUM (ANALYZE) users")
+			if t.written.Load() >= importBatch { // until then, or until autovacuum, searches are slow
+				_, _ = store.pool.Exec(ctx, "VACUUM (ANALYZE) users")
 			}
 			return err
 		}
 	}
+	return ctx.Err()
 }
 
 // open returns the input, and its number of lines if that is known, else -1.
@@ -126,10 +126,10 @@ type importer struct {
 // round; at once, if a record lacks an id, or a hash, which takes longer to make than to compare.
 func (im *importer) importBatch(ctx context.Context, records []*importRecord) (err error) {
 	compare := slices.ContainsFunc(records, func(r *importRecord) bool {
-		return !im.predecessor && (r.ID == 0 || r.Hash == "")
+		return r.ID == 0 || r.Hash == ""
 	})
-	for ; err == nil && len(records) > 0; compare = true {
-		if compare {
+	for round := 0; err == nil && len(records) > 0; round++ {
+		if !im.predecessor && (compare || round > 0) {
 			records, err = im.skipStored(ctx, records)
 		}
 		if err == nil {
@@ -138,9 +138,11 @@ func (im *importer) importBatch(ctx context.Context, records []*importRecord) (e
 		if err == nil {
 			records, err = im.write(context.WithoutCancel(ctx), records)
 		}
-		for im.predecessor && len(records) > 0 {
-			im.refuse(records[0], "", "was changed during the import; run it again")
-			records = records[1:]
+		if im.predecessor || round == maxRetries {
+			for _, r := range records {
+				im.refuse(r, "", "is not written: it is changing, or a trigger prevents it")
+			}
+			break
 		}
 	}
 	return err
@@ -235,7 +237,8 @@ func (im *importer) write(ctx context.Context, records []*importRecord) (rest []
 	}
 	written, err := im.transaction(ctx, records)
 	err = sentinel(err, false, true)
-	refused := errors.Is(err, errRefused) || errors.Is(err, errInvalidValue)
+	refused := errors.Is(err, errRefused) || errors.Is(err, errReferenced) ||
+		errors.Is(err, errInvalidValue)
 	if half := len(records) / 2; refused && half > 0 {
 		rest, err = im.write(ctx, records[:half])
 		if err == nil {
@@ -320,19 +323,19 @@ const writeRecords = `
 	WHERE id IN (SELECT id FROM updated UNION ALL SELECT id FROM created)
 	GROUP BY id`
 
-// preparePredecessor creates the table that remembers which users were imported, so that a repeated
-// import can tell on which side a user has changed. It moves the sequence of ids behind those of the
-// predecessor, and returns how many users that has.
+// preparePredecessor moves the sequence of ids behind those of the predecessor, and returns how many
+// users that has. It creates the table that remembers which users were imported, so that a repeated
+// import can tell on which side a user has changed.
 func (im *importer) preparePredecessor(ctx context.Context) (total int64, err error) {
-	_, err = im.store.pool.Exec(ctx, `CREATE TABLE IF NOT EXISTS predecessor_imports (
-		id bigint PRIMARY KEY, version bigint NOT NULL, updated_at timestamptz)`)
+	err = im.store.pool.QueryRow(ctx, `
+		SELECT total, CASE WHEN highest > coalesce(pg_sequence_last_value(sequence), 0)
+			THEN setval(sequence, highest) END
+		FROM (SELECT pg_get_serial_sequence('users', 'id')::regclass AS sequence) AS users, (
+			SELECT count(*) AS total, max(id) FILTER (WHERE id < 9223372036854775807) AS highest
+			FROM "user") AS old`).Scan(&total, nil)
 	if err == nil {
-		err = im.store.pool.QueryRow(ctx, `
-			SELECT total, CASE WHEN highest > coalesce(pg_sequence_last_value(sequence), 0)
-				THEN setval(sequence, highest) END
-			FROM (SELECT pg_get_serial_sequence('users', 'id')::regclass AS sequence) AS users, (
-				SELECT count(*) AS total, max(id) FILTER (WHERE id < 9223372036854775807) AS highest
-				FROM "user") AS old`).Scan(&total, nil)
+		_, err = im.store.pool.Exec(ctx, `CREATE TABLE IF NOT EXISTS predecessor_imports (
+			id bigint PRIMARY KEY, version bigint NOT NULL, updated_at timestamptz)`)
 	}
 	return total, err
 }
