@@ -27,6 +27,10 @@ func growth(s *servers, o options) error {
 		{"GET", "/users/%d", "", 3000},
 		{"GET", "/users", "", 2000},
 		{"GET", "/users?after=%d", "", 2000},
+		{"GET", "/users?q=john+%d", "", 1000},        // few users
+		{"GET", "/users?q=doe", "", 1000},            // all users
+		{"GET", "/users?q=JOHN&after=%d", "", 1000},  // all users, from anywhere
+		{"GET", "/users?q=john+1&after=%d", "", 200}, // every ninth, in blocks of consecutive ids
 		{"PUT", "/users/%d", `{"name": "N%d"}`, 2000},
 		{"POST", "/users", `{"name": "John", "surname": "Doe", "password": "correct horse"}`, 100},
 	} {
@@ -44,8 +48,8 @@ func growth(s *servers, o options) error {
 		first, _, _ := spread(elapsed[0])
 		second, _, _ := spread(elapsed[1])
 		name := strings.Replace(request.method+" "+request.path, "/%d", "/{id}", 1)
-		fmt.Fprintf(o.out, "| %s | %.3f | %.3f | %.2f |\n", strings.TrimSuffix(name, "%d"), first, second,
-			second/first)
+		fmt.Fprintf(o.out, "| %s | %.3f | %.3f | %.2f |\n", strings.Replace(name, "%d", "N", 1), first,
+			second, second/first)
 	}
 	return nil
 }
