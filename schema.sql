@@ -466,8 +466,8 @@ $$;
 -- sorts after the rest of every name.
 --
 -- No index serves both a prefix and the order of ids. Up to 10000 ids are read and sorted. Of more
--- matches, some are probably among the next 5000 users. Only if they are not, the ids of all matches
--- are read.
+-- matches, enough are probably among the next 3000 users, or more if some are skipped. Only if they
+-- are not, the ids of all matches are read, which takes 0.1 ms per 1000 of them.
 CREATE OR REPLACE FUNCTION user_service_find(
     prefix text, last text, after bigint, skipped bigint, most bigint, OUT total bigint, OUT ids bigint[]
 ) LANGUAGE plpgsql STABLE SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
@@ -491,7 +491,10 @@ BEGIN
         RETURN;
     END IF;
     ids := ARRAY(SELECT id
-        FROM (SELECT id, name, surname FROM users WHERE id > after ORDER BY id LIMIT 5000) AS next
+        FROM (
+            SELECT id, name, surname FROM users
+            WHERE id > after ORDER BY id LIMIT least(3000 + 20 * skipped, 50000)
+        ) AS next
         WHERE starts_with(user_service_fold(name), low) OR starts_with(user_service_fold(surname), low)
         ORDER BY id LIMIT skipped + most);
     IF cardinality(ids) < skipped + most THEN -- "+ 0" prevents a scan in the order of ids
