@@ -2104,6 +2104,8 @@ var listQueries = []string{
 	"page=+1", "page=-1", "page=01", "page=1_0", "page=", "page", "page=1&page=1",
 	"PAGE=1&x=%00&%zz", "per_page=0", "per_page=101", "a;b", "page=%D9%A1", "&&",
 	"after=-0", "after=4&per_page=2&per_page=",
+	"q=jo&per_page=3&page=2", "q=a+%25&after=7", "q=%F0%9F%98%80", "q=", "q", "q=%FF", "q=a%00",
+	"q=a&q=b", "q=%C2%85&page=0", "q=%EF%BF%BD&page=10001",
 }
 
 // FuzzListQuery compares parseListQuery with wantInvalid, and checks the links of a list of users
@@ -2141,24 +2143,18 @@ func FuzzListQuery(f *testing.F) {
 // checkEvenList checks the page of a list of evenUsers and its links.
 func checkEvenList(t *testing.T, query string, q listQuery, total int64) {
 	t.Helper()
-	list := q.list(evenUsers(q, total), total)
+	counted, capped := total, q.prefix != "" && total > 10_000
+	if capped {
+		counted = 10_001
+	}
+	list := q.list(evenUsers(q, total), counted)
 	if n := int64(len(list.Users)); n > q.perPage || q.offset() < 0 || q.offset() > 100_000 {
 		t.Fatalf("%q: %d users after an offset of %d", query, n, q.offset())
 	}
-	last := max(0, total-1)/q.perPage + 1 // the number of the last page
-	want := map[string]listQuery{}
-	if q.page > 0 {
-		want["first"] = listQuery{page: 1, perPage: q.perPage}
-		if (last-1)*q.perPage <= 100_000 {
-			want["last"] = listQuery{page: last, perPage: q.perPage}
-		}
+	if list.TotalCapped != capped || capped && list.Total != 10_000 {
+		t.Errorf("%q of %d: total %d, capped: %t", query, total, list.Total, list.TotalCapped)
 	}
-	if q.page > 1 {
-		want["prev"] = listQuery{page: min(q.page-1, last), perPage: q.perPage}
-	}
-	if n := len(list.Users); n > 0 && list.Users[n-1].ID < 2*total {
-		want["next"] = listQuery{after: list.Users[n-1].ID, perPage: q.perPage}
-	}
+	want := evenLinks(q, list, total)
 	a := answer{header: http.Header{"Link": {q.links(list)}}}
 	if a.header.Get("Link") == "" {
 		a.header.Del("Link")
@@ -2177,6 +2173,30 @@ func checkEvenList(t *testing.T, query string, q listQuery, total int64) {
 	}
 }
 
+// evenLinks returns what the links of a page of evenUsers must lead to, by relation.
+func evenLinks(q listQuery, list userList, total int64) map[string]listQuery {
+	want := map[string]listQuery{}
+	link := func(relation string, page, after int64) {
+		want[relation] = listQuery{prefix: q.prefix, page: page, after: after, perPage: q.perPage}
+	}
+	last := max(0, total-1)/q.perPage + 1 // the number of the last page
+	if q.page > 0 {
+		link("first", 1, 0)
+	}
+	if q.page > 0 && !list.TotalCapped && (last-1)*q.perPage <= 100_000 {
+		link("last", last, 0)
+	}
+	if q.page > 1 && list.TotalCapped {
+		link("prev", q.page-1, 0)
+	} else if q.page > 1 {
+		link("prev", min(q.page-1, last), 0)
+	}
+	if n := len(list.Users); n > 0 && list.Users[n-1].ID < 2*total {
+		link("next", 0, list.Users[n-1].ID)
+	}
+	return want
+}
+
 // evenUsers returns what a store of users with the even ids from 2 to 2*total returns for q.
 func evenUsers(q listQuery, total int64) []User {
 	users := []User{}
@@ -2186,6 +2206,9 @@ func evenUsers(q listQuery, total int64) []User {
 	}
 	return users
 }
+
+// searchPattern matches a valid q, and invalid UTF-8.
+var searchPattern = regexp.MustCompile(`^\P{Cc}{1,255}$`)
 
 // wantInvalid returns the parameters that must be refused. ok is false if the query is malformed.
 func wantInvalid(query string) (invalid map[string]bool, ok bool) {
@@ -2198,6 +2221,13 @@ func wantInvalid(query string) (invalid map[string]bool, ok bool) {
 	high := map[string]string{"page": maxInt64, "per_page": "100", "after": maxInt64}
 	number := map[string]*big.Int{"page": big.NewInt(1), "per_page": big.NewInt(10)}
 	for name, texts := range values {
+		if name == "q" {
+			if len(texts) > 1 || !searchPattern.MatchString(texts[0]) ||
+				strings.ToValidUTF8(texts[0], "") != texts[0] {
+				invalid[name] = true
+			}
+			continue
+		}
 		limit, _ := new(big.Int).SetString(high[name], 10)
 		n, isNumber := new(big.Int).SetString(texts[0], 10)
 		if high[name] == "" || len(texts) > 1 || !isNumber ||
