@@ -13,22 +13,30 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"math"
 	"math/rand/v2"
 	"net"
+	"net/http/httptest"
 	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+	"unicode"
+	"unicode/utf16"
+	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 // eachStoreAlone runs a test with each store, without a service. So no relay removes events from
@@ -279,6 +287,391 @@ func TestStoreListsInOrder(t *testing.T) {
 		}
 	})
 }
+
+// addUsers creates users with names and surnames. Without other users, they get the ids from 1.
+func addUsers(t *testing.T, s store, names ...[2]string) {
+	t.Helper()
+	if s, ok := s.(*postgres); ok {
+		next := pgx.CopyFromSlice(len(names), func(i int) ([]any, error) {
+			return []any{names[i][0], names[i][1], "x"}, nil
+		})
+		columns := []string{"name", "surname", "password"}
+		if _, err := s.pool.CopyFrom(t.Context(), pgx.Identifier{"users"}, columns, next); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	for _, n := range names {
+		if _, err := s.createUser(t.Context(), input(n[0], n[1], "x"), ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// checkFound checks the ids and the total of a search. It returns whether they are as wanted.
+func checkFound(t *testing.T, s store, prefix string, after, offset, limit int64, want []int64,
+	total int64) bool {
+	t.Helper()
+	users, got, err := s.findUsers(t.Context(), prefix, after, offset, limit)
+	ids := []int64{}
+	for _, u := range users {
+		ids = append(ids, u.ID)
+	}
+	if err != nil || got != total || !slices.Equal(ids, want) {
+		t.Errorf("%T: %+q after %d, offset %d, limit %d: users %v of %d, %v, want %v of %d",
+			s, prefix, after, offset, limit, ids, got, err, want, total)
+		return false
+	}
+	return true
+}
+
+// searchLetters are characters of random names: letters with several forms of equal case, and those
+// that could be confused with them or with the syntax of a pattern.
+var searchLetters = []rune("aAbB%_\\' éÉeE\u0301σςΣµμΜİıiIkK\u212aſsSßẞǅǆжЖა\u10a0\u2d00ᲐꮿᏯ" +
+	"😀𐐔𐐼\u00a0\uffff\U0010ffff")
+
+// beginsWith reports whether text begins with prefix regardless of case. It compares the texts by
+// strings.EqualFold, in which İ has no other case.
+func beginsWith(text, prefix string) bool {
+	dotted := strings.NewReplacer("İ", "i")
+	start := []rune(text)
+	start = start[:min(len(start), utf8.RuneCountInString(prefix))]
+	return strings.EqualFold(dotted.Replace(string(start)), dotted.Replace(prefix))
+}
+
+// TestStoresFindTheSame compares both stores with beginsWith: random users, prefixes and positions.
+func TestStoresFindTheSame(t *testing.T) {
+	t.Parallel()
+	seed := rand.Uint64()
+	random := rand.New(rand.NewPCG(seed, 0))
+	text := func(longest int) string {
+		runes := make([]rune, random.IntN(longest)+1)
+		for i := range runes {
+			runes[i] = searchLetters[random.IntN(len(searchLetters))]
+		}
+		return string(runes)
+	}
+	names := make([][2]string, 400)
+	for i := range names {
+		names[i] = [2]string{text(4), text(4)}
+	}
+	stores := []store{newMemory(), openTestPostgres(t, newDatabase(t))}
+	for _, s := range stores {
+		addUsers(t, s, names...)
+	}
+	for i := 0; i < len(names); i += 7 { // every other one of these is deleted, or renamed
+		names[i] = [2]string{text(4), text(4)}
+		in := input(names[i][0], names[i][1], "")
+		for _, s := range stores {
+			_, err := s.updateUser(t.Context(), int64(i+1), in, nil)
+			if err == nil && i%2 == 0 {
+				err = s.deleteUser(t.Context(), int64(i+1), nil)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		if i%2 == 0 {
+			names[i] = [2]string{}
+		}
+	}
+	for range 1000 {
+		prefix, after, offset := text(2), random.Int64N(450)-20, random.Int64N(8)
+		limit := random.Int64N(12) + 1
+		matches, want := int64(0), []int64{}
+		for i, n := range names {
+			if !beginsWith(n[0], prefix) && !beginsWith(n[1], prefix) {
+				continue
+			}
+			matches++
+			if id := int64(i + 1); id > after {
+				want = append(want, id)
+			}
+		}
+		want = want[min(offset, int64(len(want))):]
+		want = want[:min(limit, int64(len(want)))]
+		for _, s := range stores {
+			if !checkFound(t, s, prefix, max(after, 0), offset, limit, want, matches) {
+				t.Fatalf("the seed is %d", seed)
+			}
+		}
+	}
+}
+
+// TestFoldInDatabase compares user_service_fold with foldCase, for each code point and for random
+// texts, in databases with different locales. With SQL_ASCII only A to Z have a lower case.
+func TestFoldInDatabase(t *testing.T) {
+	t.Parallel()
+	asciiOnly := func(text string) string {
+		return strings.Map(func(r rune) rune {
+			if r >= 'A' && r <= 'Z' {
+				r += 'a' - 'A'
+			}
+			return r
+		}, text)
+	}
+	const lastLetter = 0x1ffff // all code points that have a case are below
+	for _, test := range []struct {
+		name, options string
+		highest       rune
+		fold          func(string) string
+		since         int // the minimum server_version_num
+	}{
+		{name: "C.UTF-8", options: "LC_COLLATE 'C.UTF-8' LC_CTYPE 'C.UTF-8' ENCODING UTF8",
+			highest: unicode.MaxRune, fold: foldCase},
+		{name: "C", options: "LC_COLLATE 'C' LC_CTYPE 'C' ENCODING UTF8", highest: lastLetter,
+			fold: foldCase},
+		{name: "Turkish", highest: lastLetter, fold: foldCase, since: 150000,
+			options: "LOCALE_PROVIDER icu ICU_LOCALE 'tr' LC_COLLATE 'C' LC_CTYPE 'C' ENCODING UTF8"},
+		{name: "SQL_ASCII", options: "LC_COLLATE 'C' LC_CTYPE 'C' ENCODING SQL_ASCII",
+			highest: lastLetter, fold: asciiOnly},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			server := connect(t, newDatabase(t))
+			if queryValue[int](t, server, "SELECT current_setting('server_version_num')::int") < test.since {
+				t.Skip("needs a newer PostgreSQL")
+			}
+			url := emptyDatabase(t, "TEMPLATE template0 "+test.options)
+			openTestPostgres(t, url).close()
+			conn := connect(t, url)
+			rows, _ := conn.Query(t.Context(),
+				"SELECT text, user_service_fold(text) FROM unnest($1::text[]) AS text",
+				textsToFold(test.highest))
+			var text, got string
+			n := 0
+			_, err := pgx.ForEachRow(rows, []any{&text, &got}, func() error {
+				if want := test.fold(text); got != want && n < 20 {
+					n++
+					t.Errorf("%+q becomes %+q, want %+q", text, got, want)
+				}
+				return nil
+			})
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// textsToFold returns each code point up to highest, and random texts of characters of one, two or
+// all kinds that user_service_fold distinguishes.
+func textsToFold(highest rune) (texts []string) {
+	for r := rune(1); r <= highest; r++ {
+		if !utf16.IsSurrogate(r) {
+			texts = append(texts, string(r))
+		}
+	}
+	kinds := []rune{1, 0x80, 0x250, 0x530, 0x10000, 0x1f000} // the first code point of each
+	for i := range 20_000 {
+		first := i % (len(kinds) - 1)
+		low, high := kinds[first], kinds[first+1+rand.IntN(len(kinds)-1-first)]
+		if i%2 == 0 {
+			low = 1
+		}
+		var b strings.Builder
+		for range rand.IntN(12) {
+			if r := low + rand.Int32N(high-low); !utf16.IsSurrogate(r) {
+				b.WriteRune(r)
+			}
+		}
+		texts = append(texts, b.String())
+	}
+	return texts
+}
+
+// TestSearchInSQLASCII checks that a database without an encoding finds names by their bytes, and
+// regardless of the case of A to Z.
+func TestSearchInSQLASCII(t *testing.T) {
+	t.Parallel()
+	s := openTestPostgres(t, emptyDatabase(t,
+		"TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C' ENCODING SQL_ASCII"))
+	addUsers(t, s, [2]string{"Éva", "Lee"}, [2]string{"éva", "LEE"}, [2]string{"𐐔x", "😀"},
+		[2]string{"z" + strings.Repeat("\U0010ffff", 254), "Jo"})
+	for _, test := range []struct {
+		prefix string
+		want   []int64
+	}{
+		{"É", []int64{1}}, {"éV", []int64{2}}, {"lE", []int64{1, 2}}, {"𐐔", []int64{3}},
+		{"𐐼", []int64{}}, {"😀", []int64{3}}, {"Z", []int64{4}}, {"z\U0010ffff", []int64{4}},
+	} {
+		checkFound(t, s, test.prefix, 0, 0, 10, test.want, int64(len(test.want)))
+	}
+}
+
+// userGroups are groups of users with one name and one surname each. The number of users with a
+// name or surname is near the one up to which matches are counted.
+var userGroups = []struct {
+	name, surname string
+	n             int64
+}{
+	{"j", "-", 9_000}, // more are behind the other groups
+	{"a", "-", 10_000}, {"b", "-", 10_001}, {"-", "c", 10_000}, {"-", "d", 10_001},
+	{"e", "-", 5_000}, {"-", "E", 5_000}, {"F", "-", 6_000}, {"-", "f", 6_000},
+	{"g", "G", 10_000}, {"h", "h", 10_001}, {"i", "-", 5_001}, {"-", "i", 5_000},
+	{"-", "j", 3_000}, {"k", "-", 3},
+}
+
+// groupedIDs returns the ids of the users in userGroups whose name or surname begins with prefix.
+func groupedIDs(prefix string) (ids []int64) {
+	first := int64(1)
+	for _, g := range userGroups {
+		for id := first; id < first+g.n; id++ {
+			if strings.EqualFold(g.name, prefix) || strings.EqualFold(g.surname, prefix) {
+				ids = append(ids, id)
+			}
+		}
+		first += g.n
+	}
+	return ids
+}
+
+// TestSearchManyUsers checks totals up to and above the number that is counted, and pages that are
+// near to and far from each other in the order of ids.
+func TestSearchManyUsers(t *testing.T) {
+	t.Parallel()
+	eachStoreAlone(t, func(t *testing.T, s store) {
+		for _, g := range userGroups {
+			addUsers(t, s, slices.Repeat([][2]string{{g.name, g.surname}}, int(g.n))...)
+		}
+		for _, prefix := range strings.Split("abcdefghijk", "") {
+			ids := groupedIDs(prefix)
+			total := min(int64(len(ids)), 10_001)
+			first, last := ids[0], ids[len(ids)-1]
+			for _, position := range []struct{ after, offset int64 }{
+				{0, 0}, {0, 7}, {0, 4_995}, {0, 9_995}, {0, 11_990}, {0, 99_990},
+				{first - 1, 0}, {first, 100}, {first + 4_000, 0}, {first + 8_994, 0},
+				{first + 10, 5_000}, {last - 4_990, 0}, {last - 3, 0}, {last - 3, 2}, {last, 0},
+				{1<<63 - 1, 0},
+			} {
+				behind, _ := slices.BinarySearch(ids, position.after)
+				if behind < len(ids) && ids[behind] == position.after {
+					behind++
+				}
+				want := ids[min(behind+int(position.offset), len(ids)):]
+				checkFound(t, s, prefix, position.after, position.offset, 11,
+					want[:min(11, len(want))], total)
+			}
+		}
+		checkCappedPages(t, s)
+	})
+}
+
+// checkCappedPages checks the pages and the links of searches in userGroups. A capped total has no
+// last page.
+func checkCappedPages(t *testing.T, users store) {
+	t.Helper()
+	type targets = map[string]string
+	d := testDependencies(memorySettings(), users, slog.New(slog.DiscardHandler))
+	server := httptest.NewServer(newServer(d, &traffic{}, newAccess(d.settings),
+		protectedRoutes(newAPI(d, &traffic{}), &health{})))
+	defer server.Close()
+	s := &service{t: t, url: server.URL}
+	j, a := groupedIDs("j"), groupedIDs("a")
+	const capped = `,"total":10000,"total_capped":true,`
+	for _, p := range []page{
+		{"?q=J&per_page=2", j[:2], capped + `"page":1,"per_page":2,"next_after":2}`,
+			targets{"first": "/users?page=1&per_page=2&q=J",
+				"next": "/users?after=2&per_page=2&q=J"}},
+		{"?q=j&per_page=2&page=3", j[4:6], capped + `"page":3,"per_page":2,"next_after":6}`,
+			targets{"first": "/users?page=1&per_page=2&q=j",
+				"prev": "/users?page=2&per_page=2&q=j", "next": "/users?after=6&per_page=2&q=j"}},
+		{"?q=j&per_page=100&page=120", j[11_900:],
+			capped + `"page":120,"per_page":100,"next_after":null}`,
+			targets{"first": "/users?page=1&per_page=100&q=j",
+				"prev": "/users?page=119&per_page=100&q=j"}},
+		{"?q=j&per_page=100&page=121", nil,
+			capped + `"page":121,"per_page":100,"next_after":null}`,
+			targets{"first": "/users?page=1&per_page=100&q=j",
+				"prev": "/users?page=120&per_page=100&q=j"}},
+		{"?q=j&per_page=2&after=8999", j[8_999:9_001],
+			fmt.Sprintf(`%s"per_page":2,"next_after":%d}`, capped, j[9_000]),
+			targets{"next": fmt.Sprintf("/users?after=%d&per_page=2&q=j", j[9_000])}},
+		{"?q=a&per_page=100&page=100", a[9_900:],
+			`,"total":10000,"page":100,"per_page":100,"next_after":null}`,
+			targets{"first": "/users?page=1&per_page=100&q=a",
+				"prev": "/users?page=99&per_page=100&q=a",
+				"last": "/users?page=100&per_page=100&q=a"}},
+	} {
+		p.check(t, s)
+	}
+}
+
+// explainedPostgres opens a store whose connections send the plan of each statement, also of those
+// inside functions, to plan.
+func explainedPostgres(t *testing.T, url string, plan func(string)) *postgres {
+	t.Helper()
+	admin := connect(t, asSuperuser(t, url))
+	if _, err := admin.Exec(t.Context(), "LOAD 'auto_explain'"); err != nil {
+		missing(t, "auto_explain of PostgreSQL", err)
+	}
+	for _, setting := range []string{"session_preload_libraries = 'auto_explain'",
+		"auto_explain.log_min_duration = 0", "auto_explain.log_nested_statements = on",
+		"auto_explain.log_level = warning"} {
+		execute(t, admin, "ALTER DATABASE "+admin.Config().Database+" SET "+setting)
+	}
+	config := openTestPostgres(t, url).pool.Config()
+	config.ConnConfig.OnNotice = func(_ *pgconn.PgConn, n *pgconn.Notice) { plan(n.Message) }
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(pool.Close)
+	return newPostgres(pool, false, slog.New(slog.DiscardHandler))
+}
+
+// TestSearchPlans checks which indexes the statements of a search use, with many users.
+func TestSearchPlans(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	super := connect(t, asSuperuser(t, url))
+	execute(t, super, `SET session_replication_role = replica;
+		INSERT INTO users (name, surname, password)
+		SELECT CASE WHEN i % 2 = 0 THEN 'Common' WHEN i % 5000 = 1 THEN 'Rare' ELSE 'Other' END || i,
+			CASE WHEN i % 4 = 3 THEN 'Smith' ELSE 'Doe' END || i, repeat('x', 100)
+		FROM generate_series(1, 200000) AS i`)
+	execute(t, super, "VACUUM ANALYZE users")
+	var mu sync.Mutex
+	var plans []string
+	s := explainedPostgres(t, url, func(plan string) {
+		mu.Lock()
+		defer mu.Unlock()
+		plans = append(plans, plan)
+	})
+	const byName, bySurname, byID = "Index Only Scan using user_service_name on users",
+		"Index Only Scan using user_service_surname on users", "Index Scan using users_pkey on users"
+	for _, test := range []struct {
+		prefix string
+		after  int64
+		scans  []string // of each statement in the function, and of the page
+	}{
+		{"rare", 0, []string{byName, bySurname, byID}},
+		{"nobody", 0, []string{byName, bySurname, byID}},
+		{"oth", 0, []string{byName, bySurname, byID, byID}},
+		{"smith", 100_000, []string{byName, bySurname, byID, byID}},
+		{"common", 199_000, []string{byName, bySurname, byID, byName + bySurname, byID}},
+	} {
+		if _, _, err := s.findUsers(t.Context(), test.prefix, test.after, 600, 10); err != nil {
+			t.Fatal(err)
+		}
+		mu.Lock()
+		var scans []string
+		for _, plan := range plans {
+			if found := scanPattern.FindAllString(plan, -1); found != nil {
+				scans = append(scans, strings.Join(found, ""))
+			}
+		}
+		if !slices.Equal(scans, test.scans) {
+			t.Errorf("%s after %d: scans %q, want %q: %s", test.prefix, test.after, scans, test.scans,
+				strings.Join(plans, "\n"))
+		}
+		plans = nil
+		mu.Unlock()
+	}
+}
+
+// scanPattern matches the scans of users in a plan.
+var scanPattern = regexp.MustCompile(`[A-Z][A-Za-z ]* Scan[a-z_ ]* on users`)
 
 // TestStoreKeepsOrder changes a few users concurrently, and checks that the outbox has the events
 // of each user in the order of versions and times, without a gap.
@@ -3154,7 +3547,7 @@ func checkSchemaVersion(t *testing.T, conn *pgx.Conn) {
 		FROM pg_trigger WHERE NOT tgisinternal`)
 	const want = "user_service_adopt user_service_delete user_service_insert " +
 		"user_service_keep_ids user_service_stamp user_service_truncate user_service_update"
-	if version != 2 || triggers != want {
+	if version != 3 || triggers != want {
 		t.Errorf("version %d with the triggers %s, want 2, %s", version, triggers, want)
 	}
 	old := queryValue[int](t, conn, "SELECT count(*) FROM pg_proc WHERE proname = 'count_users'")
