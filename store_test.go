@@ -18,6 +18,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"net"
+	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"os"
@@ -55,11 +56,17 @@ func eachStoreAlone(t *testing.T, test func(t *testing.T, s store)) {
 // openTestPostgres opens a store on a database until the test ends.
 func openTestPostgres(t *testing.T, url string) *postgres {
 	t.Helper()
-	s, err := openPostgres(t.Context(), url, "test", newLogger(&logWriter{w: t.Output()}, 0))
+	out := &logWriter{w: t.Output()}
+	s, err := openPostgres(t.Context(), url, "test", newLogger(out, 0))
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(s.close)
+	t.Cleanup(func() {
+		s.close()
+		if err := out.flush(); err != nil {
+			t.Error(err)
+		}
+	})
 	return s
 }
 
@@ -2701,6 +2708,15 @@ var repairs = []struct {
 		sql: "SELECT setval('users_id_seq', 1)"},
 	{name: "the sequence restarted", users: 3, line: "sequence",
 		sql: "ALTER TABLE users ALTER id RESTART"},
+	{name: "an index dropped", users: 3, sql: "DROP INDEX user_service_name",
+		line: "created the index user_service_name"},
+	{name: "an index invalid", users: 3, superuser: true,
+		sql: `UPDATE pg_index SET indisvalid = false
+			WHERE indexrelid = 'user_service_surname'::regclass`,
+		line: "created the index user_service_surname"},
+	{name: "the function of searches dropped", users: 3, sql: "DROP FUNCTION user_service_fold CASCADE",
+		line: "created the index user_service_name"},
+	{name: "the function that searches dropped", users: 3, sql: "DROP FUNCTION user_service_find"},
 }
 
 // TestStartRepairs makes each of the changes in repairs and starts the service. It checks that the
@@ -3674,5 +3690,441 @@ func TestUpgradeKeepsOtherFunction(t *testing.T) {
 	openTestPostgres(t, url)
 	if n := queryValue[int64](t, conn, "SELECT count_users()"); n != 7 {
 		t.Errorf("the function of the site returns %d, want 7", n)
+	}
+}
+
+// schema120 is the schema of release 1.2.0, which has version 2.
+var schema120 = func() string {
+	text, err := os.ReadFile("system/testdata/schema-1.2.0.sql")
+	if err != nil {
+		panic(err)
+	}
+	return string(text)
+}()
+
+// database120 returns a database of release 1.2.0 with users, each of which takes about 2 KiB.
+func database120(t *testing.T, users int) string {
+	t.Helper()
+	url := emptyDatabase(t, "")
+	conn := connect(t, url)
+	execute(t, conn, schema120)
+	execute(t, conn, `INSERT INTO users (name, surname, password)
+		SELECT 'John' || i, 'Doe', repeat(md5(i::text), 60) FROM generate_series(1, $1) AS i`, users)
+	return url
+}
+
+// manyUsers are users of database120 whose indexes a start leaves to finishSchema.
+const manyUsers = 6000
+
+// indexes is a query that returns the indexes of searches. An invalid one has an exclamation mark.
+const indexes = `SELECT coalesce(string_agg(relname || CASE WHEN indisvalid THEN '' ELSE '!' END, ' '
+		ORDER BY relname), '')
+	FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+	WHERE indrelid = 'users'::regclass AND relname <> 'users_pkey'`
+
+// bothIndexes is the result of indexes after a start or after finishSchema.
+const bothIndexes = "user_service_name user_service_surname"
+
+// waitForIndexes waits until the indexes are valid.
+func waitForIndexes(t *testing.T, conn *pgx.Conn) {
+	t.Helper()
+	eventually(t, "the indexes of searches", func() bool {
+		return queryValue[string](t, conn, indexes) == bothIndexes
+	})
+}
+
+// blockIndexes begins a transaction for which CREATE INDEX CONCURRENTLY waits until release is
+// called.
+func blockIndexes(t *testing.T, url string) (release func()) {
+	t.Helper()
+	conn := connect(t, url)
+	execute(t, conn, "BEGIN; LOCK TABLE users IN ROW EXCLUSIVE MODE")
+	return func() { execute(t, conn, "COMMIT") }
+}
+
+// waitForBuild waits until the creation of an index, or the removal of an invalid one, waits for other
+// transactions, and returns its process.
+func waitForBuild(t *testing.T, conn *pgx.Conn) (pid int) {
+	t.Helper()
+	eventually(t, "the creation of an index", func() bool {
+		pid = queryValue[int](t, conn, `SELECT coalesce(max(pid), 0) FROM pg_stat_activity
+			WHERE datname = current_database() AND wait_event_type = 'Lock'
+				AND query ~ '^(CREATE|DROP) INDEX CONCURRENTLY'`)
+		return pid > 0
+	})
+	return pid
+}
+
+// TestUpgradeFewUsers checks that a start on a small database of release 1.2.0 creates the indexes
+// before it serves.
+func TestUpgradeFewUsers(t *testing.T) {
+	t.Parallel()
+	url := database120(t, 50)
+	log, err := openLogged(t, url)
+	conn := connect(t, url)
+	if got := queryValue[string](t, conn, indexes); err != nil || got != bothIndexes {
+		t.Errorf("start: %v, indexes %q, want %q", err, got, bothIndexes)
+	}
+	if n := len(log.lines("Database schema updated")); n != 1 || n != len(log.lines("")) {
+		t.Errorf("%d lines about the update, want no other:\n%s", n, log)
+	}
+	checkSchemaVersion(t, conn)
+	checkRepaired(t, url, 50, "")
+}
+
+// TestUpgradeManyUsers checks that the service serves while the indexes are created after the start
+// on a large database of release 1.2.0, and that no timeout of the database ends the creation.
+func TestUpgradeManyUsers(t *testing.T) {
+	t.Parallel()
+	s := memorySettings()
+	s.databaseURL = database120(t, manyUsers)
+	conn := connect(t, s.databaseURL)
+	execute(t, conn, "ALTER DATABASE "+conn.Config().Database+" SET statement_timeout = '1s'")
+	execute(t, conn, "ALTER DATABASE "+conn.Config().Database+" SET lock_timeout = '1s'")
+	release := blockIndexes(t, s.databaseURL)
+	svc := startService(t, s)
+	waitForBuild(t, conn)
+	checkSearches := func(want ...int64) {
+		t.Helper()
+		if got := svc.search("john600"); !slices.Equal(got, want) {
+			t.Errorf("users %v, want %v", got, want)
+		}
+	}
+	checkSearches(600, manyUsers)
+	id := svc.createUser("Ann", "John600")
+	if a := svc.do("PUT", "/users/600", `{"name": "Bob"}`); a.status != http.StatusOK {
+		t.Errorf("PUT during the creation of an index: status %d, want 200: %s", a.status, a.body)
+	}
+	checkSearches(manyUsers, id)
+	execute(t, conn, "SET statement_timeout = 0; SELECT pg_sleep(1.5)") // longer than the timeouts
+	release()
+	for _, index := range strings.Fields(bothIndexes) {
+		svc.waitForLine("Search index built", "index", index)
+	}
+	if got := queryValue[string](t, conn, indexes); got != bothIndexes {
+		t.Errorf("indexes %q, want %q", got, bothIndexes)
+	}
+	checkSearches(manyUsers, id)
+	checkSchemaVersion(t, conn)
+	if log, err := openLogged(t, s.databaseURL); err != nil || len(log.lines("")) > 0 {
+		t.Errorf("second start: error %v, want none and an empty log:\n%s", err, log)
+	}
+}
+
+// TestUpgradeByTwoServices checks that two services that start at once on a large database of
+// release 1.2.0 both serve, and that the indexes are created.
+func TestUpgradeByTwoServices(t *testing.T) {
+	t.Parallel()
+	s := memorySettings()
+	s.databaseURL = database120(t, manyUsers)
+	services := make([]*service, 2)
+	var group sync.WaitGroup
+	for i := range services {
+		group.Go(func() { services[i] = startService(t, s) })
+	}
+	group.Wait()
+	waitForIndexes(t, connect(t, s.databaseURL))
+	for _, svc := range services {
+		if got := svc.search("john600"); !slices.Equal(got, []int64{600, manyUsers}) {
+			t.Errorf("users %v, want 600 and %d", got, manyUsers)
+		}
+	}
+}
+
+// indexDamages are changes of the indexes.
+var indexDamages = []struct {
+	name, sql string
+}{
+	{"dropped", "DROP INDEX user_service_name, user_service_surname"},
+	{"one dropped", "DROP INDEX user_service_surname"},
+	{"invalid", `UPDATE pg_index SET indisvalid = false
+		WHERE indexrelid IN ('user_service_name'::regclass, 'user_service_surname'::regclass)`},
+}
+
+// TestStartRepairsIndexes checks that a start replaces missing and invalid indexes, or leaves that to
+// finishSchema if there are many users.
+func TestStartRepairsIndexes(t *testing.T) {
+	t.Parallel()
+	for _, test := range indexDamages {
+		for _, users := range []int{3, manyUsers} {
+			t.Run(fmt.Sprint(test.name, " with ", users, " users"), func(t *testing.T) {
+				t.Parallel()
+				url := database120(t, users)
+				first := openTestPostgres(t, url)
+				first.finishSchema(t.Context())
+				conn := connect(t, asSuperuser(t, url))
+				execute(t, conn, test.sql)
+				log, err := openLogged(t, url)
+				repaired := fmt.Sprint(log.lines("Database repaired"))
+				named := strings.Contains(repaired, "user_service_surname")
+				if err != nil || named != (users == 3) {
+					t.Errorf("start: %v, want the repair of the index unless finishSchema makes it:\n%s",
+						err, log)
+				}
+				s := openTestPostgres(t, url)
+				if left := len(s.left); (left > 0) != (users == manyUsers) {
+					t.Errorf("%d indexes left to finishSchema with %d users", left, users)
+				}
+				s.finishSchema(t.Context())
+				if got := queryValue[string](t, conn, indexes); got != bothIndexes {
+					t.Errorf("indexes %q, want %q", got, bothIndexes)
+				}
+				checkFound(t, s, "john2", 1, 0, 1, []int64{2}, map[int]int64{3: 1, manyUsers: 1111}[users])
+			})
+		}
+	}
+}
+
+// TestBuildIndexFails checks that the failure to create an index is logged, that the index is left to
+// the next attempt, and that this one replaces the invalid index.
+func TestBuildIndexFails(t *testing.T) {
+	t.Parallel()
+	url := database120(t, manyUsers)
+	conn, log := connect(t, url), &logBuffer{}
+	out := &logWriter{w: log}
+	s, err := openPostgres(t.Context(), url, "test", newLogger(out, 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.close)
+	for attempt, fail := range []func(pid int, cancel func()){
+		func(pid int, _ func()) { execute(t, conn, "SELECT pg_terminate_backend($1)", pid) },
+		func(pid int, _ func()) { execute(t, conn, "SELECT pg_cancel_backend($1)", pid) },
+		func(_ int, cancel func()) { cancel() }, // the service stops
+	} {
+		release := blockIndexes(t, url)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { s.finishSchema(ctx); close(done) }()
+		fail(waitForBuild(t, conn), cancel)
+		eventually(t, "the line about the failure", func() bool {
+			return out.flush() == nil && len(log.lines("Building a search index failed")) > attempt
+		})
+		cancel()
+		<-done
+		if got := queryValue[string](t, conn, indexes); len(s.left) != 2 ||
+			got != "user_service_name!" {
+			t.Errorf("attempt %d: %d indexes left and %q, want 2 and an invalid user_service_name",
+				attempt, len(s.left), got)
+		}
+		release()
+	}
+	s.finishSchema(t.Context())
+	if got := queryValue[string](t, conn, indexes); len(s.left) > 0 || got != bothIndexes {
+		t.Errorf("%d indexes left and %q, want none and %q", len(s.left), got, bothIndexes)
+	}
+}
+
+// TestBuildIndexOnce checks that an index that another replica has created meanwhile is kept.
+func TestBuildIndexOnce(t *testing.T) {
+	t.Parallel()
+	url := database120(t, manyUsers)
+	first, second := openTestPostgres(t, url), openTestPostgres(t, url)
+	if len(first.left) != 2 || len(second.left) != 2 {
+		t.Fatalf("%d and %d indexes left, want 2 each", len(first.left), len(second.left))
+	}
+	conn := connect(t, url)
+	const oids = "SELECT array_agg(indexrelid) FROM pg_index WHERE indrelid = 'users'::regclass"
+	first.finishSchema(t.Context())
+	before := queryValue[[]uint32](t, conn, oids)
+	second.finishSchema(t.Context())
+	if after := queryValue[[]uint32](t, conn, oids); len(before) != 3 || !slices.Equal(after, before) {
+		t.Errorf("indexes %v, then %v, want the same", before, after)
+	}
+}
+
+// The SQL statements of release 1.2.0 that change or list users, word for word.
+const (
+	insert120 = `
+		WITH created AS (
+			INSERT INTO users (name, surname, password)
+			SELECT $1, $2, $3 FROM set_config('user_service.trace_id', $4, true)
+			RETURNING ` + previousColumns + `
+		), kept AS (
+			INSERT INTO idempotency_keys (key, user_id, name, surname, password)
+			SELECT $5, id, name, surname, $3 FROM created WHERE $5 <> ''
+		)
+		SELECT * FROM created`
+	change120 = `
+		WITH change AS (
+			SELECT * FROM unnest(
+				set_config('user_service.ids', $1::bigint[]::text, true)::bigint[],
+				set_config('user_service.trace_ids', $2::text[]::text, true)::text[],
+				$3::text[], $4::text[], $5::text[], $6::text[]
+			) AS change (user_id, trace_id, match, new_name, new_surname, new_password)
+		), free AS (
+			SELECT change.*
+			FROM change,
+				LATERAL (SELECT FROM users WHERE id = user_id FOR UPDATE SKIP LOCKED) AS users
+		)`
+	update120 = change120 + `
+		UPDATE users SET
+			name = coalesce(new_name, name),
+			surname = coalesce(new_surname, surname),
+			password = coalesce(new_password, password)
+		FROM free
+		WHERE id = user_id AND (match IS NULL OR version = ANY (match::bigint[]))
+		RETURNING ` + previousColumns
+	delete120 = change120 + `
+		DELETE FROM users USING free
+		WHERE id = user_id AND (match IS NULL OR version = ANY (match::bigint[]))
+		RETURNING ` + previousColumns
+	rehash120 = `
+		UPDATE users SET password = $3 FROM set_config('user_service.rehash', 'on', true)
+		WHERE id = $1 AND password = $2`
+	list120 = `
+			SELECT greatest(sum(n), 0)::bigint AS total, 0 AS id, '' AS name, '' AS surname,
+				0 AS version, now() AS created_at, now() AS updated_at
+			FROM user_counts
+			UNION ALL (
+				SELECT NULL, ` + previousColumns + ` FROM users WHERE id > $1 ORDER BY id LIMIT $3 OFFSET $2
+			)
+			ORDER BY total, id`
+)
+
+// TestRelease120 checks that release 1.2.0 can start on an upgraded database, and that its statements
+// work there.
+func TestRelease120(t *testing.T) {
+	t.Parallel()
+	url := database120(t, 0)
+	s, conn := openTestPostgres(t, url), connect(t, url)
+	before := queryValue[string](t, conn, catalog)
+	if _, err := conn.Exec(t.Context(), schema120); sqlState(err) != "US002" {
+		t.Errorf("start of release 1.2.0: %v, want US002, which ends its steps", err)
+	}
+	if lines := differences(before, queryValue[string](t, conn, catalog)); len(lines) > 0 {
+		t.Errorf("the start of release 1.2.0 changed the catalog: %q", lines)
+	}
+	for _, key := range []string{"", "key", ""} {
+		execute(t, conn, insert120, "John", "Doe", "hash", "create", key)
+	}
+	ids, traces := []int64{1, 2, 9}, []string{"change-1", "change-2", "change-9"}
+	none, jane, one, seven := []*string{nil, nil, nil}, new("Jane"), new("{1}"), new("{7}")
+	names := []*string{jane, jane, jane}
+	execute(t, conn, update120, ids, traces, []*string{one, seven, nil}, names, none, none)
+	execute(t, conn, rehash120, 3, "hash", "new hash")
+	execute(t, conn, delete120, ids, traces, []*string{seven, nil, nil}, none, none, none)
+	const want = "created 1/1 create, updated 1/2 change-1, created 2/1 create, " +
+		"deleted 2/2 change-2, created 3/1 create"
+	if got := queryValue[string](t, conn, eventsWithTraces); got != want {
+		t.Errorf("events %s, want %s", got, want)
+	}
+	rows, _ := conn.Query(t.Context(), list120, 0, 1, 10)
+	list, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (string, error) {
+		values, err := row.Values()
+		return fmt.Sprint(values[:5]), err
+	})
+	if err != nil || !slices.Equal(list, []string{"[2 0   0]", "[<nil> 3 John Doe 1]"}) {
+		t.Errorf("list %q, %v, want the total 2 and user 3", list, err)
+	}
+	checkFound(t, s, "jan", 0, 0, 10, []int64{1}, 1)
+	checkTotal(t, conn)
+	checkEvents(t, conn)
+}
+
+// TestImportedTimes checks when an update keeps the updated_at of its writer, and the time of the
+// event.
+func TestImportedTimes(t *testing.T) {
+	t.Parallel()
+	conn := connect(t, newDatabase(t))
+	const last = "2020-01-01 00:00:00.123456Z"
+	for _, test := range []struct{ name, setting, sql, want string }{
+		{name: "no setting", sql: "name = 'Eve', updated_at = '2024-01-01Z'"},
+		{name: "off", setting: "off", sql: "name = 'Eve', updated_at = '2024-01-01Z'"},
+		{name: "another setting", setting: "true", sql: "name = 'Eve', updated_at = '2024-01-01Z'"},
+		{name: "later", setting: "on", sql: "name = 'Eve', updated_at = '2024-01-01Z'",
+			want: "2024-01-01 00:00:00Z"},
+		{name: "in the future", setting: "on", sql: "name = 'Eve', updated_at = '2199-01-01Z'",
+			want: "2199-01-01 00:00:00Z"},
+		{name: "the same", setting: "on", sql: "name = 'Eve'", want: "2020-01-01 00:00:00.123457Z"},
+		{name: "earlier", setting: "on", sql: "name = 'Eve', updated_at = '2019-01-01Z'",
+			want: "2020-01-01 00:00:00.123457Z"},
+		{name: "a password", setting: "on", sql: "password = 'y', updated_at = '2024-01-01Z'",
+			want: "2024-01-01 00:00:00Z"},
+		{name: "only a time", setting: "on", sql: "updated_at = '2024-01-01Z'", want: last},
+	} {
+		execute(t, conn, "DELETE FROM users")
+		execute(t, conn, `INSERT INTO users (id, name, surname, password, updated_at)
+			VALUES (1, 'Ann', 'Doe', 'x', '`+last+`')`)
+		execute(t, conn, "DELETE FROM outbox")
+		start := queryValue[time.Time](t, conn, "SELECT clock_timestamp()")
+		execute(t, conn, "BEGIN; SET LOCAL user_service.import = '"+test.setting+"';"+
+			"UPDATE users SET "+test.sql+"; COMMIT")
+		updated := queryValue[time.Time](t, conn, "SELECT updated_at FROM users")
+		want, err := time.Parse("2006-01-02 15:04:05Z07:00", test.want)
+		if test.want == "" {
+			if age := time.Since(updated); updated.Before(start) || age < 0 {
+				t.Errorf("%s: updated_at %v, want the time of the statement", test.name, updated)
+			}
+		} else if err != nil || !updated.Equal(want) {
+			t.Errorf("%s: updated_at %v, %v, want %v", test.name, updated, err, want)
+		}
+		unchanged := test.want == last
+		n := queryValue[int](t, conn, `SELECT count(*) FROM outbox, users
+			WHERE occurred_at >= greatest(updated_at, $1) AND outbox.version = 2`, start)
+		version := queryValue[int](t, conn, "SELECT version FROM users")
+		if unchanged && (n != 0 || version != 1) || !unchanged && (n != 1 || version != 2) {
+			t.Errorf("%s: version %d with %d events of this time, unchanged: %t",
+				test.name, version, n, unchanged)
+		}
+	}
+}
+
+// predecessors are tables of the name user, and whether a start must mention the import of its users.
+var predecessors = []struct {
+	name, sql string
+	superuser bool
+	waiting   bool
+}{
+	{name: "none", sql: "SELECT"},
+	{name: "rows", sql: predecessorTable + predecessorRow, waiting: true},
+	{name: "rows, readable", superuser: true, waiting: true,
+		sql: predecessorTable + predecessorRow + `GRANT SELECT ON "user" TO PUBLIC;`},
+	{name: "rows, not readable", superuser: true, sql: predecessorTable + predecessorRow},
+	{name: "rows, one column readable", superuser: true,
+		sql: predecessorTable + predecessorRow + `GRANT SELECT (id) ON "user" TO PUBLIC;`},
+	{name: "more columns", waiting: true,
+		sql: predecessorTable + predecessorRow + `ALTER TABLE "user" ADD email text;`},
+	{name: "no rows", sql: predecessorTable},
+	{name: "a column missing", sql: predecessorTable + predecessorRow +
+		`ALTER TABLE "user" DROP created_at;`},
+	{name: "a table of another kind", sql: `CREATE TABLE "user" (id int); INSERT INTO "user" VALUES (1)`},
+	{name: "users exist", sql: predecessorTable + predecessorRow +
+		"INSERT INTO users (name, surname, password) VALUES ('John', 'Doe', 'x');"},
+	{name: "a table in another schema", sql: "CREATE SCHEMA other; SET search_path = other;" +
+		predecessorTable + predecessorRow},
+}
+
+const (
+	predecessorTable = `CREATE TABLE "user" (id bigserial PRIMARY KEY, name text, surname text,
+		password text, created_at timestamptz DEFAULT now(), updated_at timestamptz DEFAULT now());`
+	predecessorRow = `INSERT INTO "user" (name, surname, password) VALUES ('Ann', 'Lee', 'x');`
+)
+
+// TestStartMentionsPredecessor checks that a service without users, whose database has users of the
+// predecessor, names the command that imports them, and starts in any case.
+func TestStartMentionsPredecessor(t *testing.T) {
+	t.Parallel()
+	for _, test := range predecessors {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			s := postgresSettings(t)
+			url := s.databaseURL
+			if test.superuser {
+				url = asSuperuser(t, url)
+			}
+			execute(t, connect(t, url), test.sql)
+			if left := openTestPostgres(t, s.databaseURL).left; (len(left) == 1) != test.waiting ||
+				test.waiting && left[0].Code != "US103" {
+				t.Errorf("left %v, want US103: %t", left, test.waiting)
+			}
+			svc := startService(t, s)
+			if test.waiting {
+				line := svc.waitForLine("Predecessor's users not imported", "level", "WARN")
+				if !strings.Contains(fmt.Sprint(line["remedy"]), "user-service import --predecessor") {
+					t.Errorf("line %v, want the command", line)
+				}
+			}
+		})
 	}
 }
