@@ -667,6 +667,9 @@ func TestSearchPlans(t *testing.T) {
 			if found := scanPattern.FindAllString(plan, -1); found != nil {
 				scans = append(scans, strings.Join(found, ""))
 			}
+			if strings.Contains(plan, "Index Only") && strings.Contains(plan, "Filter:") {
+				t.Errorf("%s: want both bounds of the prefix in Index Cond: %s", test.prefix, plan)
+			}
 		}
 		if !slices.Equal(scans, test.scans) {
 			t.Errorf("%s after %d: scans %q, want %q: %s", test.prefix, test.after, scans, test.scans,
