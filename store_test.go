@@ -1,26 +1,43 @@
 package main
 
-// Tests of the stores: store.go, memory.go, database.go, outbox.go. Those of schema.sql are in
-// schema_test.go.
+// Tests of the stores: store.go, memory.go, database.go, outbox.go, and schema.sql with its triggers,
+// the repair of a damaged schema, and the upgrade of an older one.
 
 import (
 	"context"
 	"crypto/tls"
+	_ "embed"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"maps"
+	"math"
 	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
 	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+	"unicode"
+	"unicode/utf16"
+	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 // eachStoreAlone runs a test with each store, without a service. So no relay removes events from
@@ -39,11 +56,17 @@ func eachStoreAlone(t *testing.T, test func(t *testing.T, s store)) {
 // openTestPostgres opens a store on a database until the test ends.
 func openTestPostgres(t *testing.T, url string) *postgres {
 	t.Helper()
-	s, err := openPostgres(t.Context(), url, "test", newLogger(&logWriter{w: t.Output()}, 0))
+	out := &logWriter{w: t.Output()}
+	s, err := openPostgres(t.Context(), url, "test", newLogger(out, 0))
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(s.close)
+	t.Cleanup(func() {
+		s.close()
+		if err := out.flush(); err != nil {
+			t.Error(err)
+		}
+	})
 	return s
 }
 
@@ -271,6 +294,394 @@ func TestStoreListsInOrder(t *testing.T) {
 		}
 	})
 }
+
+// addUsers creates users with names and surnames. Without other users, they get the ids from 1.
+func addUsers(t *testing.T, s store, names ...[2]string) {
+	t.Helper()
+	if s, ok := s.(*postgres); ok {
+		next := pgx.CopyFromSlice(len(names), func(i int) ([]any, error) {
+			return []any{names[i][0], names[i][1], "x"}, nil
+		})
+		columns := []string{"name", "surname", "password"}
+		if _, err := s.pool.CopyFrom(t.Context(), pgx.Identifier{"users"}, columns, next); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	for _, n := range names {
+		if _, err := s.createUser(t.Context(), input(n[0], n[1], "x"), ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// checkFound checks the ids and the total of a search. It returns whether they are as wanted.
+func checkFound(t *testing.T, s store, prefix string, after, offset, limit int64, want []int64,
+	total int64) bool {
+	t.Helper()
+	users, got, err := s.findUsers(t.Context(), prefix, after, offset, limit)
+	ids := []int64{}
+	for _, u := range users {
+		ids = append(ids, u.ID)
+	}
+	if err != nil || got != total || !slices.Equal(ids, want) {
+		t.Errorf("%T: %+q after %d, offset %d, limit %d: users %v of %d, %v, want %v of %d",
+			s, prefix, after, offset, limit, ids, got, err, want, total)
+		return false
+	}
+	return true
+}
+
+// searchLetters are characters of random names: letters with several forms of equal case, and those
+// that could be confused with them or with the syntax of a pattern.
+var searchLetters = []rune("aAbB%_\\' éÉeE\u0301σςΣµμΜİıiIkK\u212aſsSßẞǅǆжЖა\u10a0\u2d00ᲐꮿᏯ" +
+	"😀𐐔𐐼\u00a0\uffff\U0010ffff")
+
+// beginsWith reports whether text begins with prefix regardless of case. It compares the texts by
+// strings.EqualFold, in which İ has no other case.
+func beginsWith(text, prefix string) bool {
+	dotted := strings.NewReplacer("İ", "i")
+	start := []rune(text)
+	start = start[:min(len(start), utf8.RuneCountInString(prefix))]
+	return strings.EqualFold(dotted.Replace(string(start)), dotted.Replace(prefix))
+}
+
+// TestStoresFindTheSame compares both stores with beginsWith: random users, prefixes and positions.
+func TestStoresFindTheSame(t *testing.T) {
+	t.Parallel()
+	seed := rand.Uint64()
+	random := rand.New(rand.NewPCG(seed, 0))
+	text := func(longest int) string {
+		runes := make([]rune, random.IntN(longest)+1)
+		for i := range runes {
+			runes[i] = searchLetters[random.IntN(len(searchLetters))]
+		}
+		return string(runes)
+	}
+	names := make([][2]string, 400)
+	for i := range names {
+		names[i] = [2]string{text(4), text(4)}
+	}
+	stores := []store{newMemory(), openTestPostgres(t, newDatabase(t))}
+	for _, s := range stores {
+		addUsers(t, s, names...)
+	}
+	for i := 0; i < len(names); i += 7 { // every other one of these is deleted, or renamed
+		names[i] = [2]string{text(4), text(4)}
+		in := input(names[i][0], names[i][1], "")
+		for _, s := range stores {
+			_, err := s.updateUser(t.Context(), int64(i+1), in, nil)
+			if err == nil && i%2 == 0 {
+				err = s.deleteUser(t.Context(), int64(i+1), nil)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		if i%2 == 0 {
+			names[i] = [2]string{}
+		}
+	}
+	for range 1000 {
+		prefix, after, offset := text(2), random.Int64N(450)-20, random.Int64N(8)
+		limit := random.Int64N(12) + 1
+		matches, want := int64(0), []int64{}
+		for i, n := range names {
+			if !beginsWith(n[0], prefix) && !beginsWith(n[1], prefix) {
+				continue
+			}
+			matches++
+			if id := int64(i + 1); id > after {
+				want = append(want, id)
+			}
+		}
+		want = want[min(offset, int64(len(want))):]
+		want = want[:min(limit, int64(len(want)))]
+		for _, s := range stores {
+			if !checkFound(t, s, prefix, max(after, 0), offset, limit, want, matches) {
+				t.Fatalf("the seed is %d", seed)
+			}
+		}
+	}
+}
+
+// TestFoldInDatabase compares user_service_fold with foldCase, for each code point and for random
+// texts, in databases with different locales. With SQL_ASCII only A to Z have a lower case.
+func TestFoldInDatabase(t *testing.T) {
+	t.Parallel()
+	asciiOnly := func(text string) string {
+		return strings.Map(func(r rune) rune {
+			if r >= 'A' && r <= 'Z' {
+				r += 'a' - 'A'
+			}
+			return r
+		}, text)
+	}
+	const lastLetter = 0x1ffff // all code points that have a case are below
+	for _, test := range []struct {
+		name, options string
+		highest       rune
+		fold          func(string) string
+		since         int // the minimum server_version_num
+	}{
+		{name: "C.UTF-8", options: "LC_COLLATE 'C.UTF-8' LC_CTYPE 'C.UTF-8' ENCODING UTF8",
+			highest: unicode.MaxRune, fold: foldCase},
+		{name: "C", options: "LC_COLLATE 'C' LC_CTYPE 'C' ENCODING UTF8", highest: lastLetter,
+			fold: foldCase},
+		{name: "Turkish", highest: lastLetter, fold: foldCase, since: 150000,
+			options: "LOCALE_PROVIDER icu ICU_LOCALE 'tr' LC_COLLATE 'C' LC_CTYPE 'C' ENCODING UTF8"},
+		{name: "SQL_ASCII", options: "LC_COLLATE 'C' LC_CTYPE 'C' ENCODING SQL_ASCII",
+			highest: lastLetter, fold: asciiOnly},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			server := connect(t, newDatabase(t))
+			if queryValue[int](t, server, "SELECT current_setting('server_version_num')::int") < test.since {
+				t.Skip("needs a newer PostgreSQL")
+			}
+			url := emptyDatabase(t, "TEMPLATE template0 "+test.options)
+			openTestPostgres(t, url).close()
+			conn := connect(t, url)
+			rows, _ := conn.Query(t.Context(),
+				"SELECT text, user_service_fold(text) FROM unnest($1::text[]) AS text",
+				textsToFold(test.highest))
+			var text, got string
+			n := 0
+			_, err := pgx.ForEachRow(rows, []any{&text, &got}, func() error {
+				if want := test.fold(text); got != want && n < 20 {
+					n++
+					t.Errorf("%+q becomes %+q, want %+q", text, got, want)
+				}
+				return nil
+			})
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// textsToFold returns each code point up to highest, and random texts of characters of one, two or
+// all kinds that user_service_fold distinguishes.
+func textsToFold(highest rune) (texts []string) {
+	for r := rune(1); r <= highest; r++ {
+		if !utf16.IsSurrogate(r) {
+			texts = append(texts, string(r))
+		}
+	}
+	kinds := []rune{1, 0x80, 0x250, 0x530, 0x10000, 0x1f000} // the first code point of each
+	for i := range 20_000 {
+		first := i % (len(kinds) - 1)
+		low, high := kinds[first], kinds[first+1+rand.IntN(len(kinds)-1-first)]
+		if i%2 == 0 {
+			low = 1
+		}
+		var b strings.Builder
+		for range rand.IntN(12) {
+			if r := low + rand.Int32N(high-low); !utf16.IsSurrogate(r) {
+				b.WriteRune(r)
+			}
+		}
+		texts = append(texts, b.String())
+	}
+	return texts
+}
+
+// TestSearchInSQLASCII checks that a database without an encoding finds names by their bytes, and
+// regardless of the case of A to Z.
+func TestSearchInSQLASCII(t *testing.T) {
+	t.Parallel()
+	s := openTestPostgres(t, emptyDatabase(t,
+		"TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C' ENCODING SQL_ASCII"))
+	addUsers(t, s, [2]string{"Éva", "Lee"}, [2]string{"éva", "LEE"}, [2]string{"𐐔x", "😀"},
+		[2]string{"z" + strings.Repeat("\U0010ffff", 254), "Jo"})
+	for _, test := range []struct {
+		prefix string
+		want   []int64
+	}{
+		{"É", []int64{1}}, {"éV", []int64{2}}, {"lE", []int64{1, 2}}, {"𐐔", []int64{3}},
+		{"𐐼", []int64{}}, {"😀", []int64{3}}, {"Z", []int64{4}}, {"z\U0010ffff", []int64{4}},
+	} {
+		checkFound(t, s, test.prefix, 0, 0, 10, test.want, int64(len(test.want)))
+	}
+}
+
+// userGroups are groups of users with one name and one surname each. The number of users with a
+// name or surname is near the one up to which matches are counted.
+var userGroups = []struct {
+	name, surname string
+	n             int64
+}{
+	{"j", "-", 9_000}, // more are behind the other groups
+	{"a", "-", 10_000}, {"b", "-", 10_001}, {"-", "c", 10_000}, {"-", "d", 10_001},
+	{"e", "-", 5_000}, {"-", "E", 5_000}, {"F", "-", 6_000}, {"-", "f", 6_000},
+	{"g", "G", 10_000}, {"h", "h", 10_001}, {"i", "-", 5_001}, {"-", "i", 5_000},
+	{"-", "j", 3_000}, {"k", "-", 3},
+}
+
+// groupedIDs returns the ids of the users in userGroups whose name or surname begins with prefix.
+func groupedIDs(prefix string) (ids []int64) {
+	first := int64(1)
+	for _, g := range userGroups {
+		for id := first; id < first+g.n; id++ {
+			if strings.EqualFold(g.name, prefix) || strings.EqualFold(g.surname, prefix) {
+				ids = append(ids, id)
+			}
+		}
+		first += g.n
+	}
+	return ids
+}
+
+// TestSearchManyUsers checks totals up to and above the number that is counted, and pages that are
+// near to and far from each other in the order of ids.
+func TestSearchManyUsers(t *testing.T) {
+	t.Parallel()
+	eachStoreAlone(t, func(t *testing.T, s store) {
+		for _, g := range userGroups {
+			addUsers(t, s, slices.Repeat([][2]string{{g.name, g.surname}}, int(g.n))...)
+		}
+		for _, prefix := range strings.Split("abcdefghijk", "") {
+			ids := groupedIDs(prefix)
+			total := min(int64(len(ids)), 10_001)
+			first, last := ids[0], ids[len(ids)-1]
+			for _, position := range []struct{ after, offset int64 }{
+				{0, 0}, {0, 7}, {0, 4_995}, {0, 9_995}, {0, 11_990}, {0, 99_990},
+				{first - 1, 0}, {first, 100}, {first + 4_000, 0}, {first + 8_994, 0},
+				{first + 10, 5_000}, {last - 4_990, 0}, {last - 3, 0}, {last - 3, 2}, {last, 0},
+				{1<<63 - 1, 0},
+			} {
+				behind, _ := slices.BinarySearch(ids, position.after)
+				if behind < len(ids) && ids[behind] == position.after {
+					behind++
+				}
+				want := ids[min(behind+int(position.offset), len(ids)):]
+				checkFound(t, s, prefix, position.after, position.offset, 11,
+					want[:min(11, len(want))], total)
+			}
+		}
+		checkCappedPages(t, s)
+	})
+}
+
+// checkCappedPages checks the pages and the links of searches in userGroups. A capped total has no
+// last page.
+func checkCappedPages(t *testing.T, users store) {
+	t.Helper()
+	type targets = map[string]string
+	d := testDependencies(memorySettings(), users, slog.New(slog.DiscardHandler))
+	server := httptest.NewServer(newServer(d, &traffic{}, newAccess(d.settings),
+		protectedRoutes(newAPI(d, &traffic{}), &health{})))
+	defer server.Close()
+	s := &service{t: t, url: server.URL}
+	j, a := groupedIDs("j"), groupedIDs("a")
+	const capped = `,"total":10000,"total_capped":true,`
+	for _, p := range []page{
+		{"?q=J&per_page=2", j[:2], capped + `"page":1,"per_page":2,"next_after":2}`,
+			targets{"first": "/users?page=1&per_page=2&q=J",
+				"next": "/users?after=2&per_page=2&q=J"}},
+		{"?q=j&per_page=2&page=3", j[4:6], capped + `"page":3,"per_page":2,"next_after":6}`,
+			targets{"first": "/users?page=1&per_page=2&q=j",
+				"prev": "/users?page=2&per_page=2&q=j", "next": "/users?after=6&per_page=2&q=j"}},
+		{"?q=j&per_page=100&page=120", j[11_900:],
+			capped + `"page":120,"per_page":100,"next_after":null}`,
+			targets{"first": "/users?page=1&per_page=100&q=j",
+				"prev": "/users?page=119&per_page=100&q=j"}},
+		{"?q=j&per_page=100&page=121", nil,
+			capped + `"page":121,"per_page":100,"next_after":null}`,
+			targets{"first": "/users?page=1&per_page=100&q=j",
+				"prev": "/users?page=120&per_page=100&q=j"}},
+		{"?q=j&per_page=2&after=8999", j[8_999:9_001],
+			fmt.Sprintf(`%s"per_page":2,"next_after":%d}`, capped, j[9_000]),
+			targets{"next": fmt.Sprintf("/users?after=%d&per_page=2&q=j", j[9_000])}},
+		{"?q=a&per_page=100&page=100", a[9_900:],
+			`,"total":10000,"page":100,"per_page":100,"next_after":null}`,
+			targets{"first": "/users?page=1&per_page=100&q=a",
+				"prev": "/users?page=99&per_page=100&q=a",
+				"last": "/users?page=100&per_page=100&q=a"}},
+	} {
+		p.check(t, s)
+	}
+}
+
+// explainedPostgres opens a store whose connections send the plan of each statement, also of those
+// inside functions, to plan.
+func explainedPostgres(t *testing.T, url string, plan func(string)) *postgres {
+	t.Helper()
+	admin := connect(t, asSuperuser(t, url))
+	if _, err := admin.Exec(t.Context(), "LOAD 'auto_explain'"); err != nil {
+		missing(t, "auto_explain of PostgreSQL", err)
+	}
+	for _, setting := range []string{"session_preload_libraries = 'auto_explain'",
+		"auto_explain.log_min_duration = 0", "auto_explain.log_nested_statements = on",
+		"auto_explain.log_level = warning"} {
+		execute(t, admin, "ALTER DATABASE "+admin.Config().Database+" SET "+setting)
+	}
+	config := openTestPostgres(t, url).pool.Config()
+	config.ConnConfig.OnNotice = func(_ *pgconn.PgConn, n *pgconn.Notice) { plan(n.Message) }
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(pool.Close)
+	return newPostgres(pool, false, slog.New(slog.DiscardHandler))
+}
+
+// TestSearchPlans checks which indexes the statements of a search use, with many users.
+func TestSearchPlans(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	super := connect(t, asSuperuser(t, url))
+	execute(t, super, `SET session_replication_role = replica;
+		INSERT INTO users (name, surname, password)
+		SELECT CASE WHEN i % 2 = 0 THEN 'Common' WHEN i % 5000 = 1 THEN 'Rare' ELSE 'Other' END || i,
+			CASE WHEN i % 4 = 3 THEN 'Smith' ELSE 'Doe' END || i, repeat('x', 100)
+		FROM generate_series(1, 200000) AS i`)
+	execute(t, super, "VACUUM ANALYZE users")
+	var mu sync.Mutex
+	var plans []string
+	s := explainedPostgres(t, url, func(plan string) {
+		mu.Lock()
+		defer mu.Unlock()
+		plans = append(plans, plan)
+	})
+	const byName, bySurname, byID = "Index Only Scan using user_service_name on users",
+		"Index Only Scan using user_service_surname on users", "Index Scan using users_pkey on users"
+	for _, test := range []struct {
+		prefix string
+		after  int64
+		scans  []string // of each statement in the function, and of the page
+	}{
+		{"rare", 0, []string{byName, bySurname, byID}},
+		{"nobody", 0, []string{byName, bySurname, byID}},
+		{"oth", 0, []string{byName, bySurname, byID, byID}},
+		{"smith", 100_000, []string{byName, bySurname, byID, byID}},
+		{"common", 199_000, []string{byName, bySurname, byID, byName + bySurname, byID}},
+	} {
+		if _, _, err := s.findUsers(t.Context(), test.prefix, test.after, 600, 10); err != nil {
+			t.Fatal(err)
+		}
+		mu.Lock()
+		var scans []string
+		for _, plan := range plans {
+			if found := scanPattern.FindAllString(plan, -1); found != nil {
+				scans = append(scans, strings.Join(found, ""))
+			}
+			if strings.Contains(plan, "Index Only") && strings.Contains(plan, "Filter:") {
+				t.Errorf("%s: want both bounds of the prefix in Index Cond: %s", test.prefix, plan)
+			}
+		}
+		if !slices.Equal(scans, test.scans) {
+			t.Errorf("%s after %d: scans %q, want %q: %s", test.prefix, test.after, scans, test.scans,
+				strings.Join(plans, "\n"))
+		}
+		plans = nil
+		mu.Unlock()
+	}
+}
+
+// scanPattern matches the scans of users in a plan.
+var scanPattern = regexp.MustCompile(`[A-Z][A-Za-z ]* Scan[a-z_ ]* on users`)
 
 // TestStoreKeepsOrder changes a few users concurrently, and checks that the outbox has the events
 // of each user in the order of versions and times, without a gap.
@@ -1688,5 +2099,2035 @@ func TestFold(t *testing.T) {
 		if got != test.want {
 			t.Errorf("%s: rows and sum %s, want %s", test.name, got, test.want)
 		}
+	}
+}
+
+// asRole returns the URL of a test's database as another role, whose password is its name.
+func asRole(t *testing.T, databaseURL, role string) string {
+	t.Helper()
+	u, err := url.Parse(databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.User = url.UserPassword(role, role)
+	return u.String()
+}
+
+// asSuperuser returns the URL of a test's database as the superuser of the tests.
+func asSuperuser(t *testing.T, databaseURL string) string {
+	t.Helper()
+	own, err := url.Parse(databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	super, err := url.Parse(testDatabaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own.User = super.User
+	return own.String()
+}
+
+// newRole returns a role that only this test uses.
+func newRole(t *testing.T) string {
+	t.Helper()
+	role := uniqueName()
+	err := admin(t.Context(), fmt.Sprintf("CREATE ROLE %s LOGIN PASSWORD '%s'", role, role))
+	if err != nil {
+		missing(t, "PostgreSQL", err)
+	}
+	leftovers.dropRole(role)
+	return role
+}
+
+// execute runs statements, or a single one if there are arguments.
+func execute(t *testing.T, conn *pgx.Conn, sql string, args ...any) {
+	t.Helper()
+	if _, err := conn.Exec(t.Context(), sql, args...); err != nil {
+		t.Fatalf("%v in %.300s", err, sql)
+	}
+}
+
+// checkTotal checks that the total equals the number of users.
+func checkTotal(t *testing.T, conn *pgx.Conn) {
+	t.Helper()
+	total := queryValue[int](t, conn, "SELECT coalesce(sum(n), -1) FROM user_counts")
+	if n := queryValue[int](t, conn, "SELECT count(*) FROM users"); n != total {
+		t.Errorf("total %d, want %d", total, n)
+	}
+}
+
+// writers are changes of users in SQL. Each begins with the users 1 Ann in version 1, 2 Bob in
+// version 5 and 3 Cid in version 1, and the next id is 11.
+var writers = []struct {
+	name   string
+	sql    string
+	users  string // id, name and version, and * if updated_at is new
+	events string // type, id and version
+	since  int    // the minimum server_version_num
+}{
+	{
+		name:   "INSERT of one row",
+		sql:    "INSERT INTO users (name, surname, password) VALUES ('New', 'N', 'x')",
+		users:  "1 Ann 1, 2 Bob 5, 3 Cid 1, 11 New 1*",
+		events: "created 11/1",
+	},
+	{
+		name: "INSERT of many rows",
+		sql: `INSERT INTO users (name, surname, password)
+			SELECT 'New', 'N', 'x' FROM generate_series(1, 3)`,
+		users:  "1 Ann 1, 2 Bob 5, 3 Cid 1, 11 New 1*, 12 New 1*, 13 New 1*",
+		events: "created 11/1, created 12/1, created 13/1",
+	},
+	{
+		name: "INSERT with id and version",
+		sql: `INSERT INTO users (id, name, surname, password, version)
+			VALUES (7, 'New', 'N', 'x', 9)`,
+		users:  "1 Ann 1, 2 Bob 5, 3 Cid 1, 7 New 9*",
+		events: "created 7/9",
+	},
+	{
+		name:  "INSERT of no row",
+		sql:   "INSERT INTO users (name, surname, password) SELECT '', '', '' WHERE false",
+		users: "1 Ann 1, 2 Bob 5, 3 Cid 1",
+	},
+	{
+		name:   "UPDATE of one row",
+		sql:    "UPDATE users SET name = 'Eve' WHERE id = 2",
+		users:  "1 Ann 1, 2 Eve 6*, 3 Cid 1",
+		events: "updated 2/6",
+	},
+	{
+		name:   "UPDATE of many rows",
+		sql:    "UPDATE users SET surname = 'Roe'",
+		users:  "1 Ann 2*, 2 Bob 6*, 3 Cid 2*",
+		events: "updated 1/2, updated 2/6, updated 3/2",
+	},
+	{
+		name:   "UPDATE of a password",
+		sql:    "UPDATE users SET password = 'y' WHERE id = 1",
+		users:  "1 Ann 2*, 2 Bob 5, 3 Cid 1",
+		events: "updated 1/2",
+	},
+	{
+		name:   "UPDATE of created_at",
+		sql:    "UPDATE users SET created_at = '2019-01-01' WHERE id = 1",
+		users:  "1 Ann 2*, 2 Bob 5, 3 Cid 1",
+		events: "updated 1/2",
+	},
+	{
+		name:  "UPDATE that changes nothing",
+		sql:   "UPDATE users SET name = name, password = password",
+		users: "1 Ann 1, 2 Bob 5, 3 Cid 1",
+	},
+	{
+		name:   "UPDATE that changes one row of several",
+		sql:    "UPDATE users SET name = 'Ann'",
+		users:  "1 Ann 1, 2 Ann 6*, 3 Ann 2*",
+		events: "updated 2/6, updated 3/2",
+	},
+	{
+		name:  "UPDATE of only version and updated_at",
+		sql:   "UPDATE users SET version = 50, updated_at = now() + interval '1 day'",
+		users: "1 Ann 1, 2 Bob 5, 3 Cid 1",
+	},
+	{
+		name: "UPDATE of a version and a name",
+		sql: `UPDATE users SET version = 1, name = 'Eve', updated_at = '2001-01-01'
+			WHERE id = 2`,
+		users:  "1 Ann 1, 2 Eve 6*, 3 Cid 1",
+		events: "updated 2/6",
+	},
+	{
+		name:  "rehash",
+		sql:   "SET LOCAL user_service.rehash = 'on'; UPDATE users SET password = 'y' WHERE id = 2",
+		users: "1 Ann 1, 2 Bob 5, 3 Cid 1",
+	},
+	{
+		name: "rehash with another name",
+		sql: `SET LOCAL user_service.rehash = 'on';
+			UPDATE users SET password = 'y', name = 'Eve' WHERE id = 2`,
+		users:  "1 Ann 1, 2 Eve 6*, 3 Cid 1",
+		events: "updated 2/6",
+	},
+	{
+		name:   "DELETE of one row",
+		sql:    "DELETE FROM users WHERE id = 2",
+		users:  "1 Ann 1, 3 Cid 1",
+		events: "deleted 2/6",
+	},
+	{
+		name:   "DELETE of all rows",
+		sql:    "DELETE FROM users",
+		events: "deleted 1/2, deleted 2/6, deleted 3/2",
+	},
+	{
+		name:   "TRUNCATE",
+		sql:    "TRUNCATE users",
+		events: "deleted 1/2, deleted 2/6, deleted 3/2",
+	},
+	{
+		name: "INSERT ON CONFLICT DO UPDATE",
+		sql: `INSERT INTO users (id, name, surname, password)
+			VALUES (2, 'Eve', 'N', 'x'), (7, 'New', 'N', 'x')
+			ON CONFLICT (id) DO UPDATE SET name = excluded.name`,
+		users:  "1 Ann 1, 2 Eve 6*, 3 Cid 1, 7 New 1*",
+		events: "updated 2/6, created 7/1",
+	},
+	{
+		name: "INSERT ON CONFLICT DO NOTHING",
+		sql: `INSERT INTO users (id, name, surname, password)
+			VALUES (2, 'Eve', 'N', 'x'), (7, 'New', 'N', 'x') ON CONFLICT DO NOTHING`,
+		users:  "1 Ann 1, 2 Bob 5, 3 Cid 1, 7 New 1*",
+		events: "created 7/1",
+	},
+	{
+		name: "several modifying CTEs",
+		sql: `WITH i AS (
+				INSERT INTO users (id, name, surname, password) VALUES (7, 'New', 'N', 'x')),
+			u AS (UPDATE users SET name = 'Eve' WHERE id = 1),
+			v AS (UPDATE users SET name = 'Eve' WHERE id = 2)
+			DELETE FROM users WHERE id = 3`,
+		users:  "1 Eve 2*, 2 Eve 6*, 7 New 1*",
+		events: "updated 1/2, updated 2/6, deleted 3/2, created 7/1",
+	},
+	{
+		name: "MERGE",
+		sql: `MERGE INTO users USING (VALUES (1), (2), (7)) AS v (v) ON id = v
+			WHEN MATCHED AND id = 1 THEN DELETE
+			WHEN MATCHED THEN UPDATE SET name = 'Eve'
+			WHEN NOT MATCHED THEN INSERT (id, name, surname, password) VALUES (v, 'New', 'N', 'x')`,
+		users:  "2 Eve 6*, 3 Cid 1, 7 New 1*",
+		events: "deleted 1/2, updated 2/6, created 7/1",
+		since:  150000,
+	},
+	{
+		name: "savepoints rolled back",
+		sql: `UPDATE users SET name = 'Eve' WHERE id = 1; SAVEPOINT s;
+			UPDATE users SET name = 'Fay'; DELETE FROM users WHERE id = 3; ROLLBACK TO s;
+			UPDATE users SET name = 'Gil' WHERE id = 1`,
+		users:  "1 Gil 3*, 2 Bob 5, 3 Cid 1",
+		events: "updated 1/2, updated 1/3",
+	},
+	{
+		name:  "a transaction rolled back",
+		sql:   "UPDATE users SET name = 'Eve'; DELETE FROM users WHERE id = 1; ROLLBACK; BEGIN",
+		users: "1 Ann 1, 2 Bob 5, 3 Cid 1",
+	},
+	{
+		name: "several changes in a transaction",
+		sql: `UPDATE users SET name = 'Eve' WHERE id = 1;
+			UPDATE users SET name = 'Fay' WHERE id = 1;
+			DELETE FROM users WHERE id = 1`,
+		users:  "2 Bob 5, 3 Cid 1",
+		events: "updated 1/2, updated 1/3, deleted 1/4",
+	},
+}
+
+// resetWriters replaces the users by those that writers begin with.
+const resetWriters = `
+	DELETE FROM users;
+	INSERT INTO users (id, name, surname, password, version, created_at, updated_at) VALUES
+		(1, 'Ann', 'Doe', 'x', 1, '2020-01-01', '2020-01-01'),
+		(2, 'Bob', 'Doe', 'x', 5, '2020-01-01', '2020-01-01'),
+		(3, 'Cid', 'Doe', 'x', 1, '2020-01-01', '2020-01-01');
+	DELETE FROM outbox;
+	SELECT setval(pg_get_serial_sequence('users', 'id'), 10);`
+
+// usersText and eventsText are queries that return the columns users and events of writers.
+const (
+	usersText = `SELECT coalesce(string_agg(format('%s %s %s%s', id, name, version,
+			CASE WHEN updated_at > '2021-01-01' THEN '*' END), ', ' ORDER BY id), '')
+		FROM users`
+	eventsText = `SELECT coalesce(string_agg(format('%s %s/%s', substr(event_type, 6), user_id,
+			version), ', ' ORDER BY user_id, version), '')
+		FROM outbox`
+)
+
+// TestTriggers checks the versions, the events and the total after each of writers, by the owner of
+// the tables and by a role with an empty search_path.
+func TestTriggers(t *testing.T) {
+	t.Parallel()
+	role := newRole(t)
+	direct := newDatabase(t)
+	owner := connect(t, direct)
+	execute(t, owner, fmt.Sprintf(`
+		GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON users TO %[1]s;
+		GRANT USAGE ON SEQUENCE users_id_seq TO %[1]s`, role))
+	guest := connect(t, asRole(t, direct, role))
+	server := queryValue[int](t, owner, "SELECT current_setting('server_version_num')::int")
+	for _, test := range writers {
+		if test.since > server {
+			continue
+		}
+		for writer, conn := range map[string]*pgx.Conn{"owner": owner, "guest": guest} {
+			begin, sql := "BEGIN;", test.sql
+			if conn == guest {
+				begin = "BEGIN; SET LOCAL search_path = '';"
+				sql = strings.NewReplacer("INTO users", "INTO public.users", "UPDATE users",
+					"UPDATE public.users", "FROM users", "FROM public.users", "TRUNCATE users",
+					"TRUNCATE public.users").Replace(sql)
+			}
+			execute(t, owner, resetWriters)
+			execute(t, conn, begin+sql+"; COMMIT")
+			if got := queryValue[string](t, owner, usersText); got != test.users {
+				t.Errorf("%s by the %s: users %s, want %s", test.name, writer, got, test.users)
+			}
+			if got := queryValue[string](t, owner, eventsText); got != test.events {
+				t.Errorf("%s by the %s: events %q, want %q", test.name, writer, got, test.events)
+			}
+			checkTotal(t, owner)
+			checkEvents(t, owner)
+		}
+	}
+}
+
+// checkEvents checks what holds for each event: its ids, its time, which is that of the user in the
+// same version, and its order.
+func checkEvents(t *testing.T, conn *pgx.Conn) {
+	t.Helper()
+	rows, _ := conn.Query(t.Context(), `
+		SELECT event_id::text, trace_id, outbox.occurred_at, coalesce(users.updated_at, occurred_at)
+		FROM outbox LEFT JOIN users ON users.id = user_id AND users.version = outbox.version`)
+	var eventID, traceID string
+	var occurred, updated time.Time
+	_, err := pgx.ForEachRow(rows, []any{&eventID, &traceID, &occurred, &updated}, func() error {
+		binary, err := hex.DecodeString(strings.ReplaceAll(eventID, "-", ""))
+		if err != nil {
+			return err
+		}
+		if binary[6]>>4 != 7 || binary[8]>>6 != 2 {
+			t.Errorf("event id %s, want a UUIDv7", eventID)
+		}
+		var milliseconds int64
+		for _, b := range binary[:6] {
+			milliseconds = milliseconds<<8 | int64(b)
+		}
+		if age := time.Since(time.UnixMilli(milliseconds)); age.Abs() > time.Minute {
+			t.Errorf("event id %s: its time is %v ago, want less than a minute", eventID, age)
+		}
+		if !requestIDPattern.MatchString(traceID) {
+			t.Errorf("trace id %q is not valid", traceID)
+		}
+		if occurred.Before(updated) || time.Since(occurred) > time.Minute {
+			t.Errorf("occurred_at %v, want a time of this minute, not before updated_at %v",
+				occurred, updated)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	disorder := queryValue[int](t, conn, `
+		SELECT count(*) FROM outbox a JOIN outbox b USING (user_id)
+		WHERE a.id < b.id AND a.version >= b.version`)
+	if disorder > 0 {
+		t.Errorf("%d pairs of events of one user are not in the order of versions", disorder)
+	}
+}
+
+// TestTruncateKeepsIDs checks that the first user after TRUNCATE has an id that was not used
+// before.
+func TestTruncateKeepsIDs(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct{ name, before, truncate string }{
+		{name: "continued", truncate: "TRUNCATE users"},
+		{name: "restarted", truncate: "TRUNCATE users RESTART IDENTITY"},
+		{name: "restarted, with the last user deleted", before: "DELETE FROM users WHERE id > 5",
+			truncate: "TRUNCATE users RESTART IDENTITY"},
+		{name: "restarted, with all users deleted", before: "DELETE FROM users",
+			truncate: "TRUNCATE users RESTART IDENTITY"},
+		{name: "restarted twice", before: "TRUNCATE users RESTART IDENTITY",
+			truncate: "TRUNCATE users RESTART IDENTITY"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			conn := connect(t, newDatabase(t))
+			execute(t, conn, `INSERT INTO users (name, surname, password)
+				SELECT 'John', 'Doe', 'x' FROM generate_series(1, 10)`)
+			execute(t, conn, test.before)
+			execute(t, conn, test.truncate)
+			id := queryValue[int64](t, conn, `INSERT INTO users (name, surname, password)
+				VALUES ('John', 'Doe', 'x') RETURNING id`)
+			if id <= 10 {
+				t.Errorf("id %d, want more than 10", id)
+			}
+			checkTotal(t, conn)
+		})
+	}
+}
+
+// TestTriggersOnCopy checks the versions, the events and the total after COPY.
+func TestTriggersOnCopy(t *testing.T) {
+	t.Parallel()
+	conn := connect(t, newDatabase(t))
+	execute(t, conn, resetWriters)
+	columns := []string{"name", "surname", "password"}
+	rows := [][]any{{"New", "N", "x"}, {"New", "N", "x"}}
+	if _, err := conn.CopyFrom(t.Context(), pgx.Identifier{"users"}, columns,
+		pgx.CopyFromRows(rows)); err != nil {
+		t.Fatal(err)
+	}
+	columns, rows = append(columns, "id", "version"), [][]any{{"Old", "N", "x", 7, 9}}
+	if _, err := conn.CopyFrom(t.Context(), pgx.Identifier{"users"}, columns,
+		pgx.CopyFromRows(rows)); err != nil {
+		t.Fatal(err)
+	}
+	const users = "1 Ann 1, 2 Bob 5, 3 Cid 1, 7 Old 9*, 11 New 1*, 12 New 1*"
+	if got := queryValue[string](t, conn, usersText); got != users {
+		t.Errorf("users %s, want %s", got, users)
+	}
+	const events = "created 7/9, created 11/1, created 12/1"
+	if got := queryValue[string](t, conn, eventsText); got != events {
+		t.Errorf("events %s, want %s", got, events)
+	}
+	checkTotal(t, conn)
+	checkEvents(t, conn)
+}
+
+// TestTriggersReturnRows checks that an update returns its row whether or not it changes something.
+func TestTriggersReturnRows(t *testing.T) {
+	t.Parallel()
+	conn := connect(t, newDatabase(t))
+	execute(t, conn, resetWriters)
+	for name, want := range map[string]int64{"Ann": 1, "Eve": 2} {
+		execute(t, conn, "UPDATE users SET name = 'Ann' WHERE id = 1 AND name <> 'Ann'")
+		execute(t, conn, resetWriters)
+		got := queryValue[int64](t, conn,
+			"UPDATE users SET name = $1 WHERE id = 1 RETURNING version", name)
+		if got != want {
+			t.Errorf("update to %s: version %d, want %d", name, got, want)
+		}
+	}
+}
+
+// TestTraceIDSetting checks that events have the trace id in the setting user_service.trace_id if
+// it is valid, else a UUIDv4.
+func TestTraceIDSetting(t *testing.T) {
+	t.Parallel()
+	conn := connect(t, newDatabase(t))
+	const uuid = `^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`
+	for _, test := range []struct{ name, setting, want string }{
+		{name: "no setting", want: uuid},
+		{name: "a setting", setting: "migration-7:a_b.c", want: "^migration-7:a_b.c$"},
+		{name: "the longest", setting: strings.Repeat("x", 128), want: "^x{128}$"},
+		{name: "too long", setting: strings.Repeat("x", 129), want: uuid},
+		{name: "a newline", setting: "migration\n7", want: uuid},
+		{name: "a newline at the end", setting: "migration\n", want: uuid},
+		{name: "a space", setting: "migration 7", want: uuid},
+		{name: "a letter outside ASCII", setting: "é", want: uuid},
+	} {
+		execute(t, conn, "DELETE FROM outbox; RESET user_service.trace_id")
+		if test.setting != "" {
+			execute(t, conn, "SELECT set_config('user_service.trace_id', $1, false)", test.setting)
+		}
+		execute(t, conn, "INSERT INTO users (name, surname, password) VALUES ('New', 'N', 'x')")
+		execute(t, conn, "UPDATE users SET name = 'Old'; DELETE FROM users")
+		n := queryValue[int](t, conn, "SELECT count(*) FROM outbox WHERE trace_id ~ $1", test.want)
+		if n != 3 {
+			t.Errorf("%s: %d trace ids match %s, want 3", test.name, n, test.want)
+		}
+	}
+}
+
+// TestConstraints checks that the table refuses values that an answer cannot have, changes of ids,
+// and duplicates. It accepts the limits.
+func TestConstraints(t *testing.T) {
+	t.Parallel()
+	conn := connect(t, newDatabase(t))
+	execute(t, conn, resetWriters)
+	before := queryValue[string](t, conn, usersText)
+	insert := func(columns, values string) string {
+		return fmt.Sprintf(`INSERT INTO users (name, surname, password, %s)
+			VALUES ('a', 'b', 'c', %s)`, columns, values)
+	}
+	for _, test := range []struct{ sql, code string }{
+		{insert("id", "0"), "23514"},
+		{insert("id", "-1"), "23514"},
+		{insert("version", "0"), "23514"},
+		{insert("version", "-1"), "23514"},
+		{insert("created_at", "'infinity'"), "23514"},
+		{insert("created_at", "'-infinity'"), "23514"},
+		{insert("created_at", "'10000-01-01 00:00Z'"), "23514"},
+		{insert("created_at", "'0001-12-31 23:59Z BC'"), "23514"},
+		{insert("updated_at", "'infinity'"), "23514"},
+		{insert("updated_at", "'-infinity'"), "23514"},
+		{insert("updated_at", "'10000-01-01 00:00Z'"), "23514"},
+		{"UPDATE users SET created_at = 'infinity'", "23514"},
+		{"UPDATE users SET created_at = '20000-01-01'", "23514"},
+		{"UPDATE users SET id = 9 WHERE id = 1", "23000"},
+		{"UPDATE users SET id = id + 1", "23000"},
+		{"UPDATE users SET id = -id", "23000"},
+		{insert("id", "1"), "23505"},
+		{insert("id", "NULL"), "23502"},
+		{insert("created_at", "NULL"), "23502"},
+	} {
+		_, err := conn.Exec(t.Context(), test.sql)
+		if code := sqlState(err); code != test.code {
+			t.Errorf("%s: SQLSTATE %q (%v), want %s", test.sql, code, err, test.code)
+		}
+	}
+	if after := queryValue[string](t, conn, usersText); after != before {
+		t.Errorf("users %s after refused statements, want %s", after, before)
+	}
+	if events := queryValue[string](t, conn, eventsText); events != "" {
+		t.Errorf("events %s after refused statements, want none", events)
+	}
+	for _, sql := range []string{
+		insert("id, version", fmt.Sprintf("%d, %d",
+			int64(math.MaxInt64), int64(math.MaxInt64-1))),
+		insert("created_at", "'0001-01-01 00:00Z'"),
+		insert("created_at", "'9999-12-31 23:59:59.999999Z'"),
+	} {
+		execute(t, conn, sql)
+	}
+}
+
+// TestTriggersOnManyRows checks that the triggers handle a statement of many rows in time although
+// the session has cached plans for single rows.
+func TestTriggersOnManyRows(t *testing.T) {
+	t.Parallel()
+	conn := connect(t, newDatabase(t))
+	const rows = 20_000
+	execute(t, conn, `INSERT INTO users (name, surname, password)
+		SELECT 'John', 'Doe', 'x' FROM generate_series(1, $1)`, rows)
+	for id := range 20 {
+		execute(t, conn, "UPDATE users SET name = 'one' WHERE id = $1", id+1)
+	}
+	execute(t, conn, "SET statement_timeout = '20s'")
+	execute(t, conn, "UPDATE users SET name = 'all'")
+	execute(t, conn, "DELETE FROM users")
+	if n := queryValue[int](t, conn, "SELECT count(*) FROM outbox"); n != 3*rows+20 {
+		t.Errorf("%d events, want %d", n, 3*rows+20)
+	}
+	checkTotal(t, conn)
+}
+
+// openLogged opens a database as the start of the service does, and closes it. It returns the log.
+func openLogged(t *testing.T, databaseURL string) (*logBuffer, error) {
+	t.Helper()
+	log := &logBuffer{}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	out := &logWriter{w: log}
+	s, err := openPostgres(ctx, databaseURL, "test", newLogger(out, 0))
+	if err == nil {
+		s.close()
+	}
+	return log, errors.Join(err, out.flush())
+}
+
+// repairs are changes of a database with the users 1 to 3, after which the service must start.
+var repairs = []struct {
+	name      string
+	sql       string
+	superuser bool
+	users     int    // after the change
+	line      string // a substring of the log of the repair, or "" if there is nothing to repair
+}{
+	{name: "all tables truncated",
+		sql: "TRUNCATE users, outbox, idempotency_keys, user_counts, relay_lease"},
+	{name: "all rows deleted", sql: `DELETE FROM users; DELETE FROM outbox;
+		DELETE FROM idempotency_keys; DELETE FROM user_counts; DELETE FROM relay_lease`},
+	{name: "triggers of users disabled", superuser: true, users: 5,
+		sql: `ALTER TABLE users DISABLE TRIGGER ALL;
+			INSERT INTO users (name, surname, password) VALUES ('a', 'b', 'c'), ('a', 'b', 'c')`,
+		line: "trigger"},
+	{name: "users restored without triggers", superuser: true, users: 5,
+		sql: `ALTER TABLE users DISABLE TRIGGER ALL;
+			INSERT INTO users (id, name, surname, password)
+			VALUES (70, 'a', 'b', 'c'), (71, 'a', 'b', 'c');
+			ALTER TABLE users ENABLE TRIGGER ALL`,
+		line: "total"},
+	{name: "users deleted with session_replication_role", superuser: true, users: 1,
+		sql: `SET session_replication_role = replica; DELETE FROM users WHERE id > 1;
+			RESET session_replication_role`,
+		line: "total"},
+	{name: "triggers of outbox disabled", users: 3, line: "trigger",
+		sql: "ALTER TABLE outbox DISABLE TRIGGER USER"},
+	{name: "triggers for replicas only", users: 3, line: "trigger",
+		sql: "ALTER TABLE users ENABLE REPLICA TRIGGER user_service_insert"},
+	{name: "TRUNCATE users", sql: "TRUNCATE users"},
+	{name: "TRUNCATE outbox", users: 3, sql: "TRUNCATE outbox"},
+	{name: "TRUNCATE outbox RESTART IDENTITY", users: 3, sql: "TRUNCATE outbox RESTART IDENTITY"},
+	{name: "TRUNCATE idempotency_keys", users: 3, sql: "TRUNCATE idempotency_keys"},
+	{name: "TRUNCATE user_counts", users: 3, sql: "TRUNCATE user_counts", line: "total"},
+	{name: "TRUNCATE relay_lease", users: 3, sql: "TRUNCATE relay_lease"},
+	{name: "DROP TABLE users", sql: "DROP TABLE users", line: "users"},
+	{name: "DROP TABLE outbox", users: 3, sql: "DROP TABLE outbox", line: "outbox"},
+	{name: "DROP TABLE idempotency_keys", users: 3, sql: "DROP TABLE idempotency_keys",
+		line: "idempotency_keys"},
+	{name: "DROP TABLE user_counts", users: 3, sql: "DROP TABLE user_counts", line: "total"},
+	{name: "DROP TABLE relay_lease", users: 3, sql: "DROP TABLE relay_lease", line: "relay_lease"},
+	{name: "users by CREATE TABLE AS", users: 3, line: "users",
+		sql: `CREATE TABLE copy AS SELECT * FROM users; DROP TABLE users;
+			ALTER TABLE copy RENAME TO users`},
+	{name: "users by LIKE", users: 3, line: "users",
+		sql: `CREATE TABLE copy (LIKE users); INSERT INTO copy SELECT * FROM users;
+			DROP TABLE users; ALTER TABLE copy RENAME TO users`},
+	{name: "users by LIKE INCLUDING ALL", users: 3, line: "users",
+		sql: `CREATE TABLE copy (LIKE users INCLUDING ALL); INSERT INTO copy SELECT * FROM users;
+			DROP TABLE users; ALTER TABLE copy RENAME TO users`},
+	{name: "outbox by CREATE TABLE AS", users: 3, line: "outbox",
+		sql: `CREATE TABLE copy AS SELECT * FROM outbox; DROP TABLE outbox;
+			ALTER TABLE copy RENAME TO outbox`},
+	{name: "outbox by LIKE INCLUDING ALL", users: 3, line: "outbox",
+		sql: `CREATE TABLE copy (LIKE outbox INCLUDING ALL); DROP TABLE outbox;
+			ALTER TABLE copy RENAME TO outbox`},
+	{name: "idempotency_keys by CREATE TABLE AS", users: 3, line: "idempotency_keys",
+		sql: `CREATE TABLE copy AS SELECT * FROM idempotency_keys; DROP TABLE idempotency_keys;
+			ALTER TABLE copy RENAME TO idempotency_keys`},
+	{name: "a trigger dropped", users: 3, sql: "DROP TRIGGER user_service_insert ON users",
+		line: "user_service_insert"},
+	{name: "the trigger of outbox dropped", users: 3, line: "user_service_adopt",
+		sql: "DROP TRIGGER user_service_adopt ON outbox"},
+	{name: "a function dropped", users: 3, sql: "DROP FUNCTION user_service_record CASCADE",
+		line: "user_service_insert"},
+	{name: "the function of event ids dropped", users: 3, line: "event_id",
+		sql: "DROP FUNCTION user_service_uuid CASCADE"},
+	{name: "the function of the schema version dropped", users: 3,
+		sql: "DROP FUNCTION user_service_schema"},
+	{name: "a check dropped", users: 3, sql: "ALTER TABLE users DROP CONSTRAINT user_service_id",
+		line: "check"},
+	{name: "the primary key dropped", users: 3, sql: "ALTER TABLE users DROP CONSTRAINT users_pkey",
+		line: "primary key"},
+	{name: "the identity dropped", users: 3, sql: "ALTER TABLE users ALTER id DROP IDENTITY",
+		line: "identity"},
+	{name: "the defaults dropped", users: 3, line: "default",
+		sql: "ALTER TABLE users ALTER version DROP DEFAULT, ALTER created_at DROP DEFAULT"},
+	{name: "the sequence of outbox set back", users: 3, line: "outbox",
+		sql: `INSERT INTO users (name, surname, password) VALUES ('a', 'b', 'c');
+			DELETE FROM users WHERE name = 'a'; ALTER TABLE outbox ALTER id RESTART`},
+	{name: "users inserted with ids", users: 5,
+		sql: `INSERT INTO users (id, name, surname, password)
+			VALUES (4, 'a', 'b', 'c'), (5, 'a', 'b', 'c')`},
+	{name: "users inserted with ids, without triggers", users: 5, superuser: true, line: "sequence",
+		sql: `SET session_replication_role = replica;
+			INSERT INTO users (id, name, surname, password)
+			VALUES (4, 'a', 'b', 'c'), (5, 'a', 'b', 'c')`},
+	{name: "the highest id", users: 4, sql: `INSERT INTO users (id, name, surname, password)
+			VALUES (9223372036854775807, 'a', 'b', 'c')`},
+	{name: "the sequence set back by setval", users: 3, line: "sequence",
+		sql: "SELECT setval('users_id_seq', 1)"},
+	{name: "the sequence restarted", users: 3, line: "sequence",
+		sql: "ALTER TABLE users ALTER id RESTART"},
+	{name: "an index dropped", users: 3, sql: "DROP INDEX user_service_name",
+		line: "created the index user_service_name"},
+	{name: "an index invalid", users: 3, superuser: true,
+		sql: `UPDATE pg_index SET indisvalid = false
+			WHERE indexrelid = 'user_service_surname'::regclass`,
+		line: "created the index user_service_surname"},
+	{name: "the function of searches dropped", users: 3, sql: "DROP FUNCTION user_service_fold CASCADE",
+		line: "created the index user_service_name"},
+	{name: "the function that searches dropped", users: 3, sql: "DROP FUNCTION user_service_find"},
+}
+
+// TestStartRepairs makes each of the changes in repairs and starts the service. It checks that the
+// service works and that a second start has nothing to repair.
+func TestStartRepairs(t *testing.T) {
+	t.Parallel()
+	for _, test := range repairs {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			url := newDatabase(t)
+			conn := connect(t, url)
+			execute(t, conn, `INSERT INTO users (name, surname, password)
+				SELECT 'John', 'Doe', 'x' FROM generate_series(1, 3)`)
+			if test.superuser {
+				execute(t, connect(t, asSuperuser(t, url)), test.sql)
+			} else {
+				execute(t, conn, test.sql)
+			}
+			checkRepaired(t, url, test.users, test.line)
+		})
+	}
+}
+
+// checkRepaired starts the service on a database with a number of users, and checks that it logs a
+// repair that contains line, that it works, and that a second start repairs nothing.
+func checkRepaired(t *testing.T, databaseURL string, users int, line string) {
+	t.Helper()
+	set := memorySettings()
+	set.databaseURL = databaseURL
+	svc := startService(t, set)
+	var repaired []string
+	for _, line := range svc.log.lines("Database repaired") {
+		repaired = append(repaired, fmt.Sprint(line["what"]))
+	}
+	if line != "" && !strings.Contains(strings.Join(repaired, "\n"), line) {
+		t.Errorf("repairs %q, want one that contains %q", repaired, line)
+	}
+	if log, err := openLogged(t, databaseURL); err != nil || len(log.lines("")) > 0 {
+		t.Errorf("second start: error %v, want none and an empty log:\n%s", err, log)
+	}
+	checkServes(t, svc, users)
+	conn := connect(t, databaseURL)
+	checkTotal(t, conn)
+	checkSchemaVersion(t, conn)
+	nullable := queryValue[string](t, conn, `SELECT coalesce(string_agg(attname, ', '), '')
+		FROM pg_attribute WHERE attrelid = 'users'::regclass AND attnum > 0 AND NOT attnotnull
+			AND NOT attisdropped`)
+	if nullable != "" {
+		t.Errorf("columns of users that are not NOT NULL: %s", nullable)
+	}
+}
+
+// checkServes checks that the service creates, changes, deletes and lists users, and publishes
+// their events. users is the number of other users.
+func checkServes(t *testing.T, svc *service, users int) {
+	t.Helper()
+	first := svc.do("POST", "/users", john, "Idempotency-Key: repaired")
+	again := svc.do("POST", "/users", john, "Idempotency-Key: repaired")
+	if first.status != 201 || first.body != again.body {
+		t.Fatalf("POST with one key: status %d, then %d, want 201 and the same body: %s %s",
+			first.status, again.status, first.body, again.body)
+	}
+	id := int64(first.json(t, "id").(float64))
+	second := svc.createUser("Ann", "Lee")
+	path := fmt.Sprint("/users/", id)
+	a := svc.do("PUT", path, `{"name": "Jane"}`)
+	if a.status != 200 || a.header.Get("ETag") != `"2"` {
+		t.Errorf("PUT %s: status %d, ETag %s, want 200, \"2\": %s",
+			path, a.status, a.header.Get("ETag"), a.body)
+	}
+	if a := svc.do("DELETE", fmt.Sprint("/users/", second), ""); a.status != 200 {
+		t.Errorf("DELETE /users/%d: status %d, want 200: %s", second, a.status, a.body)
+	}
+	a = svc.do("GET", "/users?per_page=100", "")
+	if a.status != 200 || a.json(t, "total") != float64(users+1) ||
+		len(a.json(t, "users").([]any)) != users+1 {
+		t.Errorf("GET /users: status %d, want 200 with %d users: %s", a.status, users+1, a.body)
+	}
+	svc.waitForLine(fmt.Sprintf("Received event user.updated with user_id=%d", id), "version", 2)
+	svc.waitForLine(fmt.Sprintf("Received event user.deleted with user_id=%d", second),
+		"version", 2)
+}
+
+// pgDump returns the output of pg_dump for a database, or "" if no pg_dump can read it.
+func pgDump(t *testing.T, databaseURL string, options ...string) string {
+	t.Helper()
+	commands, err := filepath.Glob("/usr/lib/postgresql/*/bin/pg_dump")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, command := range append([]string{"pg_dump"}, commands...) {
+		arguments := append(slices.Clone(options), databaseURL)
+		dump, err := exec.CommandContext(t.Context(), command, arguments...).Output()
+		if err == nil { // pg_dump is installed and not older than the server
+			return withoutPsql(string(dump))
+		}
+	}
+	return ""
+}
+
+// withoutPsql removes the psql commands that newer releases of pg_dump write.
+func withoutPsql(dump string) string {
+	var sql strings.Builder
+	for line := range strings.Lines(dump) {
+		if !strings.HasPrefix(line, `\`) {
+			sql.WriteString(line)
+		}
+	}
+	return sql.String()
+}
+
+// TestStartOnSchemaDump checks the start on a database into which a dump of the schema was
+// restored.
+func TestStartOnSchemaDump(t *testing.T) {
+	t.Parallel()
+	set := postgresSettings(t)
+	startService(t, set).createUser("John", "Doe")
+	dump := pgDump(t, set.databaseURL, "--schema-only")
+	url := emptyDatabase(t, "")
+	if dump == "" {
+		t.Log("there is no pg_dump")
+		return
+	}
+	execute(t, connect(t, url), dump)
+	checkRepaired(t, url, 0, "")
+}
+
+// TestStartOnDataDump checks the start on a database with the schema, into which a dump of data was
+// restored.
+func TestStartOnDataDump(t *testing.T) {
+	t.Parallel()
+	from := newDatabase(t)
+	source := openTestPostgres(t, from)
+	for _, key := range []string{"", "key", "other"} {
+		if _, err := source.createUser(t.Context(), input("John", "Doe", "hash"), key); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := source.updateUser(t.Context(), 3, input("Jane", "", ""), nil); err != nil {
+		t.Fatal(err)
+	}
+	for name, options := range map[string][]string{
+		"users":                     {"--table=users"},
+		"users, triggers disabled":  {"--table=users", "--disable-triggers"},
+		"tables":                    {},
+		"tables, triggers disabled": {"--disable-triggers"},
+	} {
+		dump := pgDump(t, from, append([]string{"--data-only", "--inserts"}, options...)...)
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			if dump == "" {
+				t.Log("there is no pg_dump")
+				return
+			}
+			url := newDatabase(t)
+			conn := connect(t, asSuperuser(t, url))
+			execute(t, conn, dump)
+			checkRepaired(t, url, 3, "")
+			version := queryValue[int](t, conn, "SELECT version FROM public.users WHERE id = 3")
+			if version != 2 {
+				t.Errorf("user 3 has version %d after the restore, want 2", version)
+			}
+		})
+	}
+}
+
+// TestConcurrentStarts opens an empty database concurrently, and checks that each call succeeds and
+// that a later one does not change the schema.
+func TestConcurrentStarts(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	conn := connect(t, url)
+	// Before PostgreSQL 15, the owner of a database does not own its schema public.
+	if _, err := conn.Exec(t.Context(), "DROP OWNED BY CURRENT_USER"); err != nil {
+		t.Fatal(err)
+	}
+	var group sync.WaitGroup
+	for range 5 {
+		group.Go(func() {
+			log := newLogger(&logWriter{w: t.Output()}, 0)
+			s, err := openPostgres(context.Background(), url, "test", log)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			s.close()
+		})
+	}
+	group.Wait()
+	const relations = `SELECT string_agg(c.oid || c.relname || c.relfilenode, ' ' ORDER BY c.oid)
+		FROM pg_class c WHERE relnamespace = 'public'::regnamespace`
+	before := queryValue[string](t, conn, relations)
+	mustCreate(t, openTestPostgres(t, url), "John")
+	if after := queryValue[string](t, conn, relations); after != before {
+		t.Errorf("a later start changed the schema from\n%s\nto\n%s", before, after)
+	}
+}
+
+// newestSchema replaces the version of the schema by one that this release cannot use.
+const newestSchema = `
+	CREATE OR REPLACE FUNCTION user_service_schema(OUT version int, OUT oldest int)
+	LANGUAGE sql IMMUTABLE AS 'SELECT 9, 9'`
+
+// unusableDatabases are databases that the service refuses to use.
+var unusableDatabases = []struct {
+	name      string
+	empty     bool     // the database has no schema
+	superuser bool     // a superuser runs sql, not the owner
+	sql       string   // $role is another role than the owner
+	other     bool     // $role opens the database, not the owner
+	says      []string // substrings of the error; | separates alternatives
+}{
+	{name: "a table users with other types", empty: true, says: []string{"public.users", "id"},
+		sql: `CREATE TABLE users (id uuid, name text, surname text, password text, version int,
+			created_at timestamptz, updated_at timestamptz)`},
+	{name: "a table users with other columns", empty: true,
+		sql:  "CREATE TABLE users (id serial PRIMARY KEY, email text, encrypted_password text)",
+		says: []string{"public.users", "name", "surname", "DATABASE_URL|database|schema"}},
+	{name: "a table outbox with other columns", empty: true,
+		sql:  "CREATE TABLE outbox (id bigint PRIMARY KEY, payload json)",
+		says: []string{"public.outbox", "event_id"}},
+	{name: "a view users", empty: true,
+		sql: `CREATE VIEW users AS SELECT 1::bigint AS id, '' AS name, '' AS surname,
+			'' AS password, 1::bigint AS version, now() AS created_at, now() AS updated_at`,
+		says: []string{"public.users"}},
+	{name: "a sequence users", empty: true, sql: "CREATE SEQUENCE users",
+		says: []string{"public.users"}},
+	{name: "a table of another role", superuser: true, other: true,
+		sql: `GRANT ALL ON ALL TABLES IN SCHEMA public TO $role;
+			GRANT ALL ON SCHEMA public TO $role`,
+		says: []string{"belongs to the role", "$role", "$owner"}},
+	{name: "a role without CREATE", empty: true, superuser: true, other: true,
+		sql:  "REVOKE CREATE ON SCHEMA public FROM PUBLIC",
+		says: []string{"public", "permission|rights"}},
+	{name: "a newer schema", sql: newestSchema, says: []string{"version 9", "2"}},
+}
+
+// TestStartRefuses checks that opening an unusable database fails without a second attempt, that
+// the error says what was found, and that nothing is changed.
+func TestStartRefuses(t *testing.T) {
+	t.Parallel()
+	for _, test := range unusableDatabases {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			role := newRole(t)
+			create := newDatabase
+			if test.empty {
+				create = func(t *testing.T) string { return emptyDatabase(t, "") }
+			}
+			url := create(t)
+			opened, conn := url, connect(t, url)
+			if test.other {
+				opened = asRole(t, url, role)
+			}
+			replacer := strings.NewReplacer("$role", role, "$owner", template.role)
+			sql := replacer.Replace(test.sql)
+			if test.superuser {
+				execute(t, connect(t, asSuperuser(t, url)), sql)
+			} else {
+				execute(t, conn, sql)
+			}
+			before := queryValue[string](t, conn, catalog)
+			log, err := openLogged(t, opened)
+			if err == nil || len(log.lines("")) > 0 {
+				t.Fatalf("error %v, want one without a line in the log:\n%s", err, log)
+			}
+			for _, text := range test.says {
+				if !containsAny(err.Error(), strings.Split(replacer.Replace(text), "|")) {
+					t.Errorf("the error does not contain %q: %v", text, err)
+				}
+			}
+			after := queryValue[string](t, conn, catalog)
+			if lines := differences(before, after); len(lines) > 0 {
+				t.Errorf("the refused database was changed: %q", lines)
+			}
+		})
+	}
+}
+
+// containsAny reports whether text contains one of the words.
+func containsAny(text string, words []string) bool {
+	for _, word := range words {
+		if strings.Contains(text, word) {
+			return true
+		}
+	}
+	return false
+}
+
+// TestStartOnNewerSchema checks that the service works on the schema of a newer release that
+// supports it, and repairs nothing, because it does not know that schema.
+func TestStartOnNewerSchema(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	conn := connect(t, url)
+	execute(t, conn, `
+		CREATE OR REPLACE FUNCTION user_service_schema(OUT version int, OUT oldest int)
+		LANGUAGE sql IMMUTABLE AS 'SELECT 3, 2';
+		DROP TRIGGER user_service_keep_ids ON users;
+		ALTER TABLE users ADD COLUMN email text;
+		ALTER TABLE users DROP CONSTRAINT user_service_times`)
+	before := queryValue[string](t, conn, catalog)
+	set := memorySettings()
+	set.databaseURL = url
+	svc := startService(t, set)
+	checkServes(t, svc, 0)
+	if lines := svc.log.lines("Database repaired"); len(lines) > 0 {
+		t.Errorf("the newer schema was repaired: %v", lines)
+	}
+	if lines := differences(before, queryValue[string](t, conn, catalog)); len(lines) > 0 {
+		t.Errorf("the newer schema was changed: %q", lines)
+	}
+}
+
+// brokenServer returns the address of a server that reads eight bytes of each connection, answers
+// with text and closes it, and the number of its connections.
+func brokenServer(t *testing.T, text string) (address string, attempts *atomic.Int64) {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	attempts = &atomic.Int64{}
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			attempts.Add(1)
+			io.ReadFull(conn, make([]byte, 8))
+			io.WriteString(conn, text)
+			conn.(*net.TCPConn).CloseWrite()
+			io.Copy(io.Discard, conn)
+			conn.Close()
+		}
+	}()
+	return listener.Addr().String(), attempts
+}
+
+// refusal returns the message of a server that refuses a connection with a SQLSTATE.
+func refusal(code string) string {
+	fields := "SFATAL\x00VFATAL\x00C" + code + "\x00Mno\x00\x00"
+	return "E" + string(binary.BigEndian.AppendUint32(nil, uint32(len(fields)+4))) + fields // #nosec G115 -- short
+}
+
+// TestDatabaseFailures checks how the failure of a connection is explained: each host once, with a
+// remedy, and without the driver's text or the password.
+func TestDatabaseFailures(t *testing.T) {
+	t.Parallel()
+	silent := fmt.Sprint("127.0.0.1:", occupiedPort(t))
+	withoutTLS, _ := brokenServer(t, "N")
+	closing, _ := brokenServer(t, "")
+	_, port, _ := net.SplitHostPort(withoutTLS)
+	for _, test := range []struct {
+		name   string
+		hosts  string
+		query  string
+		text   string
+		remedy string // a part of it
+		denied bool
+	}{
+		{name: "nothing listens", hosts: "127.0.0.1:1", text: "connection to 127.0.0.1:1 refused",
+			remedy: "start PostgreSQL"},
+		{name: "two hosts and two TLS modes", hosts: "127.0.0.1:1,127.0.0.2:1", query: "?sslmode=prefer",
+			text:   "connection to 127.0.0.1:1 refused; connection to 127.0.0.2:1 refused",
+			remedy: "check the host and the port"},
+		{name: "a name for two addresses", hosts: "localhost:1",
+			text: "connection to localhost:1 refused", remedy: "start PostgreSQL"},
+		{name: "no answer", hosts: silent, query: "?connect_timeout=1",
+			text: "connection to " + silent + " timed out", remedy: "start PostgreSQL"},
+		{name: "an unknown name", hosts: "unknown.invalid", text: "host unknown.invalid: ",
+			remedy: "check the host"},
+		{name: "no TLS", hosts: withoutTLS, query: "?sslmode=require", denied: true,
+			text: withoutTLS + " does not support TLS", remedy: "change sslmode"},
+		{name: "no TLS, and another host", hosts: withoutTLS + ",127.0.0.1:1", query: "?sslmode=require",
+			text:   "connection to 127.0.0.1:1 refused; " + withoutTLS + " does not support TLS",
+			remedy: "start PostgreSQL"},
+		{name: "no TLS, and broken without", hosts: "localhost:" + port, query: "?sslmode=prefer",
+			text:   "connection to localhost:" + port + ": ",
+			remedy: "start PostgreSQL"},
+		{name: "closed at once", hosts: closing, query: "?sslmode=disable",
+			text: "connection to " + closing + ": closed by the server", remedy: "start PostgreSQL"},
+		{name: "no socket", query: "?host=/none", text: "connection to /none/.s.PGSQL.5432: no such file",
+			remedy: "start PostgreSQL"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			config, err := poolConfig("postgres://john:"+secret+"@"+test.hosts+"/users"+test.query, "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = pgx.ConnectConfig(t.Context(), config.ConnConfig)
+			if err == nil {
+				t.Fatal("no error")
+			}
+			got := explainFailure(err)
+			if !strings.HasPrefix(got.text, test.text) || !strings.Contains(got.remedy, test.remedy) ||
+				got.denied != test.denied || strings.Contains(got.Error(), secret) {
+				t.Errorf("%v\ngot %+v\nwant %q, a remedy with %q, and denied %t", err, got, test.text,
+					test.remedy, test.denied)
+			}
+		})
+	}
+}
+
+// TestServerRefusals checks the remedy for what a server may answer, and whether the start gives up.
+func TestServerRefusals(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		code   string
+		remedy string // a part of it
+		denied bool
+	}{
+		{code: "28P01", remedy: "password", denied: true},
+		{code: "28000", remedy: "pg_hba.conf", denied: true},
+		{code: "3D000", remedy: "createdb", denied: true},
+		{code: "42501", remedy: "CREATE", denied: true},
+		{code: "53300", remedy: "max_connections"},
+		{code: "57P03", remedy: "wait until PostgreSQL has started"},
+		{code: "55P03"},
+	} {
+		host, _ := brokenServer(t, refusal(test.code))
+		config, err := poolConfig("postgres://john@"+host+"/users?sslmode=disable", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = pgx.ConnectConfig(t.Context(), config.ConnConfig)
+		if err == nil {
+			t.Fatalf("%s: no error", test.code)
+		}
+		got, want := explainFailure(err), host+": FATAL: no (SQLSTATE "+test.code+")"
+		if got.text != want || !strings.Contains(got.remedy, test.remedy) ||
+			(got.remedy == "") != (test.remedy == "") || got.denied != test.denied {
+			t.Errorf("got %+v, want %q, a remedy with %q, and denied %t", got, want, test.remedy,
+				test.denied)
+		}
+	}
+}
+
+// TestStartGivesUp checks that opening a database fails after three attempts if the database or the
+// role does not exist. Somebody may be creating it, so one attempt is not enough.
+func TestStartGivesUp(t *testing.T) {
+	t.Parallel()
+	existing := newDatabase(t)
+	for name, url := range map[string]string{
+		"a missing database": databaseURL(uniqueName()),
+		"a missing role":     asRole(t, existing, uniqueName()),
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			log, err := openLogged(t, url)
+			if err == nil {
+				t.Fatal("no error")
+			}
+			lines := log.lines("Waiting for the database")
+			if len(lines) != 1 || lines[0]["remedy"] == nil ||
+				!strings.Contains(err.Error(), fmt.Sprint(lines[0]["remedy"])) {
+				t.Errorf("lines of waiting %v, want one with the remedy of the error %v", lines, err)
+			}
+		})
+	}
+}
+
+// TestStartCountsDenials checks that opening a database fails after three attempts if the server
+// denies the role or lacks TLS.
+func TestStartCountsDenials(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct{ name, answer, mode string }{
+		{name: "a wrong password", answer: refusal("28P01"), mode: "disable"},
+		{name: "no TLS", answer: "N", mode: "require"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			host, attempts := brokenServer(t, test.answer)
+			_, err := openLogged(t, "postgres://john@"+host+"/users?sslmode="+test.mode)
+			if err == nil || attempts.Load() != maxDenials {
+				t.Errorf("error %v after %d attempts, want one after %d", err, attempts.Load(), maxDenials)
+			}
+		})
+	}
+}
+
+// TestStartWaitsForDatabase checks that the start succeeds if the missing database is created while
+// it waits.
+func TestStartWaitsForDatabase(t *testing.T) {
+	t.Parallel()
+	templateDatabase(t) // for the role
+	name := uniqueName()
+	t.Cleanup(func() { leftovers.dropDatabase(name) })
+	log := &logBuffer{}
+	opened := make(chan error)
+	go func() {
+		logger := newLogger(&logWriter{w: log}, 0)
+		s, err := openPostgres(context.Background(), databaseURL(name), "test", logger)
+		if err == nil {
+			s.close()
+		}
+		opened <- err
+	}()
+	eventually(t, "a line \"Waiting for the database\"", func() bool {
+		return len(log.lines("Waiting for the database")) > 0
+	})
+	err := admin(t.Context(), fmt.Sprintf("CREATE DATABASE %s OWNER %s", name, template.role))
+	if err != nil {
+		t.Error(err)
+	}
+	if err := <-opened; err != nil {
+		t.Error(err)
+	}
+}
+
+// previousSchema is the schema.sql of the release of commit c223611.
+var previousSchema = func() string {
+	text, err := os.ReadFile("system/testdata/schema-c223611.sql")
+	if err != nil {
+		panic(err)
+	}
+	return string(text)
+}()
+
+// The SQL statements of the release of commit c223611, word for word.
+const (
+	previousColumns = "id, name, surname, version, created_at, updated_at"
+	previousCreate  = `
+		WITH claimed AS (
+			INSERT INTO idempotency_keys AS k (key, user_id, name, surname, password)
+			SELECT $6::text, nextval('users_id_seq'), $1, $2, $3 WHERE $6 <> ''
+			ON CONFLICT (key) DO UPDATE SET user_id = excluded.user_id, name = excluded.name,
+				surname = excluded.surname, password = excluded.password, created_at = now()
+			WHERE k.created_at <= now() - $7::interval
+			RETURNING user_id
+		), created AS (
+			INSERT INTO users (id, name, surname, password)
+			SELECT coalesce((SELECT user_id FROM claimed), nextval('users_id_seq')), $1, $2, $3
+			WHERE $6 = '' OR EXISTS (SELECT FROM claimed)
+			RETURNING ` + previousColumns + `
+		), event AS (
+			INSERT INTO outbox (event_id, event_type, user_id, version, trace_id, occurred_at)
+			SELECT $4, 'user.created', id, version, $5, updated_at FROM created
+		)
+		SELECT ` + previousColumns + ` FROM created`
+	previousChange = `
+		WITH change AS (
+			SELECT * FROM json_to_recordset($1) AS change (user_id bigint, new_name text,
+				new_surname text, new_password text, match bigint[], event_id uuid, trace_id text)
+		), current AS (
+			SELECT *, match IS NULL OR version = ANY (match) AS matches
+			FROM change,
+				LATERAL (SELECT * FROM users WHERE id = user_id FOR UPDATE /* of several */) users
+		), `
+	previousUpdate = previousChange + `
+		changed AS (
+			UPDATE users SET
+				name = coalesce(new_name, c.name),
+				surname = coalesce(new_surname, c.surname),
+				password = coalesce(new_password, c.password),
+				version = c.version + 1,
+				updated_at = greatest(clock_timestamp(), c.updated_at + interval '1 microsecond')
+			FROM current c
+			WHERE users.id = c.id AND matches
+				AND (new_password IS NOT NULL OR new_name <> c.name OR new_surname <> c.surname)
+			RETURNING users.*, event_id, trace_id
+		), event AS (
+			INSERT INTO outbox (event_id, event_type, user_id, version, trace_id, occurred_at)
+			SELECT event_id, 'user.updated', id, version, trace_id, updated_at FROM changed
+		)
+		SELECT ` + previousColumns + `, true FROM changed
+		UNION ALL
+		SELECT ` + previousColumns + `, false FROM current WHERE id NOT IN (SELECT id FROM changed)`
+	previousDelete = previousChange + `
+		changed AS (
+			DELETE FROM users USING current c WHERE users.id = c.id AND matches RETURNING c.*
+		), event AS (
+			INSERT INTO outbox (event_id, event_type, user_id, version, trace_id, occurred_at)
+			SELECT event_id, 'user.deleted', id, version + 1, trace_id,
+				greatest(clock_timestamp(), updated_at + interval '1 microsecond')
+			FROM changed
+		)
+		SELECT ` + previousColumns + `, true FROM changed
+		UNION ALL
+		SELECT ` + previousColumns + `, false FROM current WHERE NOT matches`
+)
+
+// previousUserChange is an element of the parameter of previousUpdate and previousDelete.
+type previousUserChange struct {
+	ID       int64   `json:"user_id"`
+	Name     *string `json:"new_name"`
+	Surname  *string `json:"new_surname"`
+	Password *string `json:"new_password"`
+	Match    []int64 `json:"match"`
+	EventID  string  `json:"event_id"`
+	TraceID  string  `json:"trace_id"`
+}
+
+// previousRelease changes users with the statements of the release of commit c223611.
+type previousRelease struct{ conn *pgx.Conn }
+
+// create returns the new user, or one with the id 0 if the key was used before.
+func (r previousRelease) create(t *testing.T, key, traceID string) (u User) {
+	t.Helper()
+	rows, _ := r.conn.Query(t.Context(), previousCreate, "John", "Doe", "hash", newUUIDv7(),
+		traceID, key, keyLifetime)
+	if _, err := pgx.ForEachRow(rows, u.scanInto(), func() error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	return u
+}
+
+// change runs previousUpdate or previousDelete. It returns the users and which of them were
+// changed.
+func (r previousRelease) change(t *testing.T, sql string, changes ...previousUserChange) (
+	users map[int64]User, done map[int64]bool) {
+	t.Helper()
+	users, done = make(map[int64]User), make(map[int64]bool)
+	for i := range changes {
+		changes[i].EventID = newUUIDv7()
+	}
+	var u User
+	var changed bool
+	rows, _ := r.conn.Query(t.Context(), sql, changes)
+	_, err := pgx.ForEachRow(rows, append(u.scanInto(), &changed), func() error {
+		users[u.ID], done[u.ID] = u, changed
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return users, done
+}
+
+// eventsWithTraces returns the type, user, version and trace id of each event in the outbox.
+const eventsWithTraces = `SELECT coalesce(string_agg(format('%s %s/%s %s', substr(event_type, 6),
+	user_id, version, trace_id), ', ' ORDER BY user_id, version), '') FROM outbox`
+
+// TestPreviousReleaseStatements runs the statements of the previous release on the new schema, and
+// checks that each version has exactly one event, with the trace id of the statement.
+func TestPreviousReleaseStatements(t *testing.T) {
+	t.Parallel()
+	conn := connect(t, newDatabase(t))
+	old := previousRelease{conn}
+	jane, john := "Jane", "John"
+	for i, key := range []string{"", "key", "other", "", "key"} {
+		u := old.create(t, key, fmt.Sprint("create-", i+1))
+		if (u.ID == 0) != (i == 4) || u.ID != 0 && u.Version != 1 {
+			t.Errorf("creation %d with the key %q: %+v, want version 1 unless the key is used",
+				i, key, u)
+		}
+	}
+	const created = "created 1/1 create-1, created 2/1 create-2, created 3/1 create-3, " +
+		"created 4/1 create-4"
+	if got := queryValue[string](t, conn, eventsWithTraces); got != created {
+		t.Errorf("events of creations: %s, want %s", got, created)
+	}
+
+	execute(t, conn, "DELETE FROM outbox")
+	users, done := old.change(t, previousUpdate,
+		previousUserChange{ID: 1, Name: &jane, TraceID: "update-1"},
+		previousUserChange{ID: 2, Name: &john, TraceID: "update-2"},
+		previousUserChange{ID: 3, Name: &jane, Match: []int64{7}, TraceID: "update-3"},
+		previousUserChange{ID: 4, Surname: &jane, Match: []int64{1}, TraceID: "update-4"},
+		previousUserChange{ID: 99, Name: &jane, TraceID: "update-99"})
+	if !done[1] || done[2] || done[3] || !done[4] || len(done) != 4 {
+		t.Errorf("updates done: %v, want those of the users 1 and 4", done)
+	}
+	if users[1].Version != 2 || users[2].Version != 1 || users[4].Version != 2 {
+		t.Errorf("users after the updates: %+v, want the versions 2, 1 and 2 of 1, 2 and 4", users)
+	}
+	const updated = "updated 1/2 update-1, updated 4/2 update-4"
+	if got := queryValue[string](t, conn, eventsWithTraces); got != updated {
+		t.Errorf("events of updates: %s, want %s", got, updated)
+	}
+
+	execute(t, conn, "DELETE FROM outbox")
+	_, done = old.change(t, previousDelete,
+		previousUserChange{ID: 1, TraceID: "delete-1"},
+		previousUserChange{ID: 2, Match: []int64{7}, TraceID: "delete-2"},
+		previousUserChange{ID: 3, Match: []int64{1}, TraceID: "delete-3"})
+	if !done[1] || done[2] || !done[3] || len(done) != 3 {
+		t.Errorf("deletions done: %v, want those of the users 1 and 3", done)
+	}
+	const deleted = "deleted 1/3 delete-1, deleted 3/2 delete-3"
+	if got := queryValue[string](t, conn, eventsWithTraces); got != deleted {
+		t.Errorf("events of deletions: %s, want %s", got, deleted)
+	}
+	checkTotal(t, conn)
+	checkEvents(t, conn)
+}
+
+// TestReleasesShareUsers changes the same users with both releases concurrently, and checks that
+// each version and each change has one event.
+func TestReleasesShareUsers(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s := openTestPostgres(t, url)
+	const users, rounds = 4, 25
+	for range users {
+		mustCreate(t, s, "John")
+	}
+	var group sync.WaitGroup
+	for c := range 4 {
+		old := previousRelease{connect(t, url)}
+		group.Go(func() {
+			for i := range rounds {
+				name := fmt.Sprint("old ", c, " ", i)
+				id := int64((c+i)%users + 1)
+				trace := fmt.Sprintf("old-%d-%d", c, i)
+				old.change(t, previousUpdate,
+					previousUserChange{ID: id, Name: &name, TraceID: trace})
+			}
+		})
+		group.Go(func() {
+			for i := range rounds {
+				ctx := withTraceID(context.Background(), fmt.Sprintf("new-%d-%d", c, i))
+				in := input(fmt.Sprint("new ", c, " ", i), "", "")
+				if _, err := s.updateUser(ctx, int64((c+i)%users+1), in, nil); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	group.Wait()
+	versions, traces := make(map[int64]int64), make(map[string]bool)
+	for _, e := range allPending(t, s) {
+		if e.Data.Version != versions[e.Data.UserID]+1 {
+			t.Errorf("user %d: event of version %d after version %d",
+				e.Data.UserID, e.Data.Version, versions[e.Data.UserID])
+		}
+		versions[e.Data.UserID] = e.Data.Version
+		traces[e.TraceID] = true
+	}
+	for c := range 4 {
+		for i := range rounds {
+			for _, release := range []string{"old", "new"} {
+				if trace := fmt.Sprintf("%s-%d-%d", release, c, i); !traces[trace] {
+					t.Errorf("no event with the trace id %s", trace)
+				}
+			}
+		}
+	}
+}
+
+// previousDatabase returns a database of the previous release with five users and two pending
+// events. User 4 was created at -infinity, and user 5 was changed in the year 20000.
+func previousDatabase(t *testing.T) string {
+	t.Helper()
+	url := emptyDatabase(t, "")
+	conn := connect(t, url)
+	execute(t, conn, previousSchema)
+	old := previousRelease{conn}
+	for i := range 3 {
+		old.create(t, fmt.Sprint("key-", i), fmt.Sprint("create-", i+1))
+	}
+	execute(t, conn, `
+		DELETE FROM outbox WHERE user_id = 1;
+		INSERT INTO users (name, surname, password, created_at)
+		VALUES ('Ann', 'Lee', 'x', '-infinity');
+		INSERT INTO users (name, surname, password, updated_at)
+		VALUES ('Bob', 'Lee', 'x', '20000-01-01 00:00Z')`)
+	return url
+}
+
+// catalog is a query that returns a description of all objects that a start could change.
+const catalog = `
+	SELECT string_agg(item, E'\n' ORDER BY item) FROM (
+		SELECT format('relation %s %s %s %s %s', oid, relname, relfilenode, xmin, relchecks)
+		FROM pg_class WHERE relnamespace = current_schema()::regnamespace
+		UNION ALL SELECT format('trigger %s %s %s %s', oid, tgname, tgenabled, xmin)
+		FROM pg_trigger WHERE NOT tgisinternal
+		UNION ALL SELECT format('function %s %s %s', oid, proname, md5(prosrc))
+		FROM pg_proc WHERE pronamespace = current_schema()::regnamespace
+		UNION ALL SELECT format('constraint %s %s %s', oid, conname, xmin)
+		FROM pg_constraint WHERE connamespace = current_schema()::regnamespace
+		UNION ALL SELECT format('default %s %s %s', oid, adrelid, xmin) FROM pg_attrdef
+		UNION ALL SELECT format('schema %s %s', oid, nspname) FROM pg_namespace
+		WHERE nspname !~ '^pg_(toast_)?temp'
+	) AS items (item)`
+
+// differences returns the lines that only one of two texts has.
+func differences(before, after string) (lines []string) {
+	old, new := strings.Split(before, "\n"), strings.Split(after, "\n")
+	for _, line := range old {
+		if !slices.Contains(new, line) {
+			lines = append(lines, "- "+line)
+		}
+	}
+	for _, line := range new {
+		if !slices.Contains(old, line) {
+			lines = append(lines, "+ "+line)
+		}
+	}
+	return lines
+}
+
+// TestUpgrade checks that the upgrade of a database keeps its content, and that the previous
+// release can start on the upgraded database and use it.
+func TestUpgrade(t *testing.T) {
+	t.Parallel()
+	url := previousDatabase(t)
+	conn := connect(t, url)
+	content := func() string {
+		return queryValue[string](t, conn, `SELECT concat_ws(E'\n',
+			(SELECT string_agg(u::text, ' ' ORDER BY id) FROM users u),
+			(SELECT string_agg(o::text, ' ' ORDER BY id) FROM outbox o),
+			(SELECT string_agg(k::text, ' ' ORDER BY key) FROM idempotency_keys k))`)
+	}
+	before := content()
+	s := openTestPostgres(t, url)
+	if after := content(); after != before {
+		t.Errorf("content after the upgrade:\n%s\nwant\n%s", after, before)
+	}
+	_, total, err := s.listUsers(t.Context(), 0, 0, 1)
+	if err != nil || total != 5 {
+		t.Errorf("total %d, %v, want 5", total, err)
+	}
+	s.close()
+	checkSchemaVersion(t, conn)
+
+	upgraded := queryValue[string](t, conn, catalog)
+	execute(t, conn, previousSchema)
+	openTestPostgres(t, url).close()
+	if lines := differences(upgraded, queryValue[string](t, conn, catalog)); len(lines) > 0 {
+		t.Errorf("the start of the previous release changed the catalog: %q", lines)
+	}
+	if after := content(); after != before {
+		t.Errorf("content after the start of the previous release:\n%s\nwant\n%s", after, before)
+	}
+	old := previousRelease{conn}
+	if u := old.create(t, "key-2", "trace"); u.ID != 0 {
+		t.Errorf("creation with a used key: %+v, want none", u)
+	}
+	if u := old.create(t, "key-9", "trace"); u.ID <= 5 || u.Version != 1 {
+		t.Errorf("creation with a new key: %+v, want version 1 and an id above 5", u)
+	}
+	checkTotal(t, conn)
+}
+
+// checkSchemaVersion checks the version and the triggers of the schema.
+func checkSchemaVersion(t *testing.T, conn *pgx.Conn) {
+	t.Helper()
+	version := queryValue[int](t, conn, "SELECT version FROM user_service_schema()")
+	triggers := queryValue[string](t, conn, `SELECT string_agg(tgname, ' ' ORDER BY tgname)
+		FROM pg_trigger WHERE NOT tgisinternal`)
+	const want = "user_service_adopt user_service_delete user_service_insert " +
+		"user_service_keep_ids user_service_stamp user_service_truncate user_service_update"
+	if version != 3 || triggers != want {
+		t.Errorf("version %d with the triggers %s, want 2, %s", version, triggers, want)
+	}
+	old := queryValue[int](t, conn, "SELECT count(*) FROM pg_proc WHERE proname = 'count_users'")
+	if old != 0 {
+		t.Error("the function of the old triggers was not dropped")
+	}
+}
+
+// TestUpgradedRows checks that the service publishes the pending events of the previous release,
+// and reads and deletes its users, including those whose times JSON cannot represent.
+func TestUpgradedRows(t *testing.T) {
+	t.Parallel()
+	set := memorySettings()
+	set.databaseURL = previousDatabase(t)
+	svc := startService(t, set)
+	for id := 2; id <= 3; id++ { // with events in the outbox
+		svc.waitForLine(fmt.Sprintf("Received event user.created with user_id=%d", id),
+			"trace_id", fmt.Sprint("create-", id), "version", 1)
+	}
+	if a := svc.do("GET", "/users", ""); a.status != 200 || a.json(t, "total") != 5.0 ||
+		len(a.json(t, "users").([]any)) != 5 {
+		t.Errorf("GET /users: status %d, want 200 with 5 users: %s", a.status, a.body)
+	}
+	for id, want := range map[int][2]string{
+		4: {"created_at", "0001-01-01T00:00:00.000000Z"},
+		5: {"updated_at", "9999-12-31T23:59:59.999999Z"},
+	} {
+		path := fmt.Sprint("/users/", id)
+		if a := svc.do("GET", path, ""); a.status != 200 || a.json(t, want[0]) != want[1] {
+			t.Errorf("GET %s: status %d, want 200 with %s: %s", path, a.status, want, a.body)
+		}
+	}
+	for id := 1; id <= 5; id++ {
+		path := fmt.Sprint("/users/", id)
+		if a := svc.do("DELETE", path, ""); a.status != 200 {
+			t.Errorf("DELETE %s: status %d, want 200: %s", path, a.status, a.body)
+		}
+		svc.waitForLine(fmt.Sprintf("Received event user.deleted with user_id=%d", id),
+			"version", 2)
+	}
+	if a := svc.do("GET", "/users", ""); a.json(t, "total") != 0.0 {
+		t.Errorf("GET /users after the deletions: want the total 0: %s", a.body)
+	}
+	svc.createUser("John", "Doe")
+}
+
+// TestUpgradedRowsDoNotAffectBatch checks that updates of users whose times no new row may have,
+// which may be refused, do not affect concurrent updates of other users.
+func TestUpgradedRowsDoNotAffectBatch(t *testing.T) {
+	t.Parallel()
+	set := memorySettings()
+	set.databaseURL = previousDatabase(t)
+	svc := startService(t, set)
+	var group sync.WaitGroup
+	for i := range 40 {
+		id := i%5 + 1
+		group.Go(func() {
+			a := svc.do("PUT", fmt.Sprint("/users/", id), fmt.Sprintf(`{"name": "name %d"}`, i))
+			if a.status != 200 && (id <= 3 || a.status != 409) {
+				t.Errorf("PUT /users/%d: status %d, want 200, or 409 for the users 4 and 5: %s",
+					id, a.status, a.body)
+			}
+		})
+	}
+	group.Wait()
+}
+
+// TestUpgradeDoesNotBlock upgrades a database while a transaction that has read users is open. It
+// checks that other statements succeed meanwhile, and that the upgrade succeeds after the
+// transaction.
+func TestUpgradeDoesNotBlock(t *testing.T) {
+	t.Parallel()
+	url := previousDatabase(t)
+	tx, err := connect(t, url).Begin(t.Context())
+	if err == nil {
+		_, err = tx.Exec(t.Context(), "SELECT count(*) FROM users")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := &logBuffer{}
+	opened := make(chan error)
+	go func() {
+		logger := newLogger(&logWriter{w: log}, 0)
+		s, err := openPostgres(context.Background(), url, "upgrade", logger)
+		if err == nil {
+			s.close()
+		}
+		opened <- err
+	}()
+	old := previousRelease{connect(t, url)}
+	execute(t, old.conn, "SET lock_timeout = '5s'")
+	for i := 0; len(log.lines("Waiting for the database")) == 0; i++ {
+		old.create(t, "", fmt.Sprint("during-", i))
+	}
+	select {
+	case err := <-opened:
+		t.Errorf("the upgrade did not wait for the transaction: %v", err)
+		return
+	default:
+	}
+	if err := tx.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-opened; err != nil {
+		t.Error(err)
+	}
+	checkSchemaVersion(t, old.conn)
+	checkTotal(t, old.conn)
+	for range 3 {
+		old.create(t, "", "after")
+	}
+	checkTotal(t, old.conn)
+}
+
+// TestUpgradeKeepsOtherFunction checks that a function of the site is kept although it has the name
+// of one of the previous release.
+func TestUpgradeKeepsOtherFunction(t *testing.T) {
+	t.Parallel()
+	url := emptyDatabase(t, "")
+	conn := connect(t, url)
+	execute(t, conn,
+		"CREATE FUNCTION count_users() RETURNS bigint LANGUAGE sql AS 'SELECT 7::bigint'")
+	openTestPostgres(t, url)
+	if n := queryValue[int64](t, conn, "SELECT count_users()"); n != 7 {
+		t.Errorf("the function of the site returns %d, want 7", n)
+	}
+}
+
+// schema120 is the schema of release 1.2.0, which has version 2.
+var schema120 = func() string {
+	text, err := os.ReadFile("system/testdata/schema-1.2.0.sql")
+	if err != nil {
+		panic(err)
+	}
+	return string(text)
+}()
+
+// database120 returns a database of release 1.2.0 with users, each of which takes about 2 KiB.
+func database120(t *testing.T, users int) string {
+	t.Helper()
+	url := emptyDatabase(t, "")
+	conn := connect(t, url)
+	execute(t, conn, schema120)
+	execute(t, conn, `INSERT INTO users (name, surname, password)
+		SELECT 'John' || i, 'Doe', repeat(md5(i::text), 60) FROM generate_series(1, $1) AS i`, users)
+	return url
+}
+
+// manyUsers are users of database120 whose indexes a start leaves to finishSchema.
+const manyUsers = 6000
+
+// indexes is a query that returns the indexes of searches. An invalid one has an exclamation mark.
+const indexes = `SELECT coalesce(string_agg(relname || CASE WHEN indisvalid THEN '' ELSE '!' END, ' '
+		ORDER BY relname), '')
+	FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+	WHERE indrelid = 'users'::regclass AND relname <> 'users_pkey'`
+
+// bothIndexes is the result of indexes after a start or after finishSchema.
+const bothIndexes = "user_service_name user_service_surname"
+
+// waitForIndexes waits until the indexes are valid.
+func waitForIndexes(t *testing.T, conn *pgx.Conn) {
+	t.Helper()
+	eventually(t, "the indexes of searches", func() bool {
+		return queryValue[string](t, conn, indexes) == bothIndexes
+	})
+}
+
+// blockIndexes begins a transaction for which CREATE INDEX CONCURRENTLY waits until release is
+// called.
+func blockIndexes(t *testing.T, url string) (release func()) {
+	t.Helper()
+	conn := connect(t, url)
+	execute(t, conn, "BEGIN; LOCK TABLE users IN ROW EXCLUSIVE MODE")
+	return func() { execute(t, conn, "COMMIT") }
+}
+
+// waitForBuild waits until the creation of an index, or the removal of an invalid one, waits for other
+// transactions, and returns its process.
+func waitForBuild(t *testing.T, conn *pgx.Conn) (pid int) {
+	t.Helper()
+	eventually(t, "the creation of an index", func() bool {
+		pid = queryValue[int](t, conn, `SELECT coalesce(max(pid), 0) FROM pg_stat_activity
+			WHERE datname = current_database() AND wait_event_type = 'Lock'
+				AND query ~ '^(CREATE|DROP) INDEX CONCURRENTLY'`)
+		return pid > 0
+	})
+	return pid
+}
+
+// TestUpgradeFewUsers checks that a start on a small database of release 1.2.0 creates the indexes
+// before it serves.
+func TestUpgradeFewUsers(t *testing.T) {
+	t.Parallel()
+	url := database120(t, 50)
+	log, err := openLogged(t, url)
+	conn := connect(t, url)
+	if got := queryValue[string](t, conn, indexes); err != nil || got != bothIndexes {
+		t.Errorf("start: %v, indexes %q, want %q", err, got, bothIndexes)
+	}
+	if n := len(log.lines("Database schema updated")); n != 1 || n != len(log.lines("")) {
+		t.Errorf("%d lines about the update, want no other:\n%s", n, log)
+	}
+	checkSchemaVersion(t, conn)
+	checkRepaired(t, url, 50, "")
+}
+
+// TestUpgradeManyUsers checks that the service serves while the indexes are created after the start
+// on a large database of release 1.2.0, and that no timeout of the database ends the creation.
+func TestUpgradeManyUsers(t *testing.T) {
+	t.Parallel()
+	s := memorySettings()
+	s.databaseURL = database120(t, manyUsers)
+	conn := connect(t, s.databaseURL)
+	execute(t, conn, "ALTER DATABASE "+conn.Config().Database+" SET statement_timeout = '1s'")
+	execute(t, conn, "ALTER DATABASE "+conn.Config().Database+" SET lock_timeout = '1s'")
+	release := blockIndexes(t, s.databaseURL)
+	svc := startService(t, s)
+	waitForBuild(t, conn)
+	checkSearches := func(want ...int64) {
+		t.Helper()
+		if got := svc.search("john600"); !slices.Equal(got, want) {
+			t.Errorf("users %v, want %v", got, want)
+		}
+	}
+	checkSearches(600, manyUsers)
+	id := svc.createUser("Ann", "John600")
+	if a := svc.do("PUT", "/users/600", `{"name": "Bob"}`); a.status != http.StatusOK {
+		t.Errorf("PUT during the creation of an index: status %d, want 200: %s", a.status, a.body)
+	}
+	checkSearches(manyUsers, id)
+	execute(t, conn, "SET statement_timeout = 0; SELECT pg_sleep(1.5)") // longer than the timeouts
+	release()
+	for _, index := range strings.Fields(bothIndexes) {
+		svc.waitForLine("Search index built", "index", index)
+	}
+	if got := queryValue[string](t, conn, indexes); got != bothIndexes {
+		t.Errorf("indexes %q, want %q", got, bothIndexes)
+	}
+	checkSearches(manyUsers, id)
+	checkSchemaVersion(t, conn)
+	if log, err := openLogged(t, s.databaseURL); err != nil || len(log.lines("")) > 0 {
+		t.Errorf("second start: error %v, want none and an empty log:\n%s", err, log)
+	}
+}
+
+// TestUpgradeByTwoServices checks that two services that start at once on a large database of
+// release 1.2.0 both serve, and that the indexes are created.
+func TestUpgradeByTwoServices(t *testing.T) {
+	t.Parallel()
+	s := memorySettings()
+	s.databaseURL = database120(t, manyUsers)
+	services := make([]*service, 2)
+	var group sync.WaitGroup
+	for i := range services {
+		group.Go(func() { services[i] = startService(t, s) })
+	}
+	group.Wait()
+	waitForIndexes(t, connect(t, s.databaseURL))
+	for _, svc := range services {
+		if got := svc.search("john600"); !slices.Equal(got, []int64{600, manyUsers}) {
+			t.Errorf("users %v, want 600 and %d", got, manyUsers)
+		}
+	}
+}
+
+// indexDamages are changes of the indexes.
+var indexDamages = []struct {
+	name, sql string
+}{
+	{"dropped", "DROP INDEX user_service_name, user_service_surname"},
+	{"one dropped", "DROP INDEX user_service_surname"},
+	{"invalid", `UPDATE pg_index SET indisvalid = false
+		WHERE indexrelid IN ('user_service_name'::regclass, 'user_service_surname'::regclass)`},
+}
+
+// TestStartRepairsIndexes checks that a start replaces missing and invalid indexes, or leaves that to
+// finishSchema if there are many users.
+func TestStartRepairsIndexes(t *testing.T) {
+	t.Parallel()
+	for _, test := range indexDamages {
+		for _, users := range []int{3, manyUsers} {
+			t.Run(fmt.Sprint(test.name, " with ", users, " users"), func(t *testing.T) {
+				t.Parallel()
+				url := database120(t, users)
+				first := openTestPostgres(t, url)
+				first.finishSchema(t.Context())
+				conn := connect(t, asSuperuser(t, url))
+				execute(t, conn, test.sql)
+				log, err := openLogged(t, url)
+				repaired := fmt.Sprint(log.lines("Database repaired"))
+				named := strings.Contains(repaired, "user_service_surname")
+				if err != nil || named != (users == 3) {
+					t.Errorf("start: %v, want the repair of the index unless finishSchema makes it:\n%s",
+						err, log)
+				}
+				s := openTestPostgres(t, url)
+				if left := len(s.left); (left > 0) != (users == manyUsers) {
+					t.Errorf("%d indexes left to finishSchema with %d users", left, users)
+				}
+				s.finishSchema(t.Context())
+				if got := queryValue[string](t, conn, indexes); got != bothIndexes {
+					t.Errorf("indexes %q, want %q", got, bothIndexes)
+				}
+				checkFound(t, s, "john2", 1, 0, 1, []int64{2}, map[int]int64{3: 1, manyUsers: 1111}[users])
+			})
+		}
+	}
+}
+
+// TestBuildIndexFails checks that the failure to create an index is logged, that the index is left to
+// the next attempt, and that this one replaces the invalid index.
+func TestBuildIndexFails(t *testing.T) {
+	t.Parallel()
+	url := database120(t, manyUsers)
+	conn, log := connect(t, url), &logBuffer{}
+	out := &logWriter{w: log}
+	s, err := openPostgres(t.Context(), url, "test", newLogger(out, 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.close)
+	for attempt, fail := range []func(pid int, cancel func()){
+		func(pid int, _ func()) { execute(t, conn, "SELECT pg_terminate_backend($1)", pid) },
+		func(pid int, _ func()) { execute(t, conn, "SELECT pg_cancel_backend($1)", pid) },
+		func(_ int, cancel func()) { cancel() }, // the service stops
+	} {
+		release := blockIndexes(t, url)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { s.finishSchema(ctx); close(done) }()
+		fail(waitForBuild(t, conn), cancel)
+		eventually(t, "the line about the failure", func() bool {
+			return out.flush() == nil && len(log.lines("Building a search index failed")) > attempt
+		})
+		cancel()
+		<-done
+		if got := queryValue[string](t, conn, indexes); len(s.left) != 2 ||
+			got != "user_service_name!" {
+			t.Errorf("attempt %d: %d indexes left and %q, want 2 and an invalid user_service_name",
+				attempt, len(s.left), got)
+		}
+		release()
+	}
+	s.finishSchema(t.Context())
+	if got := queryValue[string](t, conn, indexes); len(s.left) > 0 || got != bothIndexes {
+		t.Errorf("%d indexes left and %q, want none and %q", len(s.left), got, bothIndexes)
+	}
+}
+
+// TestBuildIndexOnce checks that an index that another replica has created meanwhile is kept.
+func TestBuildIndexOnce(t *testing.T) {
+	t.Parallel()
+	url := database120(t, manyUsers)
+	first, second := openTestPostgres(t, url), openTestPostgres(t, url)
+	if len(first.left) != 2 || len(second.left) != 2 {
+		t.Fatalf("%d and %d indexes left, want 2 each", len(first.left), len(second.left))
+	}
+	conn := connect(t, url)
+	const oids = "SELECT array_agg(indexrelid) FROM pg_index WHERE indrelid = 'users'::regclass"
+	first.finishSchema(t.Context())
+	before := queryValue[[]uint32](t, conn, oids)
+	second.finishSchema(t.Context())
+	if after := queryValue[[]uint32](t, conn, oids); len(before) != 3 || !slices.Equal(after, before) {
+		t.Errorf("indexes %v, then %v, want the same", before, after)
+	}
+}
+
+// The SQL statements of release 1.2.0 that change or list users, word for word.
+const (
+	insert120 = `
+		WITH created AS (
+			INSERT INTO users (name, surname, password)
+			SELECT $1, $2, $3 FROM set_config('user_service.trace_id', $4, true)
+			RETURNING ` + previousColumns + `
+		), kept AS (
+			INSERT INTO idempotency_keys (key, user_id, name, surname, password)
+			SELECT $5, id, name, surname, $3 FROM created WHERE $5 <> ''
+		)
+		SELECT * FROM created`
+	change120 = `
+		WITH change AS (
+			SELECT * FROM unnest(
+				set_config('user_service.ids', $1::bigint[]::text, true)::bigint[],
+				set_config('user_service.trace_ids', $2::text[]::text, true)::text[],
+				$3::text[], $4::text[], $5::text[], $6::text[]
+			) AS change (user_id, trace_id, match, new_name, new_surname, new_password)
+		), free AS (
+			SELECT change.*
+			FROM change,
+				LATERAL (SELECT FROM users WHERE id = user_id FOR UPDATE SKIP LOCKED) AS users
+		)`
+	update120 = change120 + `
+		UPDATE users SET
+			name = coalesce(new_name, name),
+			surname = coalesce(new_surname, surname),
+			password = coalesce(new_password, password)
+		FROM free
+		WHERE id = user_id AND (match IS NULL OR version = ANY (match::bigint[]))
+		RETURNING ` + previousColumns
+	delete120 = change120 + `
+		DELETE FROM users USING free
+		WHERE id = user_id AND (match IS NULL OR version = ANY (match::bigint[]))
+		RETURNING ` + previousColumns
+	rehash120 = `
+		UPDATE users SET password = $3 FROM set_config('user_service.rehash', 'on', true)
+		WHERE id = $1 AND password = $2`
+	list120 = `
+			SELECT greatest(sum(n), 0)::bigint AS total, 0 AS id, '' AS name, '' AS surname,
+				0 AS version, now() AS created_at, now() AS updated_at
+			FROM user_counts
+			UNION ALL (
+				SELECT NULL, ` + previousColumns + ` FROM users WHERE id > $1 ORDER BY id LIMIT $3 OFFSET $2
+			)
+			ORDER BY total, id`
+)
+
+// TestRelease120 checks that release 1.2.0 can start on an upgraded database, and that its statements
+// work there.
+func TestRelease120(t *testing.T) {
+	t.Parallel()
+	url := database120(t, 0)
+	s, conn := openTestPostgres(t, url), connect(t, url)
+	before := queryValue[string](t, conn, catalog)
+	if _, err := conn.Exec(t.Context(), schema120); sqlState(err) != "US002" {
+		t.Errorf("start of release 1.2.0: %v, want US002, which ends its steps", err)
+	}
+	if lines := differences(before, queryValue[string](t, conn, catalog)); len(lines) > 0 {
+		t.Errorf("the start of release 1.2.0 changed the catalog: %q", lines)
+	}
+	for _, key := range []string{"", "key", ""} {
+		execute(t, conn, insert120, "John", "Doe", "hash", "create", key)
+	}
+	ids, traces := []int64{1, 2, 9}, []string{"change-1", "change-2", "change-9"}
+	none, jane, one, seven := []*string{nil, nil, nil}, new("Jane"), new("{1}"), new("{7}")
+	names := []*string{jane, jane, jane}
+	execute(t, conn, update120, ids, traces, []*string{one, seven, nil}, names, none, none)
+	execute(t, conn, rehash120, 3, "hash", "new hash")
+	execute(t, conn, delete120, ids, traces, []*string{seven, nil, nil}, none, none, none)
+	const want = "created 1/1 create, updated 1/2 change-1, created 2/1 create, " +
+		"deleted 2/2 change-2, created 3/1 create"
+	if got := queryValue[string](t, conn, eventsWithTraces); got != want {
+		t.Errorf("events %s, want %s", got, want)
+	}
+	rows, _ := conn.Query(t.Context(), list120, 0, 1, 10)
+	list, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (string, error) {
+		values, err := row.Values()
+		return fmt.Sprint(values[:5]), err
+	})
+	if err != nil || !slices.Equal(list, []string{"[2 0   0]", "[<nil> 3 John Doe 1]"}) {
+		t.Errorf("list %q, %v, want the total 2 and user 3", list, err)
+	}
+	checkFound(t, s, "jan", 0, 0, 10, []int64{1}, 1)
+	checkTotal(t, conn)
+	checkEvents(t, conn)
+}
+
+// TestImportedTimes checks when an update keeps the updated_at of its writer, and the time of the
+// event.
+func TestImportedTimes(t *testing.T) {
+	t.Parallel()
+	conn := connect(t, newDatabase(t))
+	const last = "2020-01-01 00:00:00.123456Z"
+	for _, test := range []struct{ name, setting, sql, want string }{
+		{name: "no setting", sql: "name = 'Eve', updated_at = '2024-01-01Z'"},
+		{name: "off", setting: "off", sql: "name = 'Eve', updated_at = '2024-01-01Z'"},
+		{name: "another setting", setting: "true", sql: "name = 'Eve', updated_at = '2024-01-01Z'"},
+		{name: "later", setting: "on", sql: "name = 'Eve', updated_at = '2024-01-01Z'",
+			want: "2024-01-01 00:00:00Z"},
+		{name: "in the future", setting: "on", sql: "name = 'Eve', updated_at = '2199-01-01Z'",
+			want: "2199-01-01 00:00:00Z"},
+		{name: "the same", setting: "on", sql: "name = 'Eve'", want: "2020-01-01 00:00:00.123457Z"},
+		{name: "earlier", setting: "on", sql: "name = 'Eve', updated_at = '2019-01-01Z'",
+			want: "2020-01-01 00:00:00.123457Z"},
+		{name: "a password", setting: "on", sql: "password = 'y', updated_at = '2024-01-01Z'",
+			want: "2024-01-01 00:00:00Z"},
+		{name: "only a time", setting: "on", sql: "updated_at = '2024-01-01Z'", want: last},
+	} {
+		execute(t, conn, "DELETE FROM users")
+		execute(t, conn, `INSERT INTO users (id, name, surname, password, updated_at)
+			VALUES (1, 'Ann', 'Doe', 'x', '`+last+`')`)
+		execute(t, conn, "DELETE FROM outbox")
+		start := queryValue[time.Time](t, conn, "SELECT clock_timestamp()")
+		execute(t, conn, "BEGIN; SET LOCAL user_service.import = '"+test.setting+"';"+
+			"UPDATE users SET "+test.sql+"; COMMIT")
+		updated := queryValue[time.Time](t, conn, "SELECT updated_at FROM users")
+		want, err := time.Parse("2006-01-02 15:04:05Z07:00", test.want)
+		if test.want == "" {
+			if age := time.Since(updated); updated.Before(start) || age < 0 {
+				t.Errorf("%s: updated_at %v, want the time of the statement", test.name, updated)
+			}
+		} else if err != nil || !updated.Equal(want) {
+			t.Errorf("%s: updated_at %v, %v, want %v", test.name, updated, err, want)
+		}
+		unchanged := test.want == last
+		n := queryValue[int](t, conn, `SELECT count(*) FROM outbox, users
+			WHERE occurred_at >= greatest(updated_at, $1) AND outbox.version = 2`, start)
+		version := queryValue[int](t, conn, "SELECT version FROM users")
+		if unchanged && (n != 0 || version != 1) || !unchanged && (n != 1 || version != 2) {
+			t.Errorf("%s: version %d with %d events of this time, unchanged: %t",
+				test.name, version, n, unchanged)
+		}
+	}
+}
+
+// predecessors are tables of the name user, and whether a start must mention the import of its users.
+var predecessors = []struct {
+	name, sql string
+	superuser bool
+	waiting   bool
+}{
+	{name: "none", sql: "SELECT"},
+	{name: "rows", sql: predecessorTable + predecessorRow, waiting: true},
+	{name: "rows, readable", superuser: true, waiting: true,
+		sql: predecessorTable + predecessorRow + `GRANT SELECT ON "user" TO PUBLIC;`},
+	{name: "rows, not readable", superuser: true, sql: predecessorTable + predecessorRow},
+	{name: "rows, one column readable", superuser: true,
+		sql: predecessorTable + predecessorRow + `GRANT SELECT (id) ON "user" TO PUBLIC;`},
+	{name: "more columns", waiting: true,
+		sql: predecessorTable + predecessorRow + `ALTER TABLE "user" ADD email text;`},
+	{name: "no rows", sql: predecessorTable},
+	{name: "a column missing", sql: predecessorTable + predecessorRow +
+		`ALTER TABLE "user" DROP created_at;`},
+	{name: "a table of another kind", sql: `CREATE TABLE "user" (id int); INSERT INTO "user" VALUES (1)`},
+	{name: "users exist", sql: predecessorTable + predecessorRow +
+		"INSERT INTO users (name, surname, password) VALUES ('John', 'Doe', 'x');"},
+	{name: "a table in another schema", sql: "CREATE SCHEMA other; SET search_path = other;" +
+		predecessorTable + predecessorRow},
+}
+
+const (
+	predecessorTable = `CREATE TABLE "user" (id bigserial PRIMARY KEY, name text, surname text,
+		password text, created_at timestamptz DEFAULT now(), updated_at timestamptz DEFAULT now());`
+	predecessorRow = `INSERT INTO "user" (name, surname, password) VALUES ('Ann', 'Lee', 'x');`
+)
+
+// TestStartMentionsPredecessor checks that a service without users, whose database has users of the
+// predecessor, names the command that imports them, and starts in any case.
+func TestStartMentionsPredecessor(t *testing.T) {
+	t.Parallel()
+	for _, test := range predecessors {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			s := postgresSettings(t)
+			url := s.databaseURL
+			if test.superuser {
+				url = asSuperuser(t, url)
+			}
+			execute(t, connect(t, url), test.sql)
+			if left := openTestPostgres(t, s.databaseURL).left; (len(left) == 1) != test.waiting ||
+				test.waiting && left[0].Code != "US103" {
+				t.Errorf("left %v, want US103: %t", left, test.waiting)
+			}
+			svc := startService(t, s)
+			if test.waiting {
+				line := svc.waitForLine("Predecessor's users not imported", "level", "WARN")
+				if !strings.Contains(fmt.Sprint(line["remedy"]), "user-service import --predecessor") {
+					t.Errorf("line %v, want the command", line)
+				}
+			}
+		})
 	}
 }

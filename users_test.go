@@ -1849,6 +1849,251 @@ func TestLastLink(t *testing.T) {
 	}
 }
 
+// searchedUsers are the users of TestSearch, by id from 1.
+var searchedUsers = [][2]string{
+	1: {"Ann", "Lee"}, 2: {"Bob", "Anderson"}, 3: {"ANNA", "annan"}, 4: {"100% Sure", "x"},
+	5: {"1000 Sure", "x"}, 6: {"a_b", `"quoted"`}, 7: {"axb", "'single'"},
+	8: {`back\slash`, `\`}, 9: {"Mary Ann", "Smith"}, 10: {"MaryAnn", "smythe"},
+	11: {"\u00c9va", "composed"}, 12: {"E\u0301va", "decomposed"}, 13: {"Eva", "plain"},
+	14: {"ΣΊΣΥΦΟΣ", "x"}, 15: {"σίσυφος", "x"}, 16: {"\u0130stanbul", "x"},
+	17: {"\u0131stanbul", "x"}, 18: {"istanbul", "x"}, 19: {"Istanbul", "x"},
+	20: {"Straße", "x"}, 21: {"STRAẞE", "x"}, 22: {"Strasse", "x"},
+	23: {"\u212aelvin", "x"}, 24: {"kelvin", "x"}, 25: {"Kelvin", "x"},
+	26: {"Иван", "Ёлкин"}, 27: {"ИВАНОВ", "ёлкин"}, 28: {"ანა", "x"}, 29: {"ᲐᲜᲐ", "x"},
+	30: {"𐐔𐐯𐑅", "x"}, 31: {"𐐼𐐇𐑅", "x"}, 32: {"z\U0010ffffz", "x"},
+	33: {"z" + strings.Repeat("\U0010ffff", 254), "x"}, 34: {"😀 Grin", "x"}, 35: {"😀😀", "x"},
+	36: {strings.Repeat("n", 255), "x"}, 37: {strings.Repeat("𐐔", 255), "x"},
+	38: {"O\u00a0Neil", "O'Neil"}, 39: {"{a,b}", "$1"}, 40: {"x", "NULL"},
+}
+
+// searches are prefixes, and the ids of the searchedUsers with them.
+var searches = []struct {
+	name string
+	q    string
+	want []int64
+}{
+	{name: "name or surname", q: "An", want: []int64{1, 2, 3}},
+	{name: "name and surname, counted once", q: "anna", want: []int64{3}},
+	{name: "surname", q: "le", want: []int64{1}},
+	{name: "upper case", q: "ANN", want: []int64{1, 3}},
+	{name: "inside a name", q: "nn", want: []int64{36}},
+	{name: "nothing", q: "Zoe"},
+	{name: "percent sign", q: "%"},
+	{name: "percent sign at the end", q: "100%", want: []int64{4}},
+	{name: "underscore", q: "_"},
+	{name: "underscore inside", q: "a_", want: []int64{6}},
+	{name: "backslash", q: `\`, want: []int64{8}},
+	{name: "backslash inside", q: `BACK\s`, want: []int64{8}},
+	{name: "backslash and percent sign", q: `\%`},
+	{name: "double quote", q: `"Q`, want: []int64{6}},
+	{name: "single quote", q: "'s", want: []int64{7}},
+	{name: "two single quotes", q: "''"},
+	{name: "apostrophe", q: "o'n", want: []int64{38}},
+	{name: "array", q: "{A,", want: []int64{39}},
+	{name: "parameter", q: "$1", want: []int64{39}},
+	{name: "regular expression", q: "."},
+	{name: "NULL", q: "null", want: []int64{40}},
+	{name: "space inside", q: "mary a", want: []int64{9}},
+	{name: "space at the end", q: "mary ", want: []int64{9}},
+	{name: "without the space", q: "marya", want: []int64{10}},
+	{name: "space at the start", q: " mary"},
+	{name: "space only", q: " "},
+	{name: "space after a whole name", q: "Ann "},
+	{name: "no-break space", q: "o\u00a0n", want: []int64{38}},
+	{name: "space for a no-break space", q: "o n"},
+	{name: "composed accent", q: "\u00e9V", want: []int64{11}},
+	{name: "decomposed accent", q: "e\u0301V", want: []int64{12}},
+	{name: "without an accent", q: "ev", want: []int64{13}},
+	{name: "before a combining accent", q: "e", want: []int64{12, 13}},
+	{name: "combining accent", q: "\u0301"},
+	{name: "final sigma", q: "ςίσυφοσ", want: []int64{14, 15}},
+	{name: "capital sigma", q: "Σ", want: []int64{14, 15}},
+	{name: "small dotted i", q: "iST", want: []int64{16, 18, 19}},
+	{name: "capital dotless i", q: "Ist", want: []int64{16, 18, 19}},
+	{name: "capital dotted i", q: "\u0130ST", want: []int64{16, 18, 19}},
+	{name: "small dotless i", q: "\u0131st", want: []int64{17}},
+	{name: "sharp s", q: "straß", want: []int64{20, 21}},
+	{name: "capital sharp s", q: "straẞ", want: []int64{20, 21}},
+	{name: "two s", q: "strass", want: []int64{22}},
+	{name: "kelvin sign", q: "\u212a", want: []int64{23, 24, 25}},
+	{name: "k for a kelvin sign", q: "kEL", want: []int64{23, 24, 25}},
+	{name: "Cyrillic", q: "ИВан", want: []int64{26, 27}},
+	{name: "Cyrillic yo", q: "ё", want: []int64{26, 27}},
+	{name: "Cyrillic ye", q: "е"},
+	{name: "Georgian Mkhedruli", q: "ან", want: []int64{28, 29}},
+	{name: "Georgian Mtavruli", q: "ᲐᲜ", want: []int64{28, 29}},
+	{name: "Deseret", q: "𐐼𐐯", want: []int64{30, 31}},
+	{name: "the highest code point", q: "\U0010ffff"},
+	{name: "the highest code point inside", q: "Z\U0010ffff", want: []int64{32, 33}},
+	{name: "before the highest code points", q: "z", want: []int64{32, 33}},
+	{name: "emoji", q: "😀", want: []int64{34, 35}},
+	{name: "two emoji", q: "😀😀", want: []int64{35}},
+	{name: "255 characters", q: strings.Repeat("N", 255), want: []int64{36}},
+	{name: "255 characters beyond the BMP", q: strings.Repeat("𐐼", 255), want: []int64{37}},
+	{name: "255 characters of another name", q: strings.Repeat("N", 254) + "m"},
+	{name: "longer than the name", q: "Anna Maria"},
+	{name: "line separator", q: "\u2028"},
+}
+
+// TestSearch checks which users q finds, and that the answer does not depend on its case.
+func TestSearch(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *service) {
+		for _, names := range searchedUsers[1:] {
+			if a := s.do("POST", "/users", userBody(t, names[0], names[1])); a.status != 201 {
+				t.Fatalf("POST %q: status %d, want 201: %s", names, a.status, a.body)
+			}
+		}
+		for _, test := range searches {
+			if got := s.search(test.q); !slices.Equal(got, test.want) {
+				t.Errorf("%s: q=%+q finds %v, want %v", test.name, test.q, got, test.want)
+			}
+		}
+	})
+}
+
+// search returns the ids that a list with q has. It checks the total.
+func (s *service) search(q string) (ids []int64) {
+	s.t.Helper()
+	a := s.do("GET", "/users?per_page=100&q="+url.QueryEscape(q), "")
+	var list userList
+	if err := json.Unmarshal([]byte(a.body), &list); err != nil || a.status != http.StatusOK {
+		s.t.Fatalf("q=%+q: status %d, %v, want 200 with a list: %s", q, a.status, err, a.body)
+	}
+	for _, u := range list.Users {
+		ids = append(ids, u.ID)
+	}
+	if list.Total != int64(len(ids)) || strings.Contains(a.body, "total_capped") {
+		s.t.Errorf("q=%+q: want the total %d, not capped: %s", q, len(ids), a.body)
+	}
+	return ids
+}
+
+// TestSearchAfterChanges checks that q finds changed users by their new names only, and no deleted
+// users.
+func TestSearchAfterChanges(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *service) {
+		for range 3 {
+			s.createUser("John", "Doe")
+		}
+		for _, step := range []struct {
+			method, path, body string
+			john, doe, jane    []int64 // found
+		}{
+			{"PUT", "/users/2", `{"name": "Jane"}`, []int64{1, 3}, []int64{1, 2, 3}, []int64{2}},
+			{"PATCH", "/users/2", `{"surname": "JOHNS"}`, []int64{1, 2, 3}, []int64{1, 3},
+				[]int64{2}},
+			{"PUT", "/users/1", `{"password": "` + secret + `"}`, []int64{1, 2, 3}, []int64{1, 3},
+				[]int64{2}},
+			{"PUT", "/users/3", `{"name": "jane", "surname": "Janeson"}`, []int64{1, 2}, []int64{1},
+				[]int64{2, 3}},
+			{"DELETE", "/users/2", "", []int64{1}, []int64{1}, []int64{3}},
+			{"DELETE", "/users/1", "", nil, nil, []int64{3}},
+			{"POST", "/users", john, []int64{4}, []int64{4}, []int64{3}},
+		} {
+			if a := s.do(step.method, step.path, step.body); a.status >= 300 {
+				t.Errorf("%s %s: status %d: %s", step.method, step.path, a.status, a.body)
+			}
+			for q, want := range map[string][]int64{
+				"john": step.john, "doe": step.doe, "jane": step.jane,
+			} {
+				if got := s.search(q); !slices.Equal(got, want) {
+					t.Errorf("q=%s after %s %s %s finds %v, want %v",
+						q, step.method, step.path, step.body, got, want)
+				}
+			}
+		}
+	})
+}
+
+// TestSearchPages checks the users, the members and the links of pages with q.
+func TestSearchPages(t *testing.T) {
+	t.Parallel()
+	type targets = map[string]string
+	all := []int64{2, 4, 6, 10}
+	const jo = "&q=J%25+o"
+	pages := []page{
+		{"?q=J%25+o", all, `,"total":4,"page":1,"per_page":10,"next_after":null}`,
+			targets{"first": "/users?page=1" + jo, "last": "/users?page=1" + jo}},
+		{"?q=j%25%20O&per_page=3", all[:3], `,"total":4,"page":1,"per_page":3,"next_after":6}`,
+			targets{"first": "/users?page=1&per_page=3&q=j%25+O",
+				"next": "/users?after=6&per_page=3&q=j%25+O",
+				"last": "/users?page=2&per_page=3&q=j%25+O"}},
+		{"?per_page=3&page=2" + jo, all[3:], `,"total":4,"page":2,"per_page":3,"next_after":null}`,
+			targets{"first": "/users?page=1&per_page=3" + jo,
+				"prev": "/users?page=1&per_page=3" + jo, "last": "/users?page=2&per_page=3" + jo}},
+		{"?per_page=2&page=9" + jo, nil, `,"total":4,"page":9,"per_page":2,"next_after":null}`,
+			targets{"first": "/users?page=1&per_page=2" + jo,
+				"prev": "/users?page=2&per_page=2" + jo, "last": "/users?page=2&per_page=2" + jo}},
+		{"?page=100001&per_page=1" + jo, nil,
+			`,"total":4,"page":100001,"per_page":1,"next_after":null}`,
+			targets{"first": "/users?page=1&per_page=1" + jo,
+				"prev": "/users?page=4&per_page=1" + jo, "last": "/users?page=4&per_page=1" + jo}},
+		{"?after=0&per_page=4" + jo, all, `,"total":4,"per_page":4,"next_after":null}`, targets{}},
+		{"?after=2&per_page=2" + jo, all[1:3], `,"total":4,"per_page":2,"next_after":6}`,
+			targets{"next": "/users?after=6&per_page=2" + jo}},
+		{"?after=5&per_page=1" + jo, all[2:3], `,"total":4,"per_page":1,"next_after":6}`,
+			targets{"next": "/users?after=6&per_page=1" + jo}},
+		{"?after=10" + jo, nil, `,"total":4,"per_page":10,"next_after":null}`, targets{}},
+		{"?after=9223372036854775807" + jo, nil, `,"total":4,"per_page":10,"next_after":null}`,
+			targets{}},
+		{"?q=x&page=2", nil, `,"total":0,"page":2,"per_page":10,"next_after":null}`,
+			targets{"first": "/users?page=1&q=x", "prev": "/users?page=1&q=x",
+				"last": "/users?page=1&q=x"}},
+		{"?%71=%6a%25", all, `,"total":4,"page":1,"per_page":10,"next_after":null}`,
+			targets{"first": "/users?page=1&q=j%25", "last": "/users?page=1&q=j%25"}},
+	}
+	eachStore(t, func(t *testing.T, s *service) {
+		for i := range 5 {
+			s.createUser("Jane", "Doe")
+			s.createUser([]string{"J% OH", "Ann"}[i%2], []string{"Doe", "j% o"}[i%2])
+		}
+		s.do("DELETE", "/users/8", "")
+		for _, page := range pages {
+			page.check(t, s)
+		}
+	})
+}
+
+// TestSearchErrors checks the whole problem document of an invalid q.
+func TestSearchErrors(t *testing.T) {
+	t.Parallel()
+	const bounds = `{"parameter":"q",` +
+		`"detail":"must be 1 to 255 characters of UTF-8 without control characters"}`
+	const twice = `{"parameter":"q","detail":"must be given once"}`
+	x256, emoji256 := strings.Repeat("x", 256), strings.Repeat("%F0%9F%98%80", 256)
+	eachStore(t, func(t *testing.T, s *service) {
+		for _, test := range []struct{ name, query, errors string }{
+			{"empty", "q=", bounds},
+			{"no value", "q", bounds},
+			{"256 characters", "q=" + x256, bounds},
+			{"256 emoji", "q=" + emoji256, bounds},
+			{"NUL", "q=a%00", bounds},
+			{"tab", "q=%09", bounds},
+			{"newline", "q=a%0Ab", bounds},
+			{"DEL", "q=%7F", bounds},
+			{"a control character of Latin-1", "q=%C2%85", bounds},
+			{"a byte that no character has", "q=a%FF", bounds},
+			{"half a character", "q=%C3", bounds},
+			{"an overlong NUL", "q=%C0%80", bounds},
+			{"a surrogate", "q=%ED%A0%80", bounds},
+			{"beyond the highest code point", "q=%F4%90%80%80", bounds},
+			{"twice", "q=a&q=b", twice},
+			{"twice the same", "q=a&page=1&q=a", twice},
+			{"twice empty", "q=&q=", twice},
+		} {
+			a := s.do("GET", "/users?"+test.query, "", "X-Request-Id: id")
+			want := `{"type":"about:blank","title":"Bad Request","status":400,` +
+				`"detail":"1 parameter is not valid","instance":"/users","trace_id":"id",` +
+				`"errors":[` + test.errors + `]}`
+			if a.status != http.StatusBadRequest || strings.TrimSpace(a.body) != want {
+				t.Errorf("%s: status %d, %s, want 400, %s", test.name, a.status, a.body, want)
+			}
+		}
+	})
+}
+
 // listQueries are seeds of FuzzListQuery.
 var listQueries = []string{
 	"", "page=1", "page=3&per_page=7", "per_page=100&page=1001",
@@ -1859,6 +2104,8 @@ var listQueries = []string{
 	"page=+1", "page=-1", "page=01", "page=1_0", "page=", "page", "page=1&page=1",
 	"PAGE=1&x=%00&%zz", "per_page=0", "per_page=101", "a;b", "page=%D9%A1", "&&",
 	"after=-0", "after=4&per_page=2&per_page=",
+	"q=jo&per_page=3&page=2", "q=a+%25&after=7", "q=%F0%9F%98%80", "q=", "q", "q=%FF", "q=a%00",
+	"q=a&q=b", "q=%C2%85&page=0", "q=%EF%BF%BD&page=10001",
 }
 
 // FuzzListQuery compares parseListQuery with wantInvalid, and checks the links of a list of users
@@ -1896,24 +2143,18 @@ func FuzzListQuery(f *testing.F) {
 // checkEvenList checks the page of a list of evenUsers and its links.
 func checkEvenList(t *testing.T, query string, q listQuery, total int64) {
 	t.Helper()
-	list := q.list(evenUsers(q, total), total)
+	counted, capped := total, q.prefix != "" && total > 10_000
+	if capped {
+		counted = 10_001
+	}
+	list := q.list(evenUsers(q, total), counted)
 	if n := int64(len(list.Users)); n > q.perPage || q.offset() < 0 || q.offset() > 100_000 {
 		t.Fatalf("%q: %d users after an offset of %d", query, n, q.offset())
 	}
-	last := max(0, total-1)/q.perPage + 1 // the number of the last page
-	want := map[string]listQuery{}
-	if q.page > 0 {
-		want["first"] = listQuery{page: 1, perPage: q.perPage}
-		if (last-1)*q.perPage <= 100_000 {
-			want["last"] = listQuery{page: last, perPage: q.perPage}
-		}
+	if list.TotalCapped != capped || capped && list.Total != 10_000 {
+		t.Errorf("%q of %d: total %d, capped: %t", query, total, list.Total, list.TotalCapped)
 	}
-	if q.page > 1 {
-		want["prev"] = listQuery{page: min(q.page-1, last), perPage: q.perPage}
-	}
-	if n := len(list.Users); n > 0 && list.Users[n-1].ID < 2*total {
-		want["next"] = listQuery{after: list.Users[n-1].ID, perPage: q.perPage}
-	}
+	want := evenLinks(q, list, total)
 	a := answer{header: http.Header{"Link": {q.links(list)}}}
 	if a.header.Get("Link") == "" {
 		a.header.Del("Link")
@@ -1932,6 +2173,30 @@ func checkEvenList(t *testing.T, query string, q listQuery, total int64) {
 	}
 }
 
+// evenLinks returns what the links of a page of evenUsers must lead to, by relation.
+func evenLinks(q listQuery, list userList, total int64) map[string]listQuery {
+	want := map[string]listQuery{}
+	link := func(relation string, page, after int64) {
+		want[relation] = listQuery{prefix: q.prefix, page: page, after: after, perPage: q.perPage}
+	}
+	last := max(0, total-1)/q.perPage + 1 // the number of the last page
+	if q.page > 0 {
+		link("first", 1, 0)
+	}
+	if q.page > 0 && !list.TotalCapped && (last-1)*q.perPage <= 100_000 {
+		link("last", last, 0)
+	}
+	if q.page > 1 && list.TotalCapped {
+		link("prev", q.page-1, 0)
+	} else if q.page > 1 {
+		link("prev", min(q.page-1, last), 0)
+	}
+	if n := len(list.Users); n > 0 && list.Users[n-1].ID < 2*total {
+		link("next", 0, list.Users[n-1].ID)
+	}
+	return want
+}
+
 // evenUsers returns what a store of users with the even ids from 2 to 2*total returns for q.
 func evenUsers(q listQuery, total int64) []User {
 	users := []User{}
@@ -1941,6 +2206,9 @@ func evenUsers(q listQuery, total int64) []User {
 	}
 	return users
 }
+
+// searchPattern matches a valid q, and invalid UTF-8.
+var searchPattern = regexp.MustCompile(`^\P{Cc}{1,255}$`)
 
 // wantInvalid returns the parameters that must be refused. ok is false if the query is malformed.
 func wantInvalid(query string) (invalid map[string]bool, ok bool) {
@@ -1953,6 +2221,13 @@ func wantInvalid(query string) (invalid map[string]bool, ok bool) {
 	high := map[string]string{"page": maxInt64, "per_page": "100", "after": maxInt64}
 	number := map[string]*big.Int{"page": big.NewInt(1), "per_page": big.NewInt(10)}
 	for name, texts := range values {
+		if name == "q" {
+			if len(texts) > 1 || !searchPattern.MatchString(texts[0]) ||
+				strings.ToValidUTF8(texts[0], "") != texts[0] {
+				invalid[name] = true
+			}
+			continue
+		}
 		limit, _ := new(big.Int).SetString(high[name], 10)
 		n, isNumber := new(big.Int).SetString(texts[0], 10)
 		if high[name] == "" || len(texts) > 1 || !isNumber ||
