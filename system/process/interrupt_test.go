@@ -127,11 +127,11 @@ func TestImportInterrupted(t *testing.T) {
 	}
 }
 
-// TestPredecessorInterrupted ends the import while it hashes the first page of users. The second
-// page is smaller, so it is done before.
+// TestPredecessorInterrupted ends the import while it hashes the second page of users. Most users of
+// the first page are here already, so it is done before.
 func TestPredecessorInterrupted(t *testing.T) {
 	t.Parallel()
-	const n = 1050
+	const here, first, n = 950, 1000, 1250
 	for _, signal := range []syscall.Signal{syscall.SIGKILL, syscall.SIGINT} {
 		t.Run(signal.String(), func(t *testing.T) {
 			t.Parallel()
@@ -139,16 +139,25 @@ func TestPredecessorInterrupted(t *testing.T) {
 			createPredecessor(t, conn)
 			mustExec(t, conn, fmt.Sprintf(`INSERT INTO "user" (name, surname, password)
 				SELECT 'John ' || n, 'Doe', '%s' FROM generate_series(1, %d) AS n`, env.Secret, n))
-			first := begin(t, d.URL, nil, "import", "--predecessor")
-			env.Eventually(t, "the second page", func() bool {
-				return queryValue[bool](t, conn, "SELECT count(*) = 50 FROM users")
+			mustExec(t, conn, fmt.Sprintf(`INSERT INTO users (id, name, surname, password, created_at, updated_at)
+				SELECT id, name, surname, '', created_at, updated_at FROM "user" WHERE id <= %d`, here))
+			old := oldUsers(t, conn)
+			command := begin(t, d.URL, nil, "import", "--predecessor")
+			env.Eventually(t, "the first page", func() bool {
+				return queryValue[bool](t, conn, "SELECT count(*) >= $1 FROM users", first)
 			})
-			r := first.end(t, signal)
+			r := command.end(t, signal)
+			expectLines(t, "standard error", r.refusals(t), nil)
 			if signal == syscall.SIGINT {
-				expectInterrupted(t, r, "Import", 50)
+				r.expect(t, 1, ending{Event: "Import interrupted", Users: first - here, Unchanged: here,
+					Remedy: "run the same command again"})
 			}
-			transfer(t, d.URL, "", "import", "--predecessor").expect(t, 0, imported(1000, 50, 0))
+			r = transfer(t, d.URL, "", "import", "--predecessor")
+			r.expect(t, 0, imported(n-first, first, 0))
 			expectComplete(t, conn, n)
+			if oldUsers(t, conn) != old {
+				t.Error("the old table has changed")
+			}
 		})
 	}
 }

@@ -202,7 +202,7 @@ func hashedLines(n int, ids bool) string {
 func TestTransferRefusesArguments(t *testing.T) {
 	t.Parallel()
 	const unused = "postgres://127.0.0.1:1/unused"
-	usage, missing := "usage: import [--no-events] FILE", "DATABASE_URL must be set"
+	usage, missing := "usage: import [--no-events] FILE", "DATABASE_URL"
 	for _, test := range []struct{ args, url, want string }{
 		{"import", unused, usage},
 		{"import a b", unused, usage},
