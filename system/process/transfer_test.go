@@ -255,10 +255,10 @@ const (
 	notPositive  = "must be an integer from 1 to 9223372036854775806"
 	notName      = "must have 1 to 255 characters, not counting white space at the ends"
 	notPassword  = "must have 8 to 128 characters"
-	notHash      = "must be a hash of argon2id, bcrypt or PBKDF2 within the bounds of docs/takeover.md"
+	notHash      = "must be a hash of argon2id, bcrypt or PBKDF2, within the bounds that docs/takeover.md lists"
 	notTime      = "must be a time such as 2026-01-01T12:00:00.123456Z"
-	notKnown     = "is unknown; the fields are id, name, surname, password, password_hash, version, " +
-		"created_at, updated_at"
+	notKnown     = "is unknown; the fields are created_at, id, name, password, password_hash, surname, " +
+		"updated_at, version"
 	lineFirst, lineSecond = `"created_at":"2026-01-01T00:00:00Z"`, `"updated_at":"2026-02-01T00:00:00Z"`
 	lineTimes             = "2026-01-01 00:00:00|2026-02-01 00:00:00"
 )

@@ -119,8 +119,8 @@ func peakMemory(cmd *exec.Cmd) func() (bytes int64) {
 	return func() int64 { return <-peak }
 }
 
-// TestRoundTrip pipes an export into an import, and compares the exports of both databases. The
-// number of users is TRANSFER_USERS.
+// TestRoundTrip pipes an export into an import, and compares the exports of both databases. `make
+// bench` sets TRANSFER_USERS to a million.
 func TestRoundTrip(t *testing.T) {
 	n, err := strconv.Atoi(cmp.Or(os.Getenv("TRANSFER_USERS"), "100000"))
 	if err != nil {
