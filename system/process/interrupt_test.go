@@ -93,7 +93,7 @@ func blockImport(t *testing.T, conn *pgx.Conn) (n int, release func()) {
 	}
 }
 
-// TestImportInterrupted ends imports between their transactions, and completes them by a second run.
+// TestImportInterrupted ends imports between their transactions. A second run completes them.
 func TestImportInterrupted(t *testing.T) {
 	t.Parallel()
 	const n = 20_000
@@ -139,8 +139,10 @@ func TestPredecessorInterrupted(t *testing.T) {
 			createPredecessor(t, conn)
 			mustExec(t, conn, fmt.Sprintf(`INSERT INTO "user" (name, surname, password)
 				SELECT 'John ' || n, 'Doe', '%s' FROM generate_series(1, %d) AS n`, env.Secret, n))
-			mustExec(t, conn, fmt.Sprintf(`INSERT INTO users (id, name, surname, password, created_at, updated_at)
-				SELECT id, name, surname, '', created_at, updated_at FROM "user" WHERE id <= %d`, here))
+			mustExec(t, conn, fmt.Sprintf(`
+				INSERT INTO users (id, name, surname, password, created_at, updated_at)
+				SELECT id, name, surname, '', created_at, updated_at
+				FROM "user" WHERE id <= %d`, here))
 			old := oldUsers(t, conn)
 			command := begin(t, d.URL, nil, "import", "--predecessor")
 			env.Eventually(t, "the first page", func() bool {
@@ -207,7 +209,8 @@ func TestImportInterruptedIdle(t *testing.T) {
 	}
 }
 
-// TestExportInterrupted ends an export whose output nobody reads for a while. The next one is complete.
+// TestExportInterrupted ends an export whose output is not read for a while. The next one is
+// complete.
 func TestExportInterrupted(t *testing.T) {
 	t.Parallel()
 	d, conn := newUserDatabase(t)

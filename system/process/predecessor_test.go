@@ -29,7 +29,8 @@ func createPredecessor(t *testing.T, conn *pgx.Conn) {
 // oldUsers returns a digest of the predecessor's table.
 func oldUsers(t *testing.T, conn *pgx.Conn) string {
 	t.Helper()
-	return queryValue[string](t, conn, `SELECT md5(string_agg("user"::text, ',' ORDER BY id)) FROM "user"`)
+	return queryValue[string](t, conn, `
+		SELECT md5(string_agg("user"::text, ',' ORDER BY id)) FROM "user"`)
 }
 
 // predecessorRows are users of the predecessor, with the refusal or the name and surname here.
@@ -78,8 +79,9 @@ func insertOldUsers(t *testing.T, conn *pgx.Conn) (refusals, created []string) {
 	for _, row := range predecessorRows {
 		createdAt, updatedAt, _ := strings.Cut(value(row.times, "2020-01-01Z,2021-01-01Z"), ",")
 		_, err := conn.Exec(t.Context(), `INSERT INTO "user"
-			VALUES ($1, $2, $3, $4, $5::text::timestamptz, $6::text::timestamptz)`, row.id, value(row.name, "John"),
-			value(row.surname, "Doe"), value(row.password, env.Secret), createdAt, updatedAt)
+			VALUES ($1, $2, $3, $4, $5::text::timestamptz, $6::text::timestamptz)`, row.id,
+			value(row.name, "John"), value(row.surname, "Doe"), value(row.password, env.Secret),
+			createdAt, updatedAt)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -88,7 +90,8 @@ func insertOldUsers(t *testing.T, conn *pgx.Conn) (refusals, created []string) {
 			field = fmt.Sprintf(`"field":%q,`, row.field)
 		}
 		if row.reason != "" {
-			refusals = append(refusals, fmt.Sprintf(`{"id":%d,%s"reason":%q}`, row.id, field, row.reason))
+			refusals = append(refusals,
+				fmt.Sprintf(`{"id":%d,%s"reason":%q}`, row.id, field, row.reason))
 		} else {
 			created = append(created, fmt.Sprintf("%d|%s|1", row.id, row.user))
 		}
@@ -151,7 +154,8 @@ func TestPredecessorRepeated(t *testing.T) {
 		`UPDATE users SET surname = 'Roe' WHERE id IN (3, 4)`,
 		`DELETE FROM users WHERE id IN (5, 7, 9)`,
 		`DELETE FROM "user" WHERE id IN (6, 9)`,
-		`INSERT INTO "user" SELECT 10, 'New', 'Doe', '` + env.Secret + `', '2020-01-01Z', '2021-01-01Z'`,
+		`INSERT INTO "user" SELECT 10, 'New', 'Doe', '` + env.Secret +
+			`', '2020-01-01Z', '2021-01-01Z'`,
 		`DELETE FROM outbox`,
 	} {
 		mustExec(t, conn, statement)
@@ -167,14 +171,15 @@ func TestPredecessorRepeated(t *testing.T) {
 		r.expect(t, 1, want)
 		expectLines(t, "standard error", r.refusals(t), refused)
 		rows := queryValue[string](t, conn, `SELECT string_agg(concat_ws(' ', id, name, surname, version,
-			(updated_at = '2021-01-01Z')::text, (updated_at = '2040-01-01Z')::text), ', ' ORDER BY id) FROM users`)
+			(updated_at = '2021-01-01Z')::text, (updated_at = '2040-01-01Z')::text),
+			', ' ORDER BY id) FROM users`)
 		if want := "1 John Doe 1 true false, 2 Jane Doe 2 false true, 3 John Roe 2 false false, " +
 			"4 John Roe 2 false false, 6 John Doe 1 true false, 8 John Doe 1 true false, " +
 			"10 New Doe 1 true false"; rows != want {
 			t.Errorf("got  %s\nwant %s", rows, want)
 		}
-		events := queryValue[string](t, conn, `SELECT string_agg(concat_ws(' ', event_type, user_id, version),
-			', ' ORDER BY user_id) FROM outbox`)
+		events := queryValue[string](t, conn, `
+			SELECT string_agg(concat_ws(' ', event_type, user_id, version), ', ' ORDER BY user_id) FROM outbox`)
 		if want := "user.updated 2 2, user.created 10 1"; events != want {
 			t.Errorf("got the events %s, want %s", events, want)
 		}
@@ -187,7 +192,8 @@ func TestPredecessorRepeated(t *testing.T) {
 // expectSet is expectLines for lines in any order.
 func expectSet(t *testing.T, what string, got, want []string) {
 	t.Helper()
-	expectLines(t, what, slices.Sorted(slices.Values(got)), slices.Sorted(slices.Values(want)))
+	expectLines(t, what, slices.Sorted(slices.Values(got)),
+		slices.Sorted(slices.Values(want)))
 }
 
 // TestPredecessorWhileServing imports while a service creates users. It gives them other ids.
@@ -201,8 +207,9 @@ func TestPredecessorWhileServing(t *testing.T) {
 	p := testEnv.StartProgram(t, "DATABASE_URL="+d.URL)
 	p.CreateUser("First", "Here") // has the id 1
 	cmd := begin(t, d.URL, nil, "import", "--predecessor")
-	env.Eventually(t, "a sequence behind the ids of the predecessor", func() bool {
-		return queryValue[bool](t, conn, "SELECT last_value >= $1 FROM users_id_seq", n)
+	env.Eventually(t, "a sequence behind the predecessor's ids, before its users", func() bool {
+		return queryValue[bool](t, conn, `
+			SELECT last_value >= $1 AND (SELECT count(*) FROM users) = 1 FROM users_id_seq`, n)
 	})
 	created := 0
 	ended := cmd.ended()
@@ -211,7 +218,8 @@ func TestPredecessorWhileServing(t *testing.T) {
 	}
 	r := <-ended
 	r.expect(t, 1, imported(n-1, 0, 1))
-	expectLines(t, "standard error", r.refusals(t), []string{`{"id":1,"reason":"has the id of another user here"}`})
+	expectLines(t, "standard error", r.refusals(t),
+		[]string{`{"id":1,"reason":"has the id of another user here"}`})
 	got := queryValue[string](t, conn, `SELECT concat_ws(' ', count(*),
 		count(*) FILTER (WHERE name = 'John' AND id BETWEEN 2 AND $1),
 		count(*) FILTER (WHERE name = 'Later' AND id > $1)) FROM users`, n)
@@ -223,7 +231,8 @@ func TestPredecessorWhileServing(t *testing.T) {
 // TestPredecessorWarning checks when a start of the service names the command for the takeover.
 func TestPredecessorWarning(t *testing.T) {
 	t.Parallel()
-	const row = `INSERT INTO "user" (name, surname, password) VALUES ('John', 'Doe', '` + env.Secret + `')`
+	const row = `INSERT INTO "user" (name, surname, password)
+		VALUES ('John', 'Doe', '` + env.Secret + `')`
 	for name, test := range map[string]struct {
 		rows, imported bool
 		want           int
@@ -252,7 +261,11 @@ func TestPredecessorWarning(t *testing.T) {
 				}
 			}
 			p.CreateUser("John", "Doe")
-			p.AwaitLine(env.LogReceivedEvent + " user.created with user_id=" + strconv.Itoa(1+map[bool]int{true: 1}[test.imported]))
+			id := 1
+			if test.imported {
+				id = 2
+			}
+			p.AwaitLine(env.LogReceivedEvent + " user.created with user_id=" + strconv.Itoa(id))
 			if lines := p.Lines(event); len(lines) != test.want {
 				t.Errorf("got %v, want %d lines", lines, test.want)
 			}

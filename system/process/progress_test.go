@@ -65,7 +65,8 @@ func TestTransferBar(t *testing.T) {
 		text, _ := io.ReadAll(screen) // ends with EIO
 		cmd.Wait()
 		if !bytes.Contains(text, []byte(test.done)) || !regexp.MustCompile(test.bar).Match(text) {
-			t.Errorf("%v: got on the terminal\n%q\nwant %s and a match of %s", test.args, text, test.done, test.bar)
+			t.Errorf("%v: got on the terminal\n%q\nwant %s and a match of %s", test.args, text,
+				test.done, test.bar)
 		}
 		const refused = "{\"line\":20001,\"reason\":\"must be a JSON object, but is null\"}\r\n"
 		if test.args[0] == "import" && !bytes.Contains(text, []byte(refused)) {
@@ -74,8 +75,8 @@ func TestTransferBar(t *testing.T) {
 	}
 }
 
-// TestTransferProgress waits for the line that an import writes every ten seconds if standard error is
-// no terminal.
+// TestTransferProgress waits for the line that an import writes every ten seconds if standard error
+// is no terminal.
 func TestTransferProgress(t *testing.T) {
 	t.Parallel()
 	d, _ := newUserDatabase(t)

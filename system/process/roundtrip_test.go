@@ -22,7 +22,8 @@ func insertUsers(t *testing.T, conn *pgx.Conn, n int) {
 	_, err := conn.Exec(t.Context(), `
 		INSERT INTO users (id, name, surname, password, version, created_at, updated_at)
 		SELECT n * 3, 'Jöhn "' || n || '" \', 'Doe 😀 <' || chr(8232) || n || '>',
-			'$argon2id$v=19$m=7168,t=5,p=1$' || rtrim(encode(decode(md5(n::text), 'hex'), 'base64'), '=')
+			'$argon2id$v=19$m=7168,t=5,p=1$'
+				|| rtrim(encode(decode(md5(n::text), 'hex'), 'base64'), '=')
 				|| '$' || rtrim(encode(sha256(n::text::bytea), 'base64'), '='),
 			1 + n % 5, '2020-01-01Z'::timestamptz + n * interval '1.000001 s',
 			'2025-01-01Z'::timestamptz + n * interval '1 s'
@@ -90,7 +91,8 @@ func TestExport(t *testing.T) {
 	}
 	got := first + string(rest)
 	if got != want.String() {
-		t.Errorf("got %d lines, not the %d of the snapshot without hashes", strings.Count(got, "\n"), n)
+		t.Errorf("got %d lines, not the %d of the snapshot without hashes",
+			strings.Count(got, "\n"), n)
 	}
 }
 

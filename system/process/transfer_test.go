@@ -356,7 +356,8 @@ func TestImportLines(t *testing.T) {
 			field = fmt.Sprintf(`"field":%q,`, line.field)
 		}
 		if line.reason != "" {
-			refused = append(refused, fmt.Sprintf(`{"line":%d,%s"reason":%q}`, i+1, field, line.reason))
+			refused = append(refused,
+				fmt.Sprintf(`{"line":%d,%s"reason":%q}`, i+1, field, line.reason))
 		}
 	}
 	slices.SortFunc(created, func(a, b string) int {
@@ -386,7 +387,8 @@ func TestImportSameID(t *testing.T) {
 			r := transfer(t, d.URL, john+jane+john, "import", "-")
 			r.expect(t, 1, imported(1, 1, 1))
 			expectLines(t, "standard error", r.refusals(t),
-				[]string{`{"line":2,"field":"id","reason":"the user with id 5 exists and has other content"}`})
+				[]string{`{"line":2,"field":"id",` +
+					`"reason":"the user with id 5 exists and has other content"}`})
 			expectComplete(t, conn, 1)
 			if got := users(t, conn); !strings.HasPrefix(got[0], "5|John|Doe|1|") {
 				t.Errorf("got the user %s, want that of the first line", got)
@@ -410,7 +412,8 @@ func TestImportRepeated(t *testing.T) {
 				`"password_hash":"` + string(bcrypted) + `"`, `"version":3,` + linePassword,
 				linePassword + `,` + lineFirst + `,` + lineSecond} {
 				given := strings.ReplaceAll(id, "%d", fmt.Sprint(i+1))
-				lines = append(lines, fmt.Sprintf(`{%s"name":"John %d","surname":"Doe",%s}`, given, i, password))
+				lines = append(lines,
+					fmt.Sprintf(`{%s"name":"John %d","surname":"Doe",%s}`, given, i, password))
 			}
 			d, conn := newUserDatabase(t)
 			input := strings.Join(lines, "\n")
@@ -478,7 +481,8 @@ func TestImportEvents(t *testing.T) {
 			t.Parallel()
 			d, conn := newUserDatabase(t)
 			mustExec(t, conn, `SET user_service.trace_id = 'other'`) // that event stays
-			mustExec(t, conn, `INSERT INTO users (id, name, surname, password) VALUES (5000, 'J', 'D', '')`)
+			mustExec(t, conn, `INSERT INTO users (id, name, surname, password)
+				VALUES (5000, 'J', 'D', '')`)
 			transfer(t, d.URL, input, test.args...).expect(t, 0, imported(2501, 0, 0))
 			got := queryValue[string](t, conn, `SELECT concat_ws(' ', count(*), count(DISTINCT user_id),
 				count(*) FILTER (WHERE version = CASE user_id WHEN 2501 THEN 7 ELSE 1 END),
@@ -488,7 +492,8 @@ func TestImportEvents(t *testing.T) {
 			if got != want {
 				t.Errorf("got %s (events, users, right versions, trace ids), want %s", got, want)
 			}
-			if n := queryValue[int](t, conn, "SELECT count(*) FROM outbox WHERE trace_id = 'other'"); n != 1 {
+			n := queryValue[int](t, conn, "SELECT count(*) FROM outbox WHERE trace_id = 'other'")
+			if n != 1 {
 				t.Error("the event of another change is gone")
 			}
 			if n := queryValue[int](t, conn, "SELECT sum(n) FROM user_counts"); n != 2502 {
