@@ -60,6 +60,8 @@ drill: ## run the service under every fault, about 10 minutes, and write docs/dr
 
 bench: ## compare the service with others and draw docs/bench.svg; then benchmark single functions
 	cd system; go run ./bench
+	cd system; REQUIRE_SERVICES=1 TRANSFER_USERS=1000000 go test -count=1 -run '^TestRoundTrip$$' \
+		-v ./process
 	go test -count=1 -run '^$$' -bench . -benchmem .
 
 lint: ## go vet, staticcheck, gosec and gofmt; build for Windows and macOS
