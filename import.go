@@ -138,11 +138,11 @@ func (im *importer) importBatch(ctx context.Context, records []*importRecord) (e
 		if err == nil {
 			records, err = im.write(context.WithoutCancel(ctx), records)
 		}
-		if im.predecessor || round == maxRetries {
+		if err == nil && (im.predecessor || round == maxRetries) {
 			for _, r := range records {
 				im.refuse(r, "", "is not written: it is changing, or a trigger prevents it")
 			}
-			break
+			return nil
 		}
 	}
 	return err
@@ -361,7 +361,7 @@ const predecessorPage = `
 		SELECT id::bigint, name::text, surname::text, password::text, created_at::timestamptz,
 			updated_at::timestamptz, timestamptz '0001-01-01 00:00Z' AS first,
 			timestamptz '9999-12-31 23:59:59.999999Z' AS last
-		FROM "user" WHERE id > $1 ORDER BY id LIMIT $2
+		FROM "user" WHERE id >= $1 ORDER BY id LIMIT $2
 	) AS old
 	LEFT JOIN LATERAL (
 		SELECT * FROM predecessor_imports WHERE id = old.id LIMIT 1) AS imported ON true
@@ -380,15 +380,15 @@ const rememberImports = `
 // readPredecessor passes the users of the predecessor that have changed to emit, by pages of ids. At
 // last it refuses those who were deleted on that side only.
 func (im *importer) readPredecessor(ctx context.Context, emit func([]*importRecord) bool) error {
-	for after, size := int64(math.MinInt64), importBatch; size == importBatch; {
-		rows, _ := im.store.pool.Query(ctx, predecessorPage, after, importBatch)
+	for next, more := int64(math.MinInt64), true; more; {
+		rows, _ := im.store.pool.Query(ctx, predecessorPage, next, importBatch)
 		var records []*importRecord
 		var verdict string
 		var r importRecord
-		size = 0
+		size := 0
 		_, err := pgx.ForEachRow(rows, []any{&r.ID, &r.Name, &r.Surname, &r.password, &r.CreatedAt,
 			&r.UpdatedAt, &r.Expected, &verdict}, func() error {
-			r.Number, after = r.ID, r.ID
+			r.Number, next = r.ID, r.ID+1
 			size++
 			if field, reason := r.check(verdict); verdict == "done" {
 				im.count(&im.unchanged)
@@ -403,6 +403,7 @@ func (im *importer) readPredecessor(ctx context.Context, emit func([]*importReco
 		if err != nil || !emit(records) {
 			return err
 		}
+		more = size == importBatch && next > math.MinInt64 // else it has overflowed
 	}
 	rows, _ := im.store.pool.Query(ctx, `
 		SELECT id FROM predecessor_imports JOIN users USING (id)

@@ -102,7 +102,7 @@ func TestRunFindsPortInUse(t *testing.T) {
 // TestCommands checks the exit code and the output of commands that need no settings.
 func TestCommands(t *testing.T) {
 	t.Parallel()
-	all := []string{"user-service", "key NAME [read]", "healthcheck", "version", "help", "README.md"}
+	all := []string{"user-service", "import FILE", "export", "key NAME [read]", "healthcheck", "version", "help", "README.md"}
 	build := []string{"user-service " + release + ",", "commit ", runtime.Version()}
 	for _, test := range []struct {
 		args  string
@@ -110,14 +110,14 @@ func TestCommands(t *testing.T) {
 		lines int
 		says  []string
 	}{
-		{args: "help", lines: 9, says: all},
-		{args: "-h", lines: 9, says: all},
-		{args: "--help", lines: 9, says: all},
-		{args: "key --help", lines: 9, says: all},
+		{args: "help", lines: 14, says: all},
+		{args: "-h", lines: 14, says: all},
+		{args: "--help", lines: 14, says: all},
+		{args: "key --help", lines: 14, says: all},
 		{args: "version", lines: 1, says: build},
 		{args: "--version", lines: 1, says: build},
-		{args: "serve", code: 2, lines: 1, says: []string{`"ERROR"`, "key, healthcheck, version, help"}},
-		{args: "help me", code: 2, lines: 1, says: []string{`"ERROR"`, "key, healthcheck, version, help"}},
+		{args: "serve", code: 2, lines: 1, says: []string{`"ERROR"`, "import, export, key, healthcheck, version, help"}},
+		{args: "help me", code: 2, lines: 1, says: []string{`"ERROR"`, "import, export, key, healthcheck, version, help"}},
 	} {
 		var out bytes.Buffer
 		if code := command(t.Context(), strings.Fields(test.args), streams{out: &out, err: &out}); code != test.code {

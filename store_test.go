@@ -2954,7 +2954,7 @@ var unusableDatabases = []struct {
 	{name: "a role without CREATE", empty: true, superuser: true, other: true,
 		sql:  "REVOKE CREATE ON SCHEMA public FROM PUBLIC",
 		says: []string{"public", "permission|rights"}},
-	{name: "a newer schema", sql: newestSchema, says: []string{"version 9", "2"}},
+	{name: "a newer schema", sql: newestSchema, says: []string{"version 9", "3"}},
 }
 
 // TestStartRefuses checks that opening an unusable database fails without a second attempt, that
@@ -3017,7 +3017,7 @@ func TestStartOnNewerSchema(t *testing.T) {
 	conn := connect(t, url)
 	execute(t, conn, `
 		CREATE OR REPLACE FUNCTION user_service_schema(OUT version int, OUT oldest int)
-		LANGUAGE sql IMMUTABLE AS 'SELECT 3, 2';
+		LANGUAGE sql IMMUTABLE AS 'SELECT 4, 3';
 		DROP TRIGGER user_service_keep_ids ON users;
 		ALTER TABLE users ADD COLUMN email text;
 		ALTER TABLE users DROP CONSTRAINT user_service_times`)

@@ -206,8 +206,8 @@ func (r *importRecord) parse(line []byte, rules map[string]fieldRule) (field, re
 // checkPositive is the fieldRule of ids and versions.
 func checkPositive(value json.RawMessage) (string, error) {
 	n, err := strconv.ParseInt(string(value), 10, 64)
-	if err != nil || n < 1 || n == math.MaxInt64 {
-		return "", fmt.Errorf("must be an integer from 1 to %d", math.MaxInt64-1)
+	if err != nil || n < 1 {
+		return "", fmt.Errorf("must be an integer from 1 to %d", math.MaxInt64)
 	}
 	return string(value), nil
 }
@@ -266,8 +266,8 @@ func (p *progress) begin(what string, total int64) {
 	p.stop = start(func(ctx context.Context) {
 		for sleep(ctx, progressTime); ctx.Err() == nil; sleep(ctx, progressTime) {
 			now := p.bar.State()
-			attrs := []any{"users", now.CurrentNum,
-				"users_per_second", math.Round(float64(now.CurrentNum) / now.SecondsSince)}
+			attrs := []any{"users", now.CurrentBytes, // CurrentNum starts again if the total is unknown
+				"users_per_second", math.Round(now.CurrentBytes / now.SecondsSince)}
 			if total >= 0 {
 				attrs = append(attrs, "total", total, "seconds_left", math.Ceil(now.SecondsLeft))
 			}

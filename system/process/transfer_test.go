@@ -252,7 +252,7 @@ const (
 	linePassword = `"password":"` + env.Secret + `"`
 	lineRest     = `"surname":"Doe",` + linePassword
 	lineDoe      = `"name":"John",` + lineRest
-	notPositive  = "must be an integer from 1 to 9223372036854775806"
+	notPositive  = "must be an integer from 1 to 9223372036854775807"
 	notName      = "must have 1 to 255 characters, not counting white space at the ends"
 	notPassword  = "must have 8 to 128 characters"
 	notHash      = "must be a hash of argon2id, bcrypt or PBKDF2, within the bounds that docs/takeover.md lists"
@@ -283,8 +283,8 @@ var importLines = []struct{ line, field, reason, user string }{
 		user: "6|" + longName + "|Doe|1|" + lineTimes},
 	{line: `{"id":7,"name":"\ud83d\ude00",` + lineRest + `,` + lineFirst + `,` + lineSecond + `}`,
 		user: "7|😀|Doe|1|" + lineTimes},
-	{line: `{"id":9223372036854775806,` + lineDoe + `,` + lineFirst + `,` + lineSecond + `}`,
-		user: "9223372036854775806|John|Doe|1|" + lineTimes},
+	{line: `{"id":9223372036854775807,` + lineDoe + `,` + lineFirst + `,` + lineSecond + `}`,
+		user: "9223372036854775807|John|Doe|1|" + lineTimes},
 
 	{line: `x`, reason: "must be a JSON object, but is not valid JSON"},
 	{line: `[1]`, reason: "must be a JSON object, but is an array"},
