@@ -111,9 +111,14 @@ func (m *memory) rehashPassword(_ context.Context, id int64, old, hash string) e
 }
 
 // listUsers implements userStore. The users are sorted by id, so that a page is a slice of them.
-func (m *memory) listUsers(_ context.Context, after, offset, limit int64) ([]User, int64, error) {
+func (m *memory) listUsers(_ context.Context, prefix string, after, offset, limit int64) (
+	[]User, int64, error) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
+	if prefix != "" {
+		users, total := m.findUsers(foldCase(prefix), after, offset, limit)
+		return users, total, nil
+	}
 	first, found := m.search(after)
 	if found {
 		first++
@@ -127,12 +132,10 @@ func (m *memory) listUsers(_ context.Context, after, offset, limit int64) ([]Use
 	return users, int64(len(m.users)), nil
 }
 
-// findUsers implements userStore. It looks at every user, unlike postgres.
-func (m *memory) findUsers(_ context.Context, prefix string, after, offset, limit int64) (
-	users []User, total int64, err error) {
-	m.mu.RLock()
-	defer m.mu.RUnlock()
-	prefix, users = foldCase(prefix), []User{}
+// findUsers lists the users whose names begin with a folded prefix. It looks at every user, unlike
+// postgres. The caller holds the lock.
+func (m *memory) findUsers(prefix string, after, offset, limit int64) (users []User, total int64) {
+	users = []User{}
 	for _, u := range m.users {
 		if !strings.HasPrefix(foldCase(u.Name), prefix) &&
 			!strings.HasPrefix(foldCase(u.Surname), prefix) {
@@ -146,7 +149,7 @@ func (m *memory) findUsers(_ context.Context, prefix string, after, offset, limi
 			users = append(users, u.User)
 		}
 	}
-	return users, min(total, maxMatches+1), nil
+	return users, min(total, maxMatches+1)
 }
 
 // foldCase maps each character to one that stands for all characters which Unicode's simple case

@@ -1,6 +1,6 @@
 package main
 
-// This file owns reading a request: its JSON body, its conditional headers, and its query.
+// This file owns reading a request: its body, its conditional headers, and its query.
 
 import (
 	"bytes"
@@ -20,7 +20,6 @@ import (
 	"strconv"
 	"strings"
 	"unicode"
-	"unicode/utf16"
 	"unicode/utf8"
 )
 
@@ -151,130 +150,6 @@ func hasMediaType(contentTypes, allowed []string) bool {
 	charset, ok := parameters["charset"]
 	return err == nil && slices.Contains(allowed, mediaType) &&
 		(!ok || strings.EqualFold(charset, "utf-8"))
-}
-
-// member is a name and value of a JSON object, as received.
-type member struct {
-	name  string
-	value json.RawMessage
-}
-
-// maxMembers is how many members of a body are read. One of more members has more errors than an
-// answer lists.
-const maxMembers = maxErrors + 10
-
-// parseObject returns the members of a body that is one JSON object, in their order and with
-// duplicates, which encoding/json alone would hide. It fails with a 400.
-func parseObject(body []byte) ([]member, error) {
-	notObject := func(reason string) error {
-		return newProblem(http.StatusBadRequest, "The body must be a JSON object, but "+reason)
-	}
-	decoder := json.NewDecoder(bytes.NewReader(body))
-	start, err := decoder.Token()
-	if errors.Is(err, io.EOF) {
-		return nil, notObject("is empty")
-	}
-	if err == nil && start != json.Delim('{') {
-		return nil, notObject("is " + jsonType(start))
-	}
-	var members []member
-	for err == nil && decoder.More() && len(members) < maxMembers {
-		var name json.Token
-		var value json.RawMessage
-		if name, err = decoder.Token(); err == nil {
-			err = decoder.Decode(&value)
-			members = append(members, member{fmt.Sprint(name), value})
-		}
-	}
-	if err == nil && decoder.More() { // to read all members takes too long
-		if !json.Valid(body) {
-			return nil, notObject("is not valid JSON")
-		}
-		return members, nil
-	}
-	if err == nil {
-		_, err = decoder.Token() // the closing brace
-	}
-	if err != nil {
-		return nil, notObject("is not valid JSON")
-	}
-	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
-		return nil, notObject("more follows the object")
-	}
-	return members, nil
-}
-
-// jsonType returns the type of the value that begins with a token, with its article.
-func jsonType(token json.Token) string {
-	switch token.(type) {
-	case json.Delim:
-		return "an array"
-	case string:
-		return "a string"
-	case bool:
-		return "a boolean"
-	case nil:
-		return "null"
-	}
-	return "a number"
-}
-
-// parseString returns a member's value, which must be a string of Unicode text without NUL. It
-// refuses what encoding/json would replace silently.
-func parseString(value json.RawMessage) (string, error) {
-	var text string
-	switch {
-	case string(value) == "null":
-		return "", errors.New("must be a string, not null")
-	case value[0] != '"':
-		return "", errors.New("must be a string")
-	case !utf8.Valid(value):
-		return "", errors.New("must be valid UTF-8")
-	case hasLoneSurrogate(value):
-		return "", errors.New("must not contain half of a surrogate pair")
-	case json.Unmarshal(value, &text) != nil:
-		return "", errors.New("must be a string")
-	case strings.ContainsRune(text, 0):
-		return "", errors.New("must not contain a NUL character")
-	}
-	return text, nil
-}
-
-// hasLoneSurrogate reports whether the escapes of a valid JSON string contain half of a surrogate
-// pair.
-func hasLoneSurrogate(literal []byte) bool {
-	for {
-		i := bytes.IndexByte(literal, '\\')
-		if i < 0 {
-			return false
-		}
-		literal = literal[i:]
-		unit := escapedUnit(literal)
-		if !utf16.IsSurrogate(unit) {
-			literal = literal[2:]
-			continue
-		}
-		if utf16.DecodeRune(unit, escapedUnit(literal[6:])) == utf8.RuneError {
-			return true
-		}
-		literal = literal[12:]
-	}
-}
-
-// escapedUnit returns the UTF-16 code unit of the escape at the start of a part of a JSON string,
-// or 0.
-func escapedUnit(literal []byte) rune {
-	if len(literal) < 6 || literal[0] != '\\' || literal[1] != 'u' {
-		return 0
-	}
-	unit, _ := strconv.ParseUint(string(literal[2:6]), 16, 16) // the string is valid
-	return rune(unit)
-}
-
-// pointer returns the RFC 6901 pointer of a member as a URI fragment.
-func pointer(name string) string {
-	escaped := strings.NewReplacer("~", "~0", "/", "~1").Replace(name)
-	return "#/" + (&url.URL{Fragment: escaped}).EscapedFragment()
 }
 
 // entityTag returns the strong ETag of a version.

@@ -205,16 +205,13 @@ func (s *postgres) rehashPassword(ctx context.Context, id int64, old, hash strin
 		WHERE id = $1 AND password = $2`, id, old, hash)
 }
 
-// listUsers implements userStore.
-func (s *postgres) listUsers(ctx context.Context, after, offset, limit int64) (
+// listUsers implements userStore. For a prefix, see user_service_find.
+func (s *postgres) listUsers(ctx context.Context, prefix string, after, offset, limit int64) (
 	[]User, int64, error) {
-	return s.page(ctx, "SELECT greatest(sum(n), 0)::bigint AS total FROM user_counts",
-		"id > $1 ORDER BY id OFFSET $2 LIMIT $3", after, offset, limit)
-}
-
-// findUsers implements userStore; see user_service_find.
-func (s *postgres) findUsers(ctx context.Context, prefix string, after, offset, limit int64) (
-	[]User, int64, error) {
+	if prefix == "" {
+		return s.page(ctx, "SELECT greatest(sum(n), 0)::bigint AS total FROM user_counts",
+			"id > $1 ORDER BY id OFFSET $2 LIMIT $3", after, offset, limit)
+	}
 	last := strings.Repeat(string(unicode.MaxRune), maxNameLength)
 	return s.page(ctx, "SELECT * FROM user_service_find($1, $2, $3, $4, $5)",
 		"id = ANY ((SELECT ids FROM found)::bigint[])", prefix, last, after, offset, limit)

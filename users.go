@@ -72,12 +72,10 @@ type userStore interface {
 	// It changes neither the version nor makes an event.
 	rehashPassword(ctx context.Context, id int64, old, hash string) error
 	// listUsers returns up to limit users with ids above after, in the order of ids, without the
-	// first offset of them. total counts all users.
-	listUsers(ctx context.Context, after, offset, limit int64) (users []User, total int64,
-		err error)
-	// findUsers lists like listUsers, but only users whose name or surname begins with prefix when
-	// both are folded (see foldCase). total counts them, but is maxMatches+1 if there are more.
-	findUsers(ctx context.Context, prefix string, after, offset, limit int64) (users []User,
+	// first offset of them. With a prefix it lists only users whose name or surname begins with it
+	// regardless of case (see foldCase). total counts all such users, but with a prefix
+	// maxMatches+1 means that there are more.
+	listUsers(ctx context.Context, prefix string, after, offset, limit int64) (users []User,
 		total int64, err error)
 	// updateUser fails with errNotFound, then errVersionMismatch. If nothing differs, it returns
 	// the unchanged user and makes no event.
@@ -134,13 +132,7 @@ func (a *api) listUsers(w *response, r *http.Request, _ caller) error {
 	if err != nil {
 		return err
 	}
-	var users []User
-	var total int64
-	if q.prefix == "" {
-		users, total, err = a.store.listUsers(r.Context(), q.after, q.offset(), q.perPage+1)
-	} else {
-		users, total, err = a.store.findUsers(r.Context(), q.prefix, q.after, q.offset(), q.perPage+1)
-	}
+	users, total, err := a.store.listUsers(r.Context(), q.prefix, q.after, q.offset(), q.perPage+1)
 	if err != nil {
 		return err
 	}
