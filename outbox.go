@@ -205,47 +205,56 @@ func (s *postgres) sweepKeys(ctx context.Context) error {
 // waits for all older transactions, which may take hours.
 func (s *postgres) finishSchema(ctx context.Context) {
 	for len(s.left) > 0 && ctx.Err() == nil {
-		if next := s.left[0]; next.Code == "US103" {
+		next := s.left[0]
+		name, _, _ := strings.Cut(next.Message, " ")
+		if next.Code == "US103" {
 			s.log.Warn("Predecessor's users not imported", "what", next.Message,
 				"remedy", "run: user-service import --predecessor")
-		} else if err := s.buildIndex(ctx, next.Message); err != nil {
-			s.log.Warn("Building a search index failed", "index", next.Message, "error", err)
+		} else if err := s.buildIndex(ctx, next.SchemaName, name, next.Message); err != nil {
+			if ctx.Err() == nil {
+				s.log.Warn("Building a search index failed", "index", name, "error", err)
+			}
 			sleep(ctx, indexPause)
 			continue
+		} else if ctx.Err() == nil {
+			s.log.Info("Search index built", "index", name)
 		}
 		s.left = s.left[1:]
 	}
 }
 
-// buildIndex replaces what a failed attempt has left, unless another replica was faster. It uses a
-// connection of its own.
-func (s *postgres) buildIndex(ctx context.Context, definition string) error {
-	name, _, _ := strings.Cut(definition, " ")
-	s.log.Info("Building a search index", "index", name)
+// buildIndex returns when an index is valid, or ctx ends. Another replica may build it: two at once
+// run into a deadlock, which PostgreSQL ends. buildIndex replaces what a failed attempt has left. It
+// uses a connection of its own.
+func (s *postgres) buildIndex(ctx context.Context, schema, name, definition string) error {
 	config := s.pool.Config()
 	conn, err := pgx.ConnectConfig(ctx, config.ConnConfig)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = conn.Close(context.WithoutCancel(ctx)) }()
-	var built bool
-	err = conn.QueryRow(ctx, `SELECT EXISTS (
-		SELECT FROM pg_index WHERE indexrelid = to_regclass($1) AND indisvalid)`,
-		pgx.QueryExecModeExec, name).Scan(&built)
-	if built {
-		return nil
-	}
-	if err == nil && config.AfterConnect != nil { // else the session is a pooler's
+	if config.AfterConnect != nil { // else the session is a pooler's
 		_, err = conn.Exec(ctx, "SET statement_timeout = 0; SET lock_timeout = 0")
 	}
-	for _, sql := range []string{"DROP INDEX CONCURRENTLY IF EXISTS " + name,
-		"CREATE INDEX CONCURRENTLY IF NOT EXISTS " + definition} {
-		if err == nil {
-			_, err = conn.Exec(ctx, sql, pgx.QueryExecModeSimpleProtocol)
+	name = pgx.Identifier{schema, name}.Sanitize()
+	for ; err == nil; sleep(ctx, indexPause/60+rand.N(indexPause/60)) { // #nosec G404 -- jitter
+		var valid, building bool
+		err = conn.QueryRow(ctx, `
+			SELECT EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass($1) AND indisvalid),
+				EXISTS (SELECT FROM pg_stat_progress_create_index WHERE relid = 'users'::regclass)`,
+			pgx.QueryExecModeExec, name).Scan(&valid, &building)
+		if valid {
+			return nil
 		}
-	}
-	if err == nil {
-		s.log.Info("Search index built", "index", name)
+		for _, sql := range []string{"DROP INDEX CONCURRENTLY IF EXISTS " + name,
+			"CREATE INDEX CONCURRENTLY IF NOT EXISTS " + definition} {
+			if err == nil && !building {
+				_, err = conn.Exec(ctx, sql, pgx.QueryExecModeSimpleProtocol)
+			}
+		}
+		if isConflict(err) {
+			err = nil
+		}
 	}
 	return err
 }

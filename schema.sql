@@ -475,9 +475,12 @@ DECLARE
     low      text     := user_service_fold(prefix);
     high     text     := low || last;
     names    bigint[] := ARRAY(SELECT id FROM users
-        WHERE user_service_fold(name) ~>=~ low AND user_service_fold(name) ~<~ high LIMIT 10001);
+        WHERE user_service_fold(name) ~>=~ low AND user_service_fold(name) ~<~ high
+            AND octet_length(name) <= 1020
+        LIMIT 10001);
     surnames bigint[] := ARRAY(SELECT id FROM users
         WHERE user_service_fold(surname) ~>=~ low AND user_service_fold(surname) ~<~ high
+            AND octet_length(surname) <= 1020
         LIMIT 10001 * (cardinality(names) < 10001)::int);
 BEGIN
     total := greatest(cardinality(names), cardinality(surnames));
@@ -495,17 +498,18 @@ BEGIN
             SELECT id, name, surname FROM users
             WHERE id > after ORDER BY id LIMIT least(3000 + 20 * skipped, 50000)
         ) AS next
-        WHERE starts_with(user_service_fold(name), low) OR starts_with(user_service_fold(surname), low)
+        WHERE starts_with(user_service_fold(name), low) AND octet_length(name) <= 1020
+            OR starts_with(user_service_fold(surname), low) AND octet_length(surname) <= 1020
         ORDER BY id LIMIT skipped + most);
     IF cardinality(ids) < skipped + most THEN -- "+ 0" prevents a scan in the order of ids
         ids := ARRAY(
             (SELECT id FROM users
                 WHERE user_service_fold(name) ~>=~ low AND user_service_fold(name) ~<~ high
-                    AND id > after ORDER BY id + 0 LIMIT skipped + most)
+                    AND octet_length(name) <= 1020 AND id > after ORDER BY id + 0 LIMIT skipped + most)
             UNION
             (SELECT id FROM users
                 WHERE user_service_fold(surname) ~>=~ low AND user_service_fold(surname) ~<~ high
-                    AND id > after ORDER BY id + 0 LIMIT skipped + most)
+                    AND octet_length(surname) <= 1020 AND id > after ORDER BY id + 0 LIMIT skipped + most)
             ORDER BY 1 LIMIT skipped + most);
     END IF;
     ids := ids[skipped + 1:];
@@ -514,7 +518,8 @@ $$;
 
 -- Creating an index locks a table against changes. If the table is larger than 8 MiB, the service
 -- creates it concurrently after the start. Until then, searches are slow. An index that is not valid
--- is left by an attempt that failed, unless another replica is creating it.
+-- is left by an attempt that failed, unless another replica is creating it. An entry of an index has a
+-- limited size, so names that are longer than the API allows are left out, and not found.
 DO $$
 DECLARE
     missing record;
@@ -525,8 +530,8 @@ BEGIN
     END IF;
     FOR missing IN
         SELECT 'user_service_' || attname AS name,
-            format('%1$s ON users (user_service_fold(%2$s) text_pattern_ops, id) INCLUDE (%2$s)',
-                'user_service_' || attname, attname) AS definition
+            format('%1$s ON users (user_service_fold(%2$s) text_pattern_ops, id) INCLUDE (%2$s)
+                WHERE octet_length(%2$s) <= 1020', 'user_service_' || attname, attname) AS definition
         FROM unnest('{name, surname}'::text[]) AS attname
         WHERE NOT EXISTS (
                 SELECT FROM pg_index
@@ -536,7 +541,8 @@ BEGIN
                 WHERE index_relid = to_regclass('user_service_' || attname))
     LOOP
         IF pg_relation_size('users') > 8 * 1024 * 1024 THEN
-            RAISE WARNING '%', missing.definition USING ERRCODE = 'US102';
+            RAISE WARNING '%', missing.definition
+                USING ERRCODE = 'US102', SCHEMA = current_schema();
             CONTINUE;
         END IF;
         EXECUTE format('DROP INDEX IF EXISTS %I', missing.name);

@@ -3831,6 +3831,9 @@ func TestUpgradeByTwoServices(t *testing.T) {
 		if got := svc.search("john600"); !slices.Equal(got, []int64{600, manyUsers}) {
 			t.Errorf("users %v, want 600 and %d", got, manyUsers)
 		}
+		if lines := svc.log.lines("Building a search index failed"); len(lines) > 0 {
+			t.Errorf("failures %v, want none", lines)
+		}
 	}
 }
 
@@ -4130,4 +4133,38 @@ func TestStartMentionsPredecessor(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestBuildIndexInOwnSchema checks that the indexes are created in the service's schema, and that
+// those of another service later in the search_path stay.
+func TestBuildIndexInOwnSchema(t *testing.T) {
+	t.Parallel()
+	url := database120(t, manyUsers) // in the schema public
+	public := openTestPostgres(t, url)
+	public.finishSchema(t.Context())
+	conn := connect(t, withParameter(t, url, "search_path", "own"))
+	execute(t, conn, "CREATE SCHEMA own")
+	execute(t, conn, schema120)
+	execute(t, conn, "INSERT INTO users SELECT * FROM public.users")
+	s := openTestPostgres(t, withParameter(t, url, "search_path", "own, public"))
+	s.finishSchema(t.Context())
+	for _, schema := range []string{"own", "public"} {
+		execute(t, conn, "SET search_path = "+schema)
+		if got := queryValue[string](t, conn, indexes); got != bothIndexes {
+			t.Errorf("indexes in the schema %s: %q, want %q", schema, got, bothIndexes)
+		}
+	}
+}
+
+// TestUpgradeLongName checks that a name that is too long for the API, which SQL could write before,
+// does not prevent a start, and can still be written by SQL.
+func TestUpgradeLongName(t *testing.T) {
+	t.Parallel()
+	url := database120(t, 3)
+	conn := connect(t, url)
+	const lengthen = `UPDATE users SET name = (
+		SELECT string_agg(md5(i::text), '') FROM generate_series(1, 120) AS i) WHERE id = $1`
+	execute(t, conn, lengthen, 1)
+	openTestPostgres(t, url)
+	execute(t, conn, lengthen, 2)
 }
