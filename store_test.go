@@ -3881,8 +3881,8 @@ func TestStartRepairsIndexes(t *testing.T) {
 	}
 }
 
-// TestBuildIndexFails checks that the failure to create an index is logged, that the index is left to
-// the next attempt, and that this one replaces the invalid index.
+// TestBuildIndexFails checks that the failure to create an index is logged, unless the service stops,
+// that the index is left to the next attempt, and that this one replaces the invalid index.
 func TestBuildIndexFails(t *testing.T) {
 	t.Parallel()
 	url := database120(t, manyUsers)
@@ -3904,7 +3904,8 @@ func TestBuildIndexFails(t *testing.T) {
 		go func() { s.finishSchema(ctx); close(done) }()
 		fail(waitForBuild(t, conn), cancel)
 		eventually(t, "the line about the failure", func() bool {
-			return out.flush() == nil && len(log.lines("Building a search index failed")) > attempt
+			return ctx.Err() != nil || out.flush() == nil &&
+				len(log.lines("Building a search index failed")) > attempt
 		})
 		cancel()
 		<-done
@@ -3918,6 +3919,9 @@ func TestBuildIndexFails(t *testing.T) {
 	s.finishSchema(t.Context())
 	if got := queryValue[string](t, conn, indexes); len(s.left) > 0 || got != bothIndexes {
 		t.Errorf("%d indexes left and %q, want none and %q", len(s.left), got, bothIndexes)
+	}
+	if lines := log.lines("Building a search index failed"); len(lines) != 2 {
+		t.Errorf("failures %v, want two", lines)
 	}
 }
 
