@@ -1,7 +1,6 @@
 package main
 
-// This file owns events: the relay, which moves them from the outbox to a broker, the consumer, and
-// the broker of a service without RabbitMQ.
+// This file owns events: the relay, which moves them from the outbox to a broker, and the consumer.
 
 import (
 	"context"
@@ -413,40 +412,3 @@ func parseEvent(body []byte) (event, error) {
 	}
 	return e, nil
 }
-
-// inProcess is the broker of a service without RabbitMQ. It passes events directly to the handler.
-// Those that the handler cannot read are logged and count as published.
-type inProcess struct {
-	handler messageHandler
-	log     *slog.Logger
-}
-
-func (b inProcess) publisher(context.Context) (publisher, error) { return b, nil }
-
-func (b inProcess) publish(ctx context.Context, events []event) (int, error) {
-	bodies := make([][]byte, len(events))
-	for i, e := range events {
-		bodies[i], _ = json.Marshal(e) // without a body it is unreadable
-	}
-	unreadable, err := b.handler.handle(ctx, bodies)
-	if err != nil {
-		return 0, err
-	}
-	for _, i := range unreadable {
-		logSetAside(ctx, b.log, events[i], errUnreadable)
-	}
-	return len(events), nil
-}
-
-// consume only waits: publish passes the events on.
-func (b inProcess) consume(ctx context.Context, onReady func(), _ messageHandler) error {
-	onReady()
-	<-ctx.Done()
-	return nil
-}
-
-func (b inProcess) closed() bool { return false }
-
-func (b inProcess) close() {}
-
-func (b inProcess) state() state { return stateInProcess }

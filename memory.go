@@ -1,11 +1,13 @@
 package main
 
-// This file owns the store of a service without a database.
+// This file owns the store of a service without a database, and the broker of one without RabbitMQ.
 
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"io"
+	"log/slog"
 	"slices"
 	"strings"
 	"sync"
@@ -282,3 +284,40 @@ func (m *memory) remove(_ context.Context, events []event) error {
 	m.events = m.events[len(events):]
 	return nil
 }
+
+// inProcess is the broker of a service without RabbitMQ. It passes events directly to the handler.
+// Those that the handler cannot read are logged and count as published.
+type inProcess struct {
+	handler messageHandler
+	log     *slog.Logger
+}
+
+func (b inProcess) publisher(context.Context) (publisher, error) { return b, nil }
+
+func (b inProcess) publish(ctx context.Context, events []event) (int, error) {
+	bodies := make([][]byte, len(events))
+	for i, e := range events {
+		bodies[i], _ = json.Marshal(e) // without a body it is unreadable
+	}
+	unreadable, err := b.handler.handle(ctx, bodies)
+	if err != nil {
+		return 0, err
+	}
+	for _, i := range unreadable {
+		logSetAside(ctx, b.log, events[i], errUnreadable)
+	}
+	return len(events), nil
+}
+
+// consume only waits: publish passes the events on.
+func (b inProcess) consume(ctx context.Context, onReady func(), _ messageHandler) error {
+	onReady()
+	<-ctx.Done()
+	return nil
+}
+
+func (b inProcess) closed() bool { return false }
+
+func (b inProcess) close() {}
+
+func (b inProcess) state() state { return stateInProcess }

@@ -1,7 +1,7 @@
 package main
 
 // Tests of what surrounds the handlers: middleware.go, access.go, problem.go, trace ids, health.go,
-// docs.go, and a fuzz test of whole requests.
+// health.go, and a fuzz test of whole requests.
 
 import (
 	"bufio"
