@@ -1,6 +1,7 @@
 package main
 
-// This file owns access: API keys, client addresses, other origins, and rates.
+// This file owns access: callers and their rights, API keys, client addresses, other origins, and
+// rates.
 
 import (
 	"crypto/rand"
@@ -8,6 +9,7 @@ import (
 	"crypto/subtle"
 	"encoding/base64"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"math"
 	"net"
@@ -26,7 +28,8 @@ const maxClients = 100_000 // whose missing tokens a limiter remembers
 
 // access decides who may send requests, from where, and how often.
 type access struct {
-	keys        []apiKey         // nil: everybody may
+	keys        []apiKey         // nil: there are none
+	tokens      *tokens          // nil: no access tokens
 	rates       *limiter[string] // of callers; nil: no limit
 	proxies     []netip.Prefix   // whose X-Forwarded-For and Forwarded are trusted
 	origins     []string         // whose pages may use the API
@@ -35,10 +38,10 @@ type access struct {
 }
 
 // newAccess returns the access rules of the settings, which loadSettings has validated.
-func newAccess(s settings) *access {
-	a := &access{keys: s.apiKeys, proxies: s.trustedProxies, origins: s.corsOrigins,
-		crossOrigin: http.NewCrossOriginProtection(),
-		onlyLocal:   s.apiKeys == nil && !s.open && isLoopback(s.host)}
+func newAccess(s settings, t *tokens) *access {
+	a := &access{keys: s.apiKeys, tokens: t, proxies: s.trustedProxies, origins: s.corsOrigins,
+		crossOrigin: http.NewCrossOriginProtection()}
+	a.onlyLocal = a.isOpen() && !s.open && isLoopback(s.host)
 	if s.rateLimit > 0 {
 		a.rates = newLimiter[string]("client", s.rateLimit, int(math.Ceil(s.rateLimit)))
 	}
@@ -56,12 +59,25 @@ var securityHeaders = http.Header{
 	"X-Content-Type-Options":  {"nosniff"},
 }
 
+// isOpen reports whether everybody may send requests.
+func (a *access) isOpen() bool { return a.keys == nil && a.tokens == nil }
+
 // caller is who sent a request.
 type caller struct {
-	client   string // distinguishes it from all other callers
-	name     string // of the API key; "" without one
-	readOnly bool
+	client  string   // distinguishes it from all other callers
+	kind    string   // "key" or "subject"; "" without an API key or an access token
+	name    string   // of the API key, or the subject of the token
+	scopes  []string // which requests it may send
+	refusal error    // why its API key or token is not accepted; nil if it has none
 }
+
+// The scopes of access tokens. An API key has both, or scopeRead alone.
+const (
+	scopeRead  = "users:read"
+	scopeWrite = "users:write"
+)
+
+var allScopes = []string{scopeRead, scopeWrite}
 
 // limitRate takes a token of the caller. It fails with a 429.
 func (a *access) limitRate(h http.Header, by caller) error {
@@ -73,9 +89,9 @@ func (a *access) limitRate(h http.Header, by caller) error {
 
 // apiKey is an entry of API_KEYS. The key itself is not known, only its digest.
 type apiKey struct {
-	name     string
-	digest   [sha256.Size]byte
-	readOnly bool
+	name   string
+	digest [sha256.Size]byte
+	scopes []string
 }
 
 var apiKeyPattern = regexp.MustCompile(`^([A-Za-z0-9._-]{1,64}):([0-9A-Fa-f]{64})(:read)?$`)
@@ -95,7 +111,10 @@ func parseAPIKey(text string) (apiKey, error) {
 	if fields == nil {
 		return apiKey{}, errUnusable
 	}
-	key := apiKey{name: fields[1], readOnly: fields[3] != ""}
+	key := apiKey{name: fields[1], scopes: allScopes}
+	if fields[3] != "" {
+		key.scopes = []string{scopeRead}
+	}
 	_, err := hex.Decode(key.digest[:], []byte(fields[2]))
 	switch key.digest {
 	case sha256.Sum256(nil):
@@ -119,49 +138,81 @@ func newAPIKey(name string, readOnly bool) (key, setting string, err error) {
 	return key, setting, err
 }
 
-// identify returns the caller of a request: the one whose API key it has, else an anonymous one of
-// its network. It takes the same time for every key, known or not.
+// identify returns the caller of a request: the one whose API key or access token it has, else an
+// anonymous one of its network. It takes the same time for every key, known or not.
 func (a *access) identify(r *http.Request) caller {
 	anonymous := caller{client: a.clientNetwork(r)}
-	if len(a.keys) == 0 {
+	if a.isOpen() {
 		return anonymous
 	}
-	var token string
+	var credentials string
 	if lines := r.Header["Authorization"]; len(lines) == 1 {
-		scheme, credentials, _ := strings.Cut(lines[0], " ")
+		scheme, text, _ := strings.Cut(lines[0], " ")
 		if strings.EqualFold(scheme, "Bearer") {
-			token = strings.TrimLeft(credentials, " ")
+			credentials = strings.TrimLeft(text, " ")
 		}
 	}
-	digest, by := sha256.Sum256([]byte(token)), anonymous
+	digest, by := sha256.Sum256([]byte(credentials)), anonymous
 	for _, key := range a.keys {
 		if subtle.ConstantTimeCompare(digest[:], key.digest[:]) == 1 {
-			by = caller{"key " + key.name, key.name, key.readOnly}
+			by = caller{client: "key " + key.name, kind: "key", name: key.name, scopes: key.scopes}
 		}
+	}
+	if by.kind != "" || a.tokens == nil || credentials == "" {
+		return by
+	}
+	by, err := a.tokens.identify(r.Context(), credentials, digest)
+	if err != nil {
+		by = anonymous
+		by.refusal = err
 	}
 	return by
 }
 
-// protect returns the routes with handlers that require an API key, unless everybody may send
-// requests. A read-only key allows GET and HEAD.
+// protect returns the routes with handlers that require an API key or an access token, unless
+// everybody may send requests. GET and HEAD require scopeRead, other methods scopeWrite.
 func (a *access) protect(routes []route) []route {
-	if a.keys == nil {
+	if a.isOpen() {
 		return routes
 	}
 	for i, r := range routes {
+		scope := scopeWrite
+		if r.method == http.MethodGet {
+			scope = scopeRead
+		}
 		routes[i].handler = func(w *response, request *http.Request, by caller) error {
-			if by.name == "" {
-				w.Header().Set("WWW-Authenticate", "Bearer")
-				return newProblem(http.StatusUnauthorized,
-					"An API key is required in the header Authorization: Bearer <key>")
-			}
-			if by.readOnly && r.method != http.MethodGet {
-				return newProblem(http.StatusForbidden, "This API key is read-only")
+			if err := a.authorize(w.Header(), by, scope); err != nil {
+				return err
 			}
 			return r.handler(w, request, by)
 		}
 	}
 	return routes
+}
+
+// authorize fails with a problem unless the caller has a scope. It sets WWW-Authenticate (RFC 6750,
+// section 3).
+func (a *access) authorize(h http.Header, by caller, scope string) error {
+	switch {
+	case slices.Contains(by.scopes, scope):
+		return nil
+	case by.kind == "key":
+		return newProblem(http.StatusForbidden, "This API key is read-only")
+	case by.kind != "":
+		h.Set("WWW-Authenticate", `Bearer error="insufficient_scope", scope="`+scope+`"`)
+		return newProblem(http.StatusForbidden, "The access token lacks the scope "+scope)
+	case by.refusal == nil && a.tokens == nil:
+		h.Set("WWW-Authenticate", "Bearer")
+		return newProblem(http.StatusUnauthorized,
+			"An API key is required in the header Authorization: Bearer <key>")
+	case by.refusal == nil:
+		h.Set("WWW-Authenticate", "Bearer")
+		return newProblem(http.StatusUnauthorized, "An access token or an API key is required in "+
+			"the header Authorization: Bearer <token>")
+	case !errors.Is(by.refusal, errNoKeys):
+		h.Set("WWW-Authenticate", `Bearer error="invalid_token"`)
+	}
+	return by.refusal
 }
 
 // clientNetwork returns the client's IPv4 address, or the /64 network of its IPv6 address, because
@@ -267,7 +318,7 @@ func isLocal(hostport string) bool {
 const (
 	corsMethods = "GET, HEAD, POST, PUT, PATCH, DELETE"
 	corsHeaders = "Authorization, Content-Type, Idempotency-Key, If-Match, If-None-Match, " +
-		"Traceparent, X-Request-Id"
+		"Traceparent, Tracestate, X-Request-Id"
 	corsExposed = "ETag, Link, Location, RateLimit, RateLimit-Policy, Retry-After, X-Trace-Id"
 	corsMaxAge  = "600" // seconds
 )

@@ -23,6 +23,11 @@ const (
 )
 
 const (
+	sqlActor       = "sql:"      // begins the actor of a change by SQL; the role follows
+	anonymousActor = "anonymous" // of a change without an API key or a token
+)
+
+const (
 	maxEventBytes   = 64 << 10
 	maxTraceIDBytes = 255     // of an AMQP short string
 	maxVersions     = 100_000 // users whose newest version the consumer remembers

@@ -102,6 +102,19 @@ const (
 	maxPause         = 10 * time.Second
 )
 
+// Access tokens and the keys of the identity provider.
+const (
+	tokenLeeway  = time.Minute // the clocks of the provider and of the service may differ by this
+	maxTokens    = 10_000      // that are remembered as valid
+	maxSubject   = 255         // bytes of a subject or an issuer (OpenID Connect Core, section 2)
+	keyWait      = requestBudget / 5
+	keyBudget    = 2 * requestBudget // one refresh of the keys
+	keyInterval  = time.Hour         // between two refreshes
+	keyPause     = time.Minute       // between two refreshes because of unknown keys
+	keyRetry     = time.Second       // the first pause after a refresh that failed
+	maxKeysBytes = 1 << 20
+)
+
 // Database connections of a replica. Behind a pooler, three replicas share its usual 20.
 const (
 	defaultPoolSize = 8

@@ -222,7 +222,8 @@ func run(ctx context.Context, s settings, machine limits, out *logWriter) error 
 	consumer := newConsumer(log, out, set)
 	broker := newBroker(s, consumer, log, set)
 	draining := &atomic.Bool{}
-	handler := newHandler(dependencies{s, machine, store, broker, log, set, draining})
+	tokens := newTokens(s, log)
+	handler := newHandler(dependencies{s, machine, store, broker, log, set, tokens, draining})
 	server := newHTTPServer(handler, machine, log)
 
 	listener, err := listen(s)
@@ -231,6 +232,7 @@ func run(ctx context.Context, s settings, machine limits, out *logWriter) error 
 	}
 	stopConsumer := start(func(ctx context.Context) { consumer.run(ctx, broker) })
 	stopWatch, stopUpkeep := start(store.watch), start(store.maintain)
+	stopTokens := start(tokens.run)
 	stopRelay := start(newRelay(store, broker, log, set).run)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(limitedListener{listener, server}) }()
@@ -247,6 +249,7 @@ func run(ctx context.Context, s settings, machine limits, out *logWriter) error 
 		time.Sleep(s.shutdownDelay)
 		err = server.shutDown(listener)
 	}
+	stopTokens(0)
 	stopWatch(0)
 	stopUpkeep(0)
 	stopRelay(relayDrain + resignWait)

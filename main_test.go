@@ -644,7 +644,7 @@ func (b *logBuffer) check(t *testing.T) {
 
 // keys returns the names of the members of a JSON object, in order.
 func keys(object string) []string {
-	members, err := parseObject([]byte(object))
+	members, err := parseObject([]byte(object), maxMembers)
 	if err != nil {
 		return nil
 	}
@@ -1061,7 +1061,10 @@ var validSettings = []struct {
 	{"PASSWORD_BLOCKLIST", "on", func(s *settings) { s.passwordBlocklist = true }},
 	{"PASSWORD_BLOCKLIST", "OFF", func(*settings) {}},
 	{"API_KEYS", "a:" + strings.Repeat("00", 32) + ", b.c:" + strings.Repeat("00", 32) + ":read",
-		func(s *settings) { s.apiKeys = []apiKey{{name: "a"}, {name: "b.c", readOnly: true}} }},
+		func(s *settings) {
+			s.apiKeys = []apiKey{{name: "a", scopes: allScopes},
+				{name: "b.c", scopes: []string{scopeRead}}}
+		}},
 	{"API_KEYS", "", func(s *settings) { s.apiKeys = []apiKey{} }}, // not nil: nobody has access
 	{"API_KEYS", "open", func(s *settings) { s.open = true }},
 	{"RATE_LIMIT", "0.5", func(s *settings) { s.rateLimit = 0.5 }},
@@ -1674,7 +1677,7 @@ func TestRefundedVerification(t *testing.T) {
 	d := testDependencies(memorySettings(), newMemory(), slog.New(slog.DiscardHandler))
 	a := newAPI(d, &traffic{})
 	a.verifications = newLimiter[int64]("password", 1e-6, maxVerifications)
-	s := serveInProcess(t, newServer(d, &traffic{}, newAccess(d.settings), protectedRoutes(a, &health{})))
+	s := serveInProcess(t, newServer(d, &traffic{}, newAccess(d.settings, nil), protectedRoutes(a, &health{})))
 	try := func() int { return s.do("POST", "/users/7/password/verify", `{"password": "x"}`).status }
 	free, busy := a.hasher.lanes.clients, newQueues[string](1, 0)
 	var got []int
@@ -2700,7 +2703,7 @@ func BenchmarkParseObject(b *testing.B) {
 	body := []byte(`{"name": "John", "surname": "Doe", "password": "correct horse"}`)
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, err := parseObject(body); err != nil {
+		if _, err := parseObject(body, maxMembers); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -48,12 +48,13 @@ type dependencies struct {
 	broker   broker
 	log      *slog.Logger
 	metrics  *metrics.Set
+	tokens   *tokens // nil: no access tokens
 	draining *atomic.Bool
 }
 
 // newHandler returns the handler of all routes of the service.
 func newHandler(d dependencies) http.Handler {
-	t, access := &traffic{}, newAccess(d.settings)
+	t, access := &traffic{}, newAccess(d.settings, d.tokens)
 	a := newAPI(d, t)
 	h := newHealth(d, t, a.hasher.lanes)
 	routes := append(publicRoutes(h), access.protect(protectedRoutes(a, h))...)
@@ -68,6 +69,7 @@ func newServer(d dependencies, t *traffic, a *access, routes []route) *server {
 	s.handle = newRouter(routes)
 	for _, wrap := range slices.Backward([]middleware{
 		s.countRequests,   // the others need to know how busy the service is
+		s.identifyCallers, // by API key, access token or address
 		s.logRequests,     // with the final status: errors become answers here
 		s.recoverPanics,   // panics become errors
 		s.shareAnswers,    // CORS headers, on refusals too
@@ -96,7 +98,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	isHead := r.Method == http.MethodHead
 	res := &response{ResponseWriter: w, gone: r.Context().Done(), isHead: isHead}
-	if err := s.handle(res, r, s.access.identify(r)); err != nil {
+	if err := s.handle(res, r, caller{}); err != nil {
 		// net/http would send an empty 200, or end half an answer as if it were whole.
 		panic(http.ErrAbortHandler)
 	}
@@ -112,6 +114,14 @@ func (s *server) countRequests(next handler) handler {
 			s.traffic.otherDone.Store(time.Now().UnixNano())
 		}
 		return err
+	}
+}
+
+// identifyCallers tells the handlers who has sent a request. It may wait for the keys of the identity
+// provider.
+func (s *server) identifyCallers(next handler) handler {
+	return func(w *response, r *http.Request, _ caller) error {
+		return next(w, r, s.access.identify(r))
 	}
 }
 
@@ -146,8 +156,8 @@ func (s *server) logRequests(next handler) handler {
 			level = slog.LevelWarn
 			attrs = append(attrs, slog.Any("error", cmp.Or(err, errNotReady)))
 		}
-		if by.name != "" {
-			attrs = append(attrs, slog.String("key", by.name))
+		if by.kind != "" {
+			attrs = append(attrs, slog.String(by.kind, by.name))
 		}
 		logAt(r.Context(), s.log, level, end, "Request completed", attrs...)
 		s.observe(r.Pattern, w.status, elapsed)

@@ -1,6 +1,6 @@
 package main
 
-// Tests of what surrounds the handlers: middleware.go, access.go, problem.go, trace ids, health.go,
+// Tests of what surrounds the handlers: middleware.go, access.go, tokens.go, problem.go, trace ids,
 // health.go, and a fuzz test of whole requests.
 
 import (
@@ -91,7 +91,7 @@ func serveHandler(t *testing.T, h handler) *service {
 	out := &logWriter{w: log}
 	logger := newLogger(out, slog.LevelDebug)
 	dependencies := testDependencies(settings{}, newMemory(), logger)
-	server := newServer(dependencies, &traffic{}, newAccess(settings{}),
+	server := newServer(dependencies, &traffic{}, newAccess(settings{}, nil),
 		[]route{{"GET", "/{$}", h}, {"GET", "/x", h}})
 	web := httptest.NewUnstartedServer(nil)
 	web.Config = &newHTTPServer(server, testLimits, logger).Server
@@ -758,7 +758,7 @@ func newTestKey(t *testing.T, name string, readOnly bool) (string, apiKey) {
 		t.Fatal(err)
 	}
 	key, err := parseAPIKey(setting)
-	if err != nil || key.name != name || key.readOnly != readOnly ||
+	if err != nil || key.name != name || !slices.Contains(key.scopes, scopeWrite) != readOnly ||
 		key.digest != sha256.Sum256([]byte(text)) {
 		t.Fatalf("parseAPIKey(%q): got %+v, %v, want %q, %t, the digest of the key", setting, key, err,
 			name, readOnly)
@@ -874,7 +874,7 @@ func TestKeyCommand(t *testing.T) {
 		}
 		got, err := loadSettings(envOf("API_KEYS", setting[1]))
 		if err != nil || len(got.apiKeys) != 1 || got.apiKeys[0].name != test.args[1] ||
-			got.apiKeys[0].readOnly != (len(test.args) == 3) ||
+			!slices.Contains(got.apiKeys[0].scopes, scopeWrite) != (len(test.args) == 3) ||
 			got.apiKeys[0].digest != sha256.Sum256([]byte(key)) {
 			t.Errorf("loadSettings of %s: got %+v, %v", &out, got.apiKeys, err)
 		}
@@ -1215,7 +1215,7 @@ func newFaultyServer(store faultyStore, draining bool) http.Handler {
 	a := newAPI(d, &traffic{})
 	a.creating.Store("running", true)
 	h := &health{d.store, d.broker, d.metrics, d.draining}
-	return newServer(d, &traffic{}, newAccess(d.settings), append(publicRoutes(h), protectedRoutes(a, h)...))
+	return newServer(d, &traffic{}, newAccess(d.settings, nil), append(publicRoutes(h), protectedRoutes(a, h)...))
 }
 
 // invalidFields returns the pointers and parameters of the errors in a problem document, sorted.
@@ -2288,7 +2288,7 @@ func (s *service) checkRequestLog(r *http.Request, id string) logLine {
 // the head, in the name of a member, or in the name of a user.
 func repeatsPassword(head string, query url.Values, body []byte) bool {
 	text := fmt.Sprint(head, query)
-	members, _ := parseObject(body)
+	members, _ := parseObject(body, maxMembers)
 	for _, m := range members {
 		text += " " + m.name
 		if m.name == "name" || m.name == "surname" {

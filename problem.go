@@ -184,9 +184,9 @@ type member struct {
 // answer lists.
 const maxMembers = maxErrors + 10
 
-// parseObject returns the members of a body that is one JSON object, in their order and with
+// parseObject returns the first members of a body that is one JSON object, in their order and with
 // duplicates, which encoding/json alone would hide. It fails with a 400.
-func parseObject(body []byte) ([]member, error) {
+func parseObject(body []byte, most int) ([]member, error) {
 	notObject := func(reason string) error {
 		return newProblem(http.StatusBadRequest, "The body must be a JSON object, but "+reason)
 	}
@@ -199,7 +199,7 @@ func parseObject(body []byte) ([]member, error) {
 		return nil, notObject("is " + jsonType(start))
 	}
 	var members []member
-	for err == nil && decoder.More() && len(members) < maxMembers {
+	for err == nil && decoder.More() && len(members) < most {
 		var name json.Token
 		var value json.RawMessage
 		if name, err = decoder.Token(); err == nil {

@@ -57,7 +57,7 @@ func readFields(w http.ResponseWriter, r *http.Request, rules map[string]fieldRu
 	if err != nil {
 		return nil, err
 	}
-	members, err := parseObject(body)
+	members, err := parseObject(body, maxMembers)
 	if err != nil {
 		return nil, err
 	}

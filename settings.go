@@ -3,6 +3,7 @@ package main
 // This file owns the settings: environment variables and the file .env.
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -41,6 +42,9 @@ type settings struct {
 	rateLimit         float64  // requests per second and client; 0: no limit
 	trustedProxies    []netip.Prefix
 	corsOrigins       []string
+	jwtIssuer         string // empty: tokens of every issuer whose keys jwksURL has
+	jwksURL           string // empty: the configuration of jwtIssuer names it
+	jwtAudience       string // empty: no access tokens
 }
 
 // settingError names a variable that cannot be used, and what it must be. It never contains the
@@ -123,13 +127,37 @@ func loadSettings(lookup func(string) variable) (settings, error) {
 			listOf(parseOrigin)),
 		shutdownDelay: setting(env, "SHUTDOWN_DELAY", 0,
 			"a duration of 0 or more with its unit, such as 500ms or 5s", parseDelay),
+		jwtIssuer: setting(env, "JWT_ISSUER", "",
+			"the URL of an identity provider, such as https://id.example.com/", parseProviderURL),
+		jwksURL: setting(env, "JWT_JWKS_URL", "",
+			"the URL of a JSON Web Key Set, such as https://id.example.com/keys", parseProviderURL),
+		jwtAudience: setting(env, "JWT_AUDIENCE", "",
+			"1 to 255 bytes of text without control characters", parseAppName),
 	}
-	return s, env.err
+	return s, cmp.Or(env.err, s.checkTokens())
+}
+
+// checkTokens fails with a *settingError if the settings of access tokens do not fit together.
+func (s settings) checkTokens() error {
+	hasProvider := s.jwtIssuer != "" || s.jwksURL != ""
+	switch {
+	case hasProvider && s.jwtAudience == "":
+		return &settingError{name: "JWT_AUDIENCE", takes: "the aud of the access tokens for this " +
+			"service, because JWT_ISSUER or JWT_JWKS_URL is set"}
+	case !hasProvider && s.jwtAudience != "":
+		return &settingError{name: "JWT_ISSUER", takes: "the URL of an identity provider, because " +
+			"JWT_AUDIENCE is set; or set JWT_JWKS_URL"}
+	case hasProvider && s.open:
+		return &settingError{name: "API_KEYS", takes: "a list of keys, or unset, because JWT_AUDIENCE " +
+			"is set; open would admit everybody"}
+	}
+	return nil
 }
 
 // warnings returns what the operator should know about valid settings.
 func (s settings) warnings() (texts []string) {
 	switch {
+	case s.jwtAudience != "":
 	case s.apiKeys == nil && !s.open && !isLoopback(s.host):
 		texts = append(texts, "No API_KEYS: every client that reaches the service has full "+
 			"access; set keys, or API_KEYS=open")
@@ -141,14 +169,25 @@ func (s settings) warnings() (texts []string) {
 		texts = append(texts, "DATABASE_URL names a remote host and does not require TLS; "+
 			"add sslmode=verify-full")
 	}
-	remote := func(single string) bool {
-		u, err := url.Parse(single)
-		return err == nil && u.Scheme == "amqp" && u.Host != "" && !isLoopback(u.Hostname())
-	}
-	if slices.ContainsFunc(splitHosts(s.rabbitURL), remote) {
+	if slices.ContainsFunc(splitHosts(s.rabbitURL), isRemoteInClear) {
 		texts = append(texts, "RABBITMQ_URL names a remote host and does not use TLS; use amqps://")
 	}
+	if isRemoteInClear(s.jwksURL) || s.jwksURL == "" && isRemoteInClear(s.jwtIssuer) {
+		texts = append(texts, "JWT_ISSUER or JWT_JWKS_URL names a remote host and does not use TLS, "+
+			"so that others could replace the keys; use https://")
+	}
+	if s.jwksURL != "" && s.jwtIssuer == "" {
+		texts = append(texts, "No JWT_ISSUER: tokens of every issuer are accepted whose key is at "+
+			"JWT_JWKS_URL")
+	}
 	return texts
+}
+
+// isRemoteInClear reports whether a URL of one host names another machine, without TLS.
+func isRemoteInClear(text string) bool {
+	u, err := url.Parse(text)
+	return err == nil && (u.Scheme == "amqp" || u.Scheme == "http") && u.Host != "" &&
+		!isLoopback(u.Hostname())
 }
 
 // mayConnectInClear reports whether a remote host of a database URL can be reached without TLS.
@@ -260,6 +299,19 @@ func checkURL(text string, schemes ...string) error {
 		return errUnusable
 	}
 	return nil
+}
+
+// parseProviderURL accepts the URL of an identity provider or of its keys.
+func parseProviderURL(text string) (string, error) {
+	u, err := url.Parse(text)
+	if err == nil && u.User != nil {
+		return "", reason("it must not have a user name or a password")
+	}
+	if err != nil || checkURL(text, "http", "https") != nil || u.Hostname() == "" ||
+		u.Fragment != "" || len(text) > maxSubject {
+		return "", errUnusable
+	}
+	return text, nil
 }
 
 // splitHosts returns one URL per host of a URL such as amqp://user:password@a:5672,b:5672/vhost.

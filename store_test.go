@@ -571,7 +571,7 @@ func checkCappedPages(t *testing.T, users store) {
 	t.Helper()
 	type targets = map[string]string
 	d := testDependencies(memorySettings(), users, slog.New(slog.DiscardHandler))
-	server := httptest.NewServer(newServer(d, &traffic{}, newAccess(d.settings),
+	server := httptest.NewServer(newServer(d, &traffic{}, newAccess(d.settings, nil),
 		protectedRoutes(newAPI(d, &traffic{}), &health{})))
 	defer server.Close()
 	s := &service{t: t, url: server.URL}

@@ -179,7 +179,7 @@ func (im *importer) readLines(in io.Reader, emit func([]*importRecord) bool) err
 // parse reads a line. If it is not valid, parse returns the field that is wrong, if it is one, and
 // what would be right.
 func (r *importRecord) parse(line []byte, rules map[string]fieldRule) (field, reason string) {
-	members, err := parseObject(line)
+	members, err := parseObject(line, maxMembers)
 	if err != nil {
 		return "", strings.TrimPrefix(err.Error(), "The body ")
 	}

@@ -383,8 +383,11 @@ func idempotencyKey(h http.Header, by caller) (string, error) {
 		return "", newProblem(http.StatusBadRequest, fmt.Sprintf("Idempotency-Key must be one "+
 			"string of 1 to %d printable ASCII characters", maxKeyLength))
 	}
-	if by.name != "" {
+	switch by.kind {
+	case "key":
 		key = by.name + "\t" + key
+	case "subject":
+		key = by.client + "\t" + key
 	}
 	return key, nil
 }

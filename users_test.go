@@ -324,7 +324,7 @@ func TestVerificationLimit(t *testing.T) {
 			limit.every, limit.burst)
 	}
 	a.verifications = newLimiter[int64]("password", 1e-6, maxVerifications)
-	s := serveInProcess(t, newServer(d, &traffic{}, newAccess(d.settings), protectedRoutes(a, &health{})))
+	s := serveInProcess(t, newServer(d, &traffic{}, newAccess(d.settings, nil), protectedRoutes(a, &health{})))
 	for _, path := range []string{"/users/998/password/verify", "/users/999/password/verify"} {
 		for attempt := range maxVerifications + 2 {
 			want := 200
@@ -348,7 +348,7 @@ func TestVerifyPasswordOfMissingUser(t *testing.T) {
 	t.Parallel()
 	d := testDependencies(memorySettings(), newMemory(), slog.New(slog.DiscardHandler))
 	a := newAPI(d, &traffic{})
-	s := serveInProcess(t, newServer(d, &traffic{}, newAccess(d.settings), protectedRoutes(a, &health{})))
+	s := serveInProcess(t, newServer(d, &traffic{}, newAccess(d.settings, nil), protectedRoutes(a, &health{})))
 	a.hasher.lanes.clients = newQueues[string](1, 0)
 	got := s.do("POST", "/users/999/password/verify", `{"password": "x"}`)
 	if got.status != 503 {
@@ -434,7 +434,7 @@ func TestForeignHash(t *testing.T) {
 		d := testDependencies(memorySettings(), users, slog.New(slog.DiscardHandler))
 		a := newAPI(d, &traffic{})
 		s := serveInProcess(t,
-			newServer(d, &traffic{}, newAccess(d.settings), protectedRoutes(a, &health{})))
+			newServer(d, &traffic{}, newAccess(d.settings, nil), protectedRoutes(a, &health{})))
 		for _, hash := range foreignHashes {
 			id := s.createUser("Ann", "Lee")
 			stored := func() string {
@@ -1105,7 +1105,7 @@ func FuzzParseObject(f *testing.F) {
 		f.Add([]byte(body))
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {
-		members, err := parseObject(body)
+		members, err := parseObject(body, maxMembers)
 		var want map[string]json.RawMessage
 		isObject := json.Unmarshal(body, &want) == nil && want != nil // nil is null
 		if (err == nil) != isObject {
@@ -1349,7 +1349,7 @@ func wantUser(body []byte, contentType string, required []string) (in userInput,
 		return in, http.StatusBadRequest, nil
 	}
 	wrong = make(map[string]bool)
-	members, _ := parseObject(body) // FuzzParseObject checks it
+	members, _ := parseObject(body, maxMembers) // FuzzParseObject checks it
 	count := make(map[string]int)
 	for _, m := range members {
 		count[m.name]++
@@ -2436,7 +2436,7 @@ func TestParseIdempotencyKey(t *testing.T) {
 			t.Errorf("%s: got %q, %v, want %q", name, got, err, test.want)
 		}
 	}
-	owned, err := idempotencyKey(map[string][]string{"Idempotency-Key": {"key"}}, caller{name: "shop"})
+	owned, err := idempotencyKey(map[string][]string{"Idempotency-Key": {"key"}}, caller{kind: "key", name: "shop"})
 	if owned != "shop\tkey" || err != nil {
 		t.Errorf("key of the caller shop: got %q, %v", owned, err)
 	}
