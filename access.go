@@ -4,6 +4,7 @@ package main
 // rates.
 
 import (
+	"cmp"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -70,6 +71,9 @@ type caller struct {
 	scopes  []string // which requests it may send
 	refusal error    // why its API key or token is not accepted; nil if it has none
 }
+
+// actor returns the name under which the caller's changes are recorded.
+func (c caller) actor() string { return cmp.Or(c.name, anonymousActor) }
 
 // The scopes of access tokens. An API key has both, or scopeRead alone.
 const (

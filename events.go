@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"regexp"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
@@ -42,6 +43,11 @@ type event struct {
 	Data       eventData `json:"data"`
 	TraceID    string    `json:"trace_id"`
 	OccurredAt timestamp `json:"occurred_at"`
+
+	// These are headers of the message; the body stays as the predecessor's.
+	actor       string // the name of an API key, the subject of a token, or sqlActor and a role
+	traceParent string // of the request, or ""
+	traceState  string
 }
 
 type eventData struct {
@@ -55,10 +61,33 @@ var eventPattern = regexp.MustCompile(`^user\.[a-z_]{1,64}$`)
 // check fails with errUnreadable for an event that no broker could deliver, whatever its consumers
 // know.
 func (e event) check() error {
-	if !eventPattern.MatchString(e.Type) || len(e.TraceID) > maxTraceIDBytes {
-		return fmt.Errorf("%w: its type or trace id cannot be sent", errUnreadable)
+	if !eventPattern.MatchString(e.Type) || len(e.TraceID) > maxTraceIDBytes ||
+		len(e.actor)+len(e.traceParent)+len(e.traceState) > maxEventBytes {
+		return fmt.Errorf("%w: its type or one of its headers cannot be sent", errUnreadable)
 	}
 	return nil
+}
+
+// headers returns the headers of the event's message: the trace, the actor, and the attributes of
+// CloudEvents (its AMQP binding, section 3.1.3.1) from a source.
+func (e event) headers(source string) map[string]any {
+	h := map[string]any{
+		"trace_id":                e.TraceID,
+		"actor":                   e.actor,
+		"cloudEvents:specversion": "1.0",
+		"cloudEvents:id":          e.ID,
+		"cloudEvents:source":      source,
+		"cloudEvents:type":        e.Type,
+		"cloudEvents:subject":     strconv.FormatInt(e.Data.UserID, 10),
+		"cloudEvents:time":        e.OccurredAt.String(),
+	}
+	if e.traceParent != "" {
+		h["traceparent"] = e.traceParent
+	}
+	if e.traceState != "" {
+		h["tracestate"] = e.traceState
+	}
+	return h
 }
 
 // logSetAside logs an event that is removed without having been published. The line is the only
@@ -115,7 +144,13 @@ var errBrokerGone = errors.New("the broker closed the connection")
 type messageHandler interface {
 	// handle handles messages, and returns the indexes of those that are unreadable and should be
 	// put aside. If it fails, none counts as handled, and all are delivered again.
-	handle(ctx context.Context, bodies [][]byte) (unreadable []int, err error)
+	handle(ctx context.Context, messages []message) (unreadable []int, err error)
+}
+
+// message is what a consumer receives.
+type message struct {
+	body  []byte
+	actor string // of the header; "" in messages of older releases
 }
 
 // errUnreadable reports a message that no consumer of this version can handle.
@@ -343,13 +378,15 @@ func (c *consumer) run(ctx context.Context, b broker) {
 // handle logs the events and waits until their lines are written, for logWait at most. After a
 // failure, when they are delivered again, it logs only those whose lines were dropped. It stops at
 // the first of these: a later version of the same user would make it an old one.
-func (c *consumer) handle(ctx context.Context, bodies [][]byte) (unreadable []int, err error) {
-	for i, body := range bodies {
-		e, err := parseEvent(body)
+func (c *consumer) handle(ctx context.Context, messages []message) (
+	unreadable []int, err error) {
+	for i, m := range messages {
+		e, err := parseEvent(m.body)
+		e.actor = m.actor
 		if err != nil {
 			unreadable = append(unreadable, i)
 			err = tryLogAt(ctx, c.log, slog.LevelWarn, time.Now(), "Rejected message",
-				slog.Any("error", err), slog.Int("bytes", len(body)))
+				slog.Any("error", err), slog.Int("bytes", len(m.body)))
 		} else {
 			err = c.logEvent(withTraceID(ctx, e.TraceID), e)
 		}
@@ -385,7 +422,8 @@ func (c *consumer) logEvent(ctx context.Context, e event) error {
 		slog.String("event_type", e.Type),
 		slog.Int64("user_id", e.Data.UserID),
 		slog.Int64("version", e.Data.Version),
-		slog.String("event_id", e.ID))
+		slog.String("event_id", e.ID),
+		slog.String("actor", e.actor))
 	switch {
 	case err != nil:
 		return err

@@ -231,7 +231,7 @@ func TestConsumerSkipsDuplicates(t *testing.T) {
 		if _, again := sent[d]; !again {
 			sent[d] = newEvent(userUpdated, d.UserID, d.Version)
 		}
-		unreadable, err := c.handle(t.Context(), [][]byte{encode(t, sent[d])})
+		unreadable, err := c.handle(t.Context(), []message{{body: encode(t, sent[d])}})
 		if err != nil || unreadable != nil {
 			t.Errorf("handle %v: got unreadable messages %v, error %v", d, unreadable, err)
 		}
@@ -265,7 +265,7 @@ func TestConsumerReportsConflicts(t *testing.T) {
 	c := newTestConsumer(log)
 	for _, version := range []int64{1, 2, 2, 1, 3} {
 		body := encode(t, newEvent(userUpdated, 7, version))
-		if unreadable, err := c.handle(t.Context(), [][]byte{body}); err != nil || unreadable != nil {
+		if unreadable, err := c.handle(t.Context(), []message{{body: body}}); err != nil || unreadable != nil {
 			t.Errorf("handle version %d: got unreadable messages %v, error %v", version, unreadable, err)
 		}
 	}
@@ -613,7 +613,7 @@ func TestTwoRelaysKeepOrder(t *testing.T) {
 			for i := range rounds {
 				in := input(fmt.Sprint("name ", c, " ", i), "", "")
 				id := int64((c+i)%users + 1)
-				if _, err := s.updateUser(context.Background(), id, in, nil); err != nil {
+				if _, err := s.updateUser(context.Background(), "test", id, in, nil); err != nil {
 					t.Error(err)
 				}
 			}

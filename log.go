@@ -292,6 +292,9 @@ func (t timestamp) MarshalJSON() ([]byte, error) {
 	return t.appendJSON(make([]byte, 0, 32)), nil
 }
 
+// String implements fmt.Stringer.
+func (t timestamp) String() string { return strings.Trim(string(t.appendJSON(nil)), `"`) }
+
 // appendJSON formats seconds with time.RFC3339, for which package time has a fast path, and appends
 // the microseconds.
 func (t timestamp) appendJSON(b []byte) []byte {
@@ -316,37 +319,78 @@ func appendJSONString(b []byte, text string) []byte {
 	return append(append(append(b, '"'), text...), '"')
 }
 
-// traceIDKey is the key of the trace id in a context, the only value that contexts carry here.
-type traceIDKey struct{}
+// trace connects what happens because of a request. It is the only value that contexts carry here.
+type trace struct {
+	id     string // in logs, answers and events
+	parent string // traceparent as it was received (W3C Trace Context, section 3.2), or ""
+	state  string // tracestate as it was received (section 3.3), or ""
+}
+
+// traceKey is the key of the trace in a context.
+type traceKey struct{}
+
+func withTrace(ctx context.Context, t trace) context.Context {
+	return context.WithValue(ctx, traceKey{}, t)
+}
 
 func withTraceID(ctx context.Context, id string) context.Context {
-	return context.WithValue(ctx, traceIDKey{}, id)
+	return withTrace(ctx, trace{id: id})
 }
 
-// traceID returns "" if ctx belongs to neither a request nor an event.
-func traceID(ctx context.Context) string {
-	id, _ := ctx.Value(traceIDKey{}).(string)
-	return id
+// traceOf returns an empty trace if ctx belongs to neither a request nor an event.
+func traceOf(ctx context.Context) trace {
+	t, _ := ctx.Value(traceKey{}).(trace)
+	return t
 }
+
+func traceID(ctx context.Context) string { return traceOf(ctx).id }
 
 var (
 	requestIDPattern   = regexp.MustCompile(`^[A-Za-z0-9._:-]{1,128}$`)
 	traceparentPattern = regexp.MustCompile(
 		`^([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(-.*)?$`)
+	traceStateMember = regexp.MustCompile(
+		`^[ \t]*([a-z0-9][a-z0-9_*/@-]{0,255}=[ -+\--<>-~]{0,255}[!-+\--<>-~])?[ \t]*$`)
 )
 
-// requestTraceID returns the X-Request-Id of a request, else the trace id of its traceparent, else
-// a new UUID. It ignores headers that are repeated or malformed.
-func requestTraceID(h http.Header) string {
-	if ids := h["X-Request-Id"]; len(ids) == 1 && requestIDPattern.MatchString(ids[0]) {
-		return ids[0]
-	}
+const (
+	maxTraceParent  = 255 // bytes of a traceparent that is passed on; version 00 has 55
+	maxTraceState   = 2048
+	maxStateMembers = 32
+)
+
+// requestTrace returns the trace of a request. Its id is the X-Request-Id, else the trace id of the
+// traceparent, else a new UUID. Headers that are repeated or malformed are ignored.
+func requestTrace(h http.Header) (t trace) {
 	if parents := h["Traceparent"]; len(parents) == 1 {
-		if id := parentTraceID(parents[0]); id != "" {
-			return id
+		if t.id = parentTraceID(parents[0]); t.id != "" && isPrintable(parents[0], maxTraceParent) {
+			t.parent, t.state = parents[0], traceState(h["Tracestate"])
 		}
 	}
-	return newUUIDv4()
+	if ids := h["X-Request-Id"]; len(ids) == 1 && requestIDPattern.MatchString(ids[0]) {
+		t.id = ids[0]
+	} else if t.id == "" {
+		t.id = newUUIDv4()
+	}
+	return t
+}
+
+// traceState returns the list in tracestate headers, or "" if it is malformed or too long.
+func traceState(lines []string) string {
+	list := strings.Join(lines, ",")
+	members := strings.Split(list, ",")
+	malformed := func(member string) bool { return !traceStateMember.MatchString(member) }
+	if len(list) > maxTraceState || len(members) > maxStateMembers ||
+		slices.ContainsFunc(members, malformed) {
+		return ""
+	}
+	return list
+}
+
+// isPrintable reports whether text has at most n bytes, all of them printable ASCII characters.
+func isPrintable(text string, n int) bool {
+	other := func(c rune) bool { return c < ' ' || c > '~' }
+	return len(text) <= n && !strings.ContainsFunc(text, other)
 }
 
 // parentTraceID returns the trace-id field of a traceparent header (W3C Trace Context, section

@@ -376,7 +376,7 @@ type faultyStore struct {
 	state state
 }
 
-func (s faultyStore) createUser(context.Context, userInput, string) (User, error) {
+func (s faultyStore) createUser(context.Context, string, userInput, string) (User, error) {
 	return User{}, s.err
 }
 func (s faultyStore) creationUnder(context.Context, string) (User, string, error) {
@@ -386,12 +386,12 @@ func (s faultyStore) getUser(context.Context, int64) (User, error) { return User
 func (s faultyStore) listUsers(context.Context, string, int64, int64, int64) ([]User, int64, error) {
 	return nil, 0, s.err
 }
-func (s faultyStore) updateUser(context.Context, int64, userInput, []int64) (User, error) {
+func (s faultyStore) updateUser(context.Context, string, int64, userInput, []int64) (User, error) {
 	return User{}, s.err
 }
 func (s faultyStore) passwordHash(context.Context, int64) (string, error)         { return "", s.err }
 func (s faultyStore) rehashPassword(context.Context, int64, string, string) error { return s.err }
-func (s faultyStore) deleteUser(context.Context, int64, []int64) error            { return s.err }
+func (s faultyStore) deleteUser(context.Context, string, int64, []int64) error    { return s.err }
 func (s faultyStore) size(context.Context) (int64, time.Duration, error)          { return 0, 0, s.err }
 func (s faultyStore) ready() state                                                { return s.state }
 
@@ -2687,7 +2687,7 @@ func TestQueuesKeepOrder(t *testing.T) {
 func BenchmarkGetUser(b *testing.B) {
 	m := newMemory()
 	name := "John"
-	if _, err := m.createUser(b.Context(), userInput{&name, &name, &name}, ""); err != nil {
+	if _, err := m.createUser(b.Context(), "test", userInput{&name, &name, &name}, ""); err != nil {
 		b.Fatal(err)
 	}
 	log := newLogger(&logWriter{w: io.Discard}, slog.LevelInfo)

@@ -40,7 +40,8 @@ func newMemory() *memory {
 }
 
 // createUser implements userStore.
-func (m *memory) createUser(ctx context.Context, in userInput, key string) (User, error) {
+func (m *memory) createUser(ctx context.Context, actor string, in userInput, key string) (
+	User, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.forgetKeys()
@@ -56,7 +57,7 @@ func (m *memory) createUser(ctx context.Context, in userInput, key string) (User
 		m.byKey[key] = memoryUser{u, *in.password}
 		m.keysByAge = append(m.keysByAge, key)
 	}
-	m.record(ctx, userCreated, u)
+	m.record(ctx, actor, userCreated, u)
 	return u, nil
 }
 
@@ -168,8 +169,8 @@ func foldCase(text string) string {
 }
 
 // updateUser implements userStore.
-func (m *memory) updateUser(ctx context.Context, id int64, in userInput, match []int64) (
-	User, error) {
+func (m *memory) updateUser(ctx context.Context, actor string, id int64, in userInput,
+	match []int64) (User, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	i, err := m.find(id, match)
@@ -192,12 +193,12 @@ func (m *memory) updateUser(ctx context.Context, id int64, in userInput, match [
 	u.Version++
 	u.UpdatedAt = nowAfter(u.UpdatedAt)
 	m.users[i] = u
-	m.record(ctx, userUpdated, u.User)
+	m.record(ctx, actor, userUpdated, u.User)
 	return u.User, nil
 }
 
 // deleteUser implements userStore.
-func (m *memory) deleteUser(ctx context.Context, id int64, match []int64) error {
+func (m *memory) deleteUser(ctx context.Context, actor string, id int64, match []int64) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	i, err := m.find(id, match)
@@ -208,7 +209,7 @@ func (m *memory) deleteUser(ctx context.Context, id int64, match []int64) error 
 	m.users = slices.Delete(m.users, i, i+1)
 	u.Version++
 	u.UpdatedAt = nowAfter(u.UpdatedAt)
-	m.record(ctx, userDeleted, u)
+	m.record(ctx, actor, userDeleted, u)
 	return nil
 }
 
@@ -232,13 +233,16 @@ func (m *memory) search(id int64) (int, bool) {
 }
 
 // record adds the event of the change that led to u. The caller holds the lock.
-func (m *memory) record(ctx context.Context, eventType string, u User) {
+func (m *memory) record(ctx context.Context, actor, eventType string, u User) {
+	t := traceOf(ctx)
 	m.events = append(m.events, event{
 		ID:         newUUIDv7(),
 		Type:       eventType,
 		Data:       eventData{UserID: u.ID, Version: u.Version},
-		TraceID:    traceID(ctx),
+		TraceID:    t.id,
 		OccurredAt: u.UpdatedAt,
+
+		actor: actor, traceParent: t.parent, traceState: t.state,
 	})
 	wake(m.wake)
 }
@@ -295,11 +299,12 @@ type inProcess struct {
 func (b inProcess) publisher(context.Context) (publisher, error) { return b, nil }
 
 func (b inProcess) publish(ctx context.Context, events []event) (int, error) {
-	bodies := make([][]byte, len(events))
+	messages := make([]message, len(events))
 	for i, e := range events {
-		bodies[i], _ = json.Marshal(e) // without a body it is unreadable
+		body, _ := json.Marshal(e) // without a body it is unreadable
+		messages[i] = message{body, e.actor}
 	}
-	unreadable, err := b.handler.handle(ctx, bodies)
+	unreadable, err := b.handler.handle(ctx, messages)
 	if err != nil {
 		return 0, err
 	}

@@ -84,13 +84,13 @@ func newServer(d dependencies, t *traffic, a *access, routes []route) *server {
 	return s
 }
 
-// ServeHTTP prepares the request's trace id and the headers that every answer has.
+// ServeHTTP prepares the request's trace and the headers that every answer has.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	id := requestTraceID(r.Header)
-	r = r.WithContext(withTraceID(r.Context(), id))
+	t := requestTrace(r.Header)
+	r = r.WithContext(withTrace(r.Context(), t))
 	h := w.Header()
 	maps.Copy(h, securityHeaders)
-	h.Set("X-Trace-Id", id)
+	h.Set("X-Trace-Id", t.id)
 	if s.draining.Load() || len(r.TransferEncoding) > 0 {
 		// After a chunked body, which may have had a Content-Length too, a proxy and net/http might
 		// disagree where the next request begins (RFC 9112, section 6.3).

@@ -1518,7 +1518,7 @@ func TestTraceID(t *testing.T) {
 	}
 }
 
-// FuzzTraceID compares requestTraceID with wantTraceID, a second implementation.
+// FuzzTraceID compares requestTrace with wantTraceID, a second implementation.
 func FuzzTraceID(f *testing.F) {
 	const valid = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 	for _, parent := range []string{
@@ -1555,11 +1555,11 @@ func FuzzTraceID(f *testing.F) {
 				h.Add("Traceparent", parent)
 			}
 		}
-		got, want := requestTraceID(h), wantTraceID(h)
+		got, want := requestTrace(h).id, wantTraceID(h)
 		if want != "" && got != want || want == "" && !uuidV4.MatchString(got) {
 			t.Fatalf("%q: trace id %q, want %q", h, got, cmp.Or(want, "a UUIDv4"))
 		}
-		if again := requestTraceID(http.Header{"X-Request-Id": {got}}); again != got {
+		if again := requestTrace(http.Header{"X-Request-Id": {got}}).id; again != got {
 			t.Errorf("the trace id %q as X-Request-Id becomes %q", got, again)
 		}
 	})
@@ -2206,7 +2206,7 @@ func FuzzRequest(f *testing.F) {
 		log := &logBuffer{}
 		out := &logWriter{w: log}
 		store := newMemory()
-		store.createUser(t.Context(), input("John", "Doe", hash), "used")
+		store.createUser(t.Context(), "test", input("John", "Doe", hash), "used")
 		logger := newLogger(out, slog.LevelDebug)
 		server := newHandler(testDependencies(memorySettings(), store, logger))
 		recorder := httptest.NewRecorder()

@@ -75,11 +75,12 @@ func (s *postgres) pending(ctx context.Context, limit int) (events []event, err 
 	err = s.do(ctx, "selecting events", s.relay, func(ctx context.Context, db querier) error {
 		rows, _ := db.Query(ctx, `
 			SELECT id, event_id::text, event_type, user_id, version, trace_id,
-				least(greatest(occurred_at, '0001-01-01 00:00Z'), '9999-12-31 23:59:59.999999Z')
+				least(greatest(occurred_at, '0001-01-01 00:00Z'), '9999-12-31 23:59:59.999999Z'),
+				actor, traceparent, tracestate
 			FROM outbox ORDER BY id LIMIT $1`, limit)
 		events, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (e event, err error) {
 			return e, row.Scan(&e.outboxID, &e.ID, &e.Type, &e.Data.UserID, &e.Data.Version,
-				&e.TraceID, &e.OccurredAt.Time)
+				&e.TraceID, &e.OccurredAt.Time, &e.actor, &e.traceParent, &e.traceState)
 		})
 		return err
 	})

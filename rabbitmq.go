@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/url"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -25,6 +26,7 @@ type rabbitMQ struct {
 	urls       []string     // of the hosts of a cluster, which are tried in turn
 	host       atomic.Int64 // index of the host that answered last
 	appName    string
+	source     string // of the messages, for CloudEvents
 	exchange   string
 	log        *slog.Logger
 	returned   *metrics.Counter
@@ -34,7 +36,7 @@ type rabbitMQ struct {
 
 func newRabbitMQ(s settings, log *slog.Logger, set *metrics.Set) *rabbitMQ {
 	return &rabbitMQ{urls: splitHosts(s.rabbitURL), appName: s.appName, exchange: s.exchange,
-		log: log, returned: set.GetOrCreateCounter("events_returned_total")}
+		source: "/" + url.PathEscape(s.appName), log: log, returned: set.GetOrCreateCounter("events_returned_total")}
 }
 
 func (b *rabbitMQ) queue() string              { return b.exchange + ".consumer" }
@@ -296,7 +298,7 @@ func (p *rabbitPublisher) sendAll(ctx context.Context, events []event) (
 		confirm, err := p.channel.PublishWithDeferredConfirmWithContext(ctx, p.broker.exchange,
 			e.Type, true /* mandatory */, false, amqp.Publishing{
 				MessageId: e.ID, Type: e.Type, AppId: p.broker.appName, CorrelationId: e.TraceID,
-				Headers: amqp.Table{"trace_id": e.TraceID}, Timestamp: e.OccurredAt.Time,
+				Headers: e.headers(p.broker.source), Timestamp: e.OccurredAt.Time,
 				DeliveryMode: amqp.Persistent, ContentType: "application/json", Body: body,
 			})
 		if err != nil {
@@ -411,11 +413,12 @@ func (b *rabbitMQ) settle(ctx context.Context, conn interface{ IsClosed() bool }
 // settleOnce rejects unreadable messages, which puts them aside, and acknowledges the others
 // together. If the connection ends before that, they are delivered again.
 func settleOnce(ctx context.Context, deliveries []amqp.Delivery, handler messageHandler) error {
-	bodies := make([][]byte, len(deliveries))
+	messages := make([]message, len(deliveries))
 	for i, d := range deliveries {
-		bodies[i] = d.Body
+		actor, _ := d.Headers["actor"].(string)
+		messages[i] = message{d.Body, actor}
 	}
-	unreadable, err := handler.handle(ctx, bodies)
+	unreadable, err := handler.handle(ctx, messages)
 	if err != nil {
 		return err
 	}

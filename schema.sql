@@ -36,12 +36,12 @@ BEGIN
     END IF;
     IF to_regprocedure('user_service_schema()') IS NOT NULL THEN
         SELECT * INTO installed, oldest FROM user_service_schema();
-        IF oldest > 3 THEN
+        IF oldest > 4 THEN
             RAISE EXCEPTION USING ERRCODE = 'US001',
-                MESSAGE = format('the schema has version %s, and this release knows versions up to 3',
+                MESSAGE = format('the schema has version %s, and this release knows versions up to 4',
                     installed),
                 HINT = 'Run a newer release';
-        ELSIF installed > 3 THEN
+        ELSIF installed > 4 THEN
             RAISE EXCEPTION 'a newer schema that this release can use' USING ERRCODE = 'US002';
         END IF;
     END IF;
@@ -120,12 +120,36 @@ CREATE TABLE IF NOT EXISTS outbox (
     user_id     bigint      NOT NULL,
     version     bigint      NOT NULL,
     trace_id    text        NOT NULL,
-    occurred_at timestamptz NOT NULL
+    occurred_at timestamptz NOT NULL,
+    actor       text        NOT NULL DEFAULT '', -- an API key, a subject, or sql: and a role
+    traceparent text        NOT NULL DEFAULT '', -- of the request (W3C Trace Context), if it had one
+    tracestate  text        NOT NULL DEFAULT ''
 ) WITH ( -- rows are deleted after milliseconds, so vacuum early and without delay
     autovacuum_vacuum_scale_factor = 0,
     autovacuum_vacuum_threshold    = 1000,
     autovacuum_vacuum_cost_delay   = 0
 );
+
+-- Version 4 added the last three columns. The functions below need them.
+DO $$
+DECLARE
+    missing text;
+    code    text := '01000';
+BEGIN
+    IF to_regprocedure('user_service_schema()') IS NOT NULL THEN
+        SELECT CASE WHEN version < 4 THEN code ELSE 'US100' END INTO code FROM user_service_schema();
+    END IF;
+    FOR missing IN
+        SELECT name FROM unnest('{actor, traceparent, tracestate}'::text[]) AS name
+        WHERE NOT EXISTS (
+            SELECT FROM pg_attribute
+            WHERE attrelid = 'outbox'::regclass AND attname = name AND NOT attisdropped)
+    LOOP
+        EXECUTE format('ALTER TABLE outbox ADD COLUMN %I text NOT NULL DEFAULT ''''', missing);
+        RAISE WARNING 'created the column % of outbox', missing USING ERRCODE = code;
+    END LOOP;
+END
+$$;
 
 -- idempotency_keys records the users that were created with an Idempotency-Key, with the values of
 -- the request. If the request had an API key, key begins with the API key's name and a tab. Rows
@@ -195,29 +219,64 @@ $$;
 
 -- user_service_record writes the events of a statement and its effect on the total.
 --
--- The trace id is the setting user_service.trace_id. If one statement makes the changes of several
--- requests, it is the element of user_service.trace_ids at the index of the user's id in
--- user_service.ids. If user_service.trace_id is not set or not valid in an HTTP or AMQP header, a
--- new UUID takes its place.
+-- An event has an origin: a trace id, an actor, a traceparent and a tracestate, in one text with a
+-- line each. The service sets it as user_service.origin. If one statement makes the changes of
+-- several requests, it sets user_service.origins, and the origin of a change is the element at the
+-- index of the user's id in user_service.ids. Other roles than those of the service cannot set
+-- origins, because they must not choose the actor. Releases up to 1.3.0 set trace ids alone.
+--
+-- Otherwise the actor is "sql:" and the role. The other parts are the settings user_service.trace_id,
+-- user_service.traceparent and user_service.tracestate, as far as they are valid in HTTP and AMQP
+-- headers. Without a trace id, that of the traceparent or a new UUID takes its place.
 --
 -- A session caches query plans. The plan of EXCEPT is suitable for one row and for a million rows,
--- whereas the cached plan of a join could be a nested loop.
+-- whereas the cached plan of a join could be a nested loop. Without OFFSET 0, the origin would be
+-- looked up for each of its parts. Columns that a site adds to users may have the names of variables.
 CREATE OR REPLACE FUNCTION user_service_record() RETURNS trigger LANGUAGE plpgsql
 SECURITY DEFINER SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
 DECLARE
-    ids    bigint[] := nullif(current_setting('user_service.ids', true), '');
-    traces text[]   := nullif(current_setting('user_service.trace_ids', true), '');
-    trace  text     := current_setting('user_service.trace_id', true);
+    ids     bigint[] := nullif(current_setting('user_service.ids', true), '');
+    origins text[]   := coalesce(nullif(current_setting('user_service.origins', true), ''),
+        nullif(current_setting('user_service.trace_ids', true), ''));
+    origin  text     := nullif(current_setting('user_service.origin', true), '');
+    writer  text     := 'sql:' || replace(session_user, E'\n', ' ');
+    trace   text;
+    parent  text;
+    state   text;
 BEGIN
-    IF trace IS NULL OR trace !~ '^[A-Za-z0-9._:-]{1,128}$' THEN
-        trace := gen_random_uuid();
+    IF coalesce(origin, origins[1]) IS NOT NULL AND NOT pg_has_role(session_user, current_user, 'USAGE') THEN
+        origin := NULL;
+        origins := NULL;
+    END IF;
+    IF origin IS NULL THEN
+        trace := current_setting('user_service.trace_id', true);
+        parent := coalesce(current_setting('user_service.traceparent', true), '');
+        IF parent !~ '^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]{1,199})?$'
+            OR parent ~ '^ff|^00.{54}|^..-0{32}|^.{35}-0{16}'
+        THEN
+            parent := '';
+        END IF;
+        state := current_setting('user_service.tracestate', true);
+        IF parent = '' OR state IS NULL OR state !~ '^[ -~]{1,2048}$' THEN
+            state := '';
+        END IF;
+        IF trace IS NULL OR trace !~ '^[A-Za-z0-9._:-]{1,128}$' THEN
+            trace := coalesce(nullif(substring(parent, 4, 32), ''), gen_random_uuid()::text);
+        END IF;
+        origin := concat_ws(E'\n', trace, writer, parent, state);
     END IF;
     CASE TG_OP
     WHEN 'INSERT' THEN
-        INSERT INTO outbox (event_type, user_id, version, occurred_at, trace_id)
+        INSERT INTO outbox (event_type, user_id, version, occurred_at,
+            trace_id, actor, traceparent, tracestate)
         SELECT 'user.created', id, version, greatest(updated_at, now()),
-            coalesce(traces[array_position(ids, id)], trace)
-        FROM inserted;
+            split_part(whence, E'\n', 1), coalesce(nullif(split_part(whence, E'\n', 2), ''), writer),
+            split_part(whence, E'\n', 3), split_part(whence, E'\n', 4)
+        FROM (
+            SELECT id, version, updated_at, coalesce(origins[array_position(ids, id)], origin) AS whence
+            FROM inserted OFFSET 0
+        ) AS changed;
         INSERT INTO user_counts (n) SELECT count(*) FROM inserted HAVING count(*) > 0;
         -- The writer has set ids: move the sequence past them before the commit, so that no other
         -- writer gets one of these ids and waits for this transaction.
@@ -226,24 +285,37 @@ BEGIN
             (SELECT max(id) AS highest FROM inserted WHERE id < 9223372036854775807) AS chosen
         WHERE highest > coalesce(pg_sequence_last_value(sequence::regclass), 0);
     WHEN 'UPDATE' THEN
-        INSERT INTO outbox (event_type, user_id, version, occurred_at, trace_id)
+        INSERT INTO outbox (event_type, user_id, version, occurred_at,
+            trace_id, actor, traceparent, tracestate)
         SELECT 'user.updated', id, version, greatest(updated_at, now()),
-            coalesce(traces[array_position(ids, id)], trace)
+            split_part(whence, E'\n', 1), coalesce(nullif(split_part(whence, E'\n', 2), ''), writer),
+            split_part(whence, E'\n', 3), split_part(whence, E'\n', 4)
         FROM (
-            SELECT id, version, updated_at FROM updated EXCEPT
-            SELECT id, version, updated_at FROM before
+            SELECT id, version, updated_at, coalesce(origins[array_position(ids, id)], origin) AS whence
+            FROM (
+                SELECT id, version, updated_at FROM updated EXCEPT
+                SELECT id, version, updated_at FROM before
+            ) AS new OFFSET 0
         ) AS changed;
     WHEN 'DELETE' THEN
-        INSERT INTO outbox (event_type, user_id, version, occurred_at, trace_id)
+        INSERT INTO outbox (event_type, user_id, version, occurred_at,
+            trace_id, actor, traceparent, tracestate)
         SELECT 'user.deleted', id, version + 1,
             greatest(clock_timestamp(), updated_at + interval '1 microsecond'),
-            coalesce(traces[array_position(ids, id)], trace)
-        FROM deleted;
+            split_part(whence, E'\n', 1), coalesce(nullif(split_part(whence, E'\n', 2), ''), writer),
+            split_part(whence, E'\n', 3), split_part(whence, E'\n', 4)
+        FROM (
+            SELECT id, version, updated_at, coalesce(origins[array_position(ids, id)], origin) AS whence
+            FROM deleted OFFSET 0
+        ) AS changed;
         INSERT INTO user_counts (n) SELECT -count(*) FROM deleted HAVING count(*) > 0;
     WHEN 'TRUNCATE' THEN
-        INSERT INTO outbox (event_type, user_id, version, occurred_at, trace_id)
+        INSERT INTO outbox (event_type, user_id, version, occurred_at,
+            trace_id, actor, traceparent, tracestate)
         SELECT 'user.deleted', id, version + 1,
-            greatest(clock_timestamp(), updated_at + interval '1 microsecond'), trace
+            greatest(clock_timestamp(), updated_at + interval '1 microsecond'),
+            split_part(origin, E'\n', 1), split_part(origin, E'\n', 2),
+            split_part(origin, E'\n', 3), split_part(origin, E'\n', 4)
         FROM users;
         INSERT INTO user_counts (n) SELECT -count(*) FROM users HAVING count(*) > 0;
         PERFORM set_config('user_service.highest_id', greatest(max(id),
@@ -592,8 +664,8 @@ BEGIN
     IF to_regprocedure('user_service_schema()') IS NOT NULL THEN
         SELECT version INTO installed FROM user_service_schema();
     END IF;
-    IF installed < 3 THEN
-        RAISE WARNING 'installed version 3' USING ERRCODE = 'US101';
+    IF installed < 4 THEN
+        RAISE WARNING 'installed version 4' USING ERRCODE = 'US101';
     END IF;
 
     IF NOT EXISTS (SELECT FROM users) AND has_table_privilege(to_regclass('"user"')::oid, 'SELECT')
@@ -613,4 +685,4 @@ $$;
 -- user_service_schema returns the version of the schema, and the oldest version that a release must
 -- know to use it. It is a function and not a row so that a dump of the schema alone includes it.
 CREATE OR REPLACE FUNCTION user_service_schema(OUT version int, OUT oldest int)
-LANGUAGE sql IMMUTABLE AS 'SELECT 3, 1';
+LANGUAGE sql IMMUTABLE AS 'SELECT 4, 1';

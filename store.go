@@ -93,9 +93,10 @@ func (s *postgres) exec(ctx context.Context, what string, k kind, sql string, ar
 
 // createUser tries again in two cases of a duplicate: if the sequence of ids is behind, because
 // somebody inserted users with explicit ids, and if the idempotency key has expired.
-func (s *postgres) createUser(ctx context.Context, in userInput, key string) (User, error) {
+func (s *postgres) createUser(ctx context.Context, actor string, in userInput, key string) (
+	User, error) {
 	for retries := 0; ; retries++ {
-		u, err := s.insertUser(ctx, in, key)
+		u, err := s.insertUser(ctx, actor, in, key)
 		refusal, ok := errors.AsType[*pgconn.PgError](err)
 		if !ok || refusal.Code != "23505" {
 			return u, err
@@ -127,21 +128,22 @@ func (s *postgres) createUser(ctx context.Context, in userInput, key string) (Us
 
 // insertUser creates a user, and remembers it under key unless that is "". A duplicate is an error
 // with SQLSTATE 23505.
-func (s *postgres) insertUser(ctx context.Context, in userInput, key string) (User, error) {
+func (s *postgres) insertUser(ctx context.Context, actor string, in userInput, key string) (
+	User, error) {
 	defer wake(s.wake)
 	var u User
 	// If another transaction is inserting the same key, this one waits for it.
 	err := s.row(ctx, "inserting a user", s.create, u.scanInto(), `
 		WITH created AS (
 			INSERT INTO users (name, surname, password)
-			SELECT $1, $2, $3 FROM set_config('user_service.trace_id', $4, true)
+			SELECT $1, $2, $3 FROM set_config('user_service.origin', $4, true)
 			RETURNING `+userColumns+`
 		), kept AS (
 			INSERT INTO idempotency_keys (key, user_id, name, surname, password)
 			SELECT $5, id, name, surname, $3 FROM created WHERE $5 <> ''
 		)
 		SELECT * FROM created`,
-		in.name, in.surname, in.password, traceID(ctx), key)
+		in.name, in.surname, in.password, origin(ctx, actor), key)
 	if errors.Is(err, errNotFound) {
 		err = fmt.Errorf("inserting a user: a trigger prevents it: %w", errRefused)
 	}
@@ -246,16 +248,16 @@ func (s *postgres) page(ctx context.Context, total, condition string, args ...an
 }
 
 // updateUser implements userStore with a change that may share its statement.
-func (s *postgres) updateUser(ctx context.Context, id int64, in userInput, match []int64) (
-	User, error) {
-	return s.change(ctx, s.updates, &userChange{
-		id: id, name: in.name, surname: in.surname, password: in.password, match: match,
-	})
+func (s *postgres) updateUser(ctx context.Context, actor string, id int64, in userInput,
+	match []int64) (User, error) {
+	return s.change(ctx, s.updates, &userChange{id: id, name: in.name, surname: in.surname,
+		password: in.password, match: match, origin: origin(ctx, actor)})
 }
 
 // deleteUser implements userStore with a change that may share its statement.
-func (s *postgres) deleteUser(ctx context.Context, id int64, match []int64) error {
-	_, err := s.change(ctx, s.deletions, &userChange{id: id, match: match})
+func (s *postgres) deleteUser(ctx context.Context, actor string, id int64, match []int64) error {
+	_, err := s.change(ctx, s.deletions,
+		&userChange{id: id, match: match, origin: origin(ctx, actor)})
 	return err
 }
 
@@ -265,7 +267,14 @@ type userChange struct {
 	id                      int64
 	name, surname, password *string
 	match                   []int64
-	traceID                 string
+	origin                  string
+}
+
+// origin returns what the triggers of schema.sql store with the event of a change: the parts of a
+// trace and the actor, none of which has a line feed.
+func origin(ctx context.Context, actor string) string {
+	t := traceOf(ctx)
+	return t.id + "\n" + actor + "\n" + t.parent + "\n" + t.state
 }
 
 // These statements make changes of different users, and return the changed users. A user that is
@@ -275,9 +284,9 @@ const (
 		WITH change AS (
 			SELECT * FROM unnest(
 				set_config('user_service.ids', $1::bigint[]::text, true)::bigint[],
-				set_config('user_service.trace_ids', $2::text[]::text, true)::text[],
+				set_config('user_service.origins', $2::text[]::text, true)::text[],
 				$3::text[], $4::text[], $5::text[], $6::text[]
-			) AS change (user_id, trace_id, match, new_name, new_surname, new_password)
+			) AS change (user_id, origin, match, new_name, new_surname, new_password)
 		), free AS (
 			SELECT change.*
 			FROM change,
@@ -335,7 +344,6 @@ func isRefused(ctx context.Context, err error) bool {
 // change makes c after all earlier changes of the same user by this replica. So a locked user
 // occupies one connection, however many changes wait.
 func (s *postgres) change(ctx context.Context, by changer, c *userChange) (User, error) {
-	c.traceID = traceID(ctx)
 	deadline := time.Now().Add(statementBudget)
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
@@ -375,17 +383,17 @@ func (s *postgres) change(ctx context.Context, by changer, c *userChange) (User,
 func (s *postgres) changeBatch(ctx context.Context, sql string, k kind, changes []*userChange) (
 	map[*userChange]User, error) {
 	var ids []int64
-	var traceIDs []string
+	var origins []string
 	var matches, names, surnames, passwords []*string
 	for _, c := range changes {
-		ids, traceIDs = append(ids, c.id), append(traceIDs, c.traceID)
+		ids, origins = append(ids, c.id), append(origins, c.origin)
 		matches, names = append(matches, matchLiteral(c.match)), append(names, c.name)
 		surnames, passwords = append(surnames, c.surname), append(passwords, c.password)
 	}
 	var users map[int64]User
 	err := s.do(ctx, "changing users", k, func(ctx context.Context, db querier) (err error) {
 		users, err = collectUsers(db.Query(ctx, sql,
-			ids, traceIDs, matches, names, surnames, passwords))
+			ids, origins, matches, names, surnames, passwords))
 		return err
 	})
 	done := make(map[*userChange]User, len(changes))

@@ -84,7 +84,7 @@ func input(name, surname, password string) userInput {
 // mustCreate creates a user with a name.
 func mustCreate(t *testing.T, s store, name string) User {
 	t.Helper()
-	u, err := s.createUser(t.Context(), input(name, "Doe", "hash"), "")
+	u, err := s.createUser(t.Context(), "test", input(name, "Doe", "hash"), "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -106,7 +106,7 @@ func TestStoreChanges(t *testing.T) {
 	t.Parallel()
 	eachStoreAlone(t, func(t *testing.T, s store) {
 		ctx := withTraceID(t.Context(), "trace-1")
-		created, err := s.createUser(ctx, input("John", "Doe", "hash"), "")
+		created, err := s.createUser(ctx, "test", input("John", "Doe", "hash"), "")
 		if err != nil || created.ID != 1 || created.Name != "John" || created.Surname != "Doe" ||
 			created.Version != 1 || !created.CreatedAt.Equal(created.UpdatedAt.Time) ||
 			time.Since(created.CreatedAt.Time).Abs() > time.Minute {
@@ -117,13 +117,13 @@ func TestStoreChanges(t *testing.T) {
 		if err != nil || got.ID != 1 || !got.CreatedAt.Equal(created.CreatedAt.Time) {
 			t.Errorf("getUser: %+v, %v, want %+v", got, err, created)
 		}
-		updated, err := s.updateUser(ctx, 1, input("Jane", "", ""), nil)
+		updated, err := s.updateUser(ctx, "test", 1, input("Jane", "", ""), nil)
 		if err != nil || updated.Name != "Jane" || updated.Surname != "Doe" ||
 			updated.Version != 2 || !updated.UpdatedAt.After(created.UpdatedAt.Time) {
 			t.Errorf("updateUser: %+v, %v, want Jane Doe in version 2, later than %v",
 				updated, err, created.UpdatedAt)
 		}
-		if err := s.deleteUser(ctx, 1, nil); err != nil {
+		if err := s.deleteUser(ctx, "test", 1, nil); err != nil {
 			t.Error(err)
 		}
 		if _, err := s.getUser(ctx, 1); !errors.Is(err, errNotFound) {
@@ -155,19 +155,19 @@ func TestStoreErrors(t *testing.T) {
 	t.Parallel()
 	eachStoreAlone(t, func(t *testing.T, s store) {
 		mustCreate(t, s, "John")
-		_, missing := s.updateUser(t.Context(), 9, input("Jane", "", ""), []int64{})
-		_, stale := s.updateUser(t.Context(), 1, input("Jane", "", ""), []int64{2, 3})
-		_, unchanged := s.updateUser(t.Context(), 1, input("John", "", ""), []int64{})
+		_, missing := s.updateUser(t.Context(), "test", 9, input("Jane", "", ""), []int64{})
+		_, stale := s.updateUser(t.Context(), "test", 1, input("Jane", "", ""), []int64{2, 3})
+		_, unchanged := s.updateUser(t.Context(), "test", 1, input("John", "", ""), []int64{})
 		for name, test := range map[string]struct{ got, want error }{
 			"update of a missing user":                 {missing, errNotFound},
 			"update of another version":                {stale, errVersionMismatch},
 			"update without change of another version": {unchanged, errVersionMismatch},
 			"deletion of a missing user": {
-				s.deleteUser(t.Context(), 9, nil), errNotFound},
+				s.deleteUser(t.Context(), "test", 9, nil), errNotFound},
 			"deletion of another version": {
-				s.deleteUser(t.Context(), 1, []int64{2}), errVersionMismatch},
+				s.deleteUser(t.Context(), "test", 1, []int64{2}), errVersionMismatch},
 			"deletion of no version": {
-				s.deleteUser(t.Context(), 1, []int64{}), errVersionMismatch},
+				s.deleteUser(t.Context(), "test", 1, []int64{}), errVersionMismatch},
 		} {
 			if !errors.Is(test.got, test.want) {
 				t.Errorf("%s: error %v, want %v", name, test.got, test.want)
@@ -179,7 +179,7 @@ func TestStoreErrors(t *testing.T) {
 		if n := len(allPending(t, s)); n != 1 {
 			t.Errorf("%d events after 1 change, want 1", n)
 		}
-		if err := s.deleteUser(t.Context(), 1, []int64{5, 1}); err != nil {
+		if err := s.deleteUser(t.Context(), "test", 1, []int64{5, 1}); err != nil {
 			t.Errorf("deletion of a listed version: %v", err)
 		}
 	})
@@ -204,7 +204,7 @@ func TestStoreUpdatesDifferences(t *testing.T) {
 			t.Parallel()
 			eachStoreAlone(t, func(t *testing.T, s store) {
 				before := mustCreate(t, s, "John")
-				u, err := s.updateUser(t.Context(), 1, test.in, []int64{1})
+				u, err := s.updateUser(t.Context(), "test", 1, test.in, []int64{1})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -228,7 +228,7 @@ func TestStoreUpdatesDifferences(t *testing.T) {
 func TestStoreRehashesOnce(t *testing.T) {
 	t.Parallel()
 	eachStoreAlone(t, func(t *testing.T, s store) {
-		u, err := s.createUser(t.Context(), input("John", "Doe", "old"), "")
+		u, err := s.createUser(t.Context(), "test", input("John", "Doe", "old"), "")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -263,7 +263,7 @@ func TestStoreListsInOrder(t *testing.T) {
 			mustCreate(t, s, fmt.Sprint("user", i+1))
 		}
 		for _, id := range []int64{1, 5, 12} {
-			if err := s.deleteUser(t.Context(), id, nil); err != nil {
+			if err := s.deleteUser(t.Context(), "test", id, nil); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -309,7 +309,7 @@ func addUsers(t *testing.T, s store, names ...[2]string) {
 		return
 	}
 	for _, n := range names {
-		if _, err := s.createUser(t.Context(), input(n[0], n[1], "x"), ""); err != nil {
+		if _, err := s.createUser(t.Context(), "test", input(n[0], n[1], "x"), ""); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -370,9 +370,9 @@ func TestStoresFindTheSame(t *testing.T) {
 		names[i] = [2]string{text(4), text(4)}
 		in := input(names[i][0], names[i][1], "")
 		for _, s := range stores {
-			_, err := s.updateUser(t.Context(), int64(i+1), in, nil)
+			_, err := s.updateUser(t.Context(), "test", int64(i+1), in, nil)
 			if err == nil && i%2 == 0 {
-				err = s.deleteUser(t.Context(), int64(i+1), nil)
+				err = s.deleteUser(t.Context(), "test", int64(i+1), nil)
 			}
 			if err != nil {
 				t.Fatal(err)
@@ -699,7 +699,7 @@ func TestStoreKeepsOrder(t *testing.T) {
 				for i := range rounds {
 					id := rand.Int64N(users) + 1
 					in := input(fmt.Sprintf("name %d %d", c, i), "", "")
-					if _, err := s.updateUser(context.Background(), id, in, nil); err != nil {
+					if _, err := s.updateUser(context.Background(), "test", id, in, nil); err != nil {
 						t.Error(err)
 					}
 				}
@@ -745,7 +745,7 @@ func TestStoreMatchesOnce(t *testing.T) {
 			for c := range cap(errs) {
 				go func() {
 					in := input(fmt.Sprint("name", version, c), "", "")
-					_, err := s.updateUser(context.Background(), 1, in, []int64{version})
+					_, err := s.updateUser(context.Background(), "test", 1, in, []int64{version})
 					errs <- err
 				}()
 			}
@@ -772,9 +772,9 @@ func TestStoreCountsUsers(t *testing.T) {
 		for range 16 {
 			group.Go(func() {
 				for range 10 {
-					u, err := s.createUser(context.Background(), input("John", "Doe", "hash"), "")
+					u, err := s.createUser(context.Background(), "test", input("John", "Doe", "hash"), "")
 					if err == nil && u.ID%3 == 0 {
-						err = s.deleteUser(context.Background(), u.ID, nil)
+						err = s.deleteUser(context.Background(), "test", u.ID, nil)
 					}
 					if err != nil {
 						t.Error(err)
@@ -977,7 +977,7 @@ func TestChangeBatch(t *testing.T) {
 	lockUser(t, url, users[5].ID)
 	jane, john := "Jane", "John"
 	change := func(id int64, name *string, match ...int64) *userChange {
-		return &userChange{id: id, name: name, match: match, traceID: fmt.Sprint("trace-", id)}
+		return &userChange{id: id, name: name, match: match, origin: fmt.Sprint("trace-", id)}
 	}
 	changes := []*userChange{
 		0: change(users[0].ID, &jane),
@@ -1054,7 +1054,7 @@ func TestRefusedChangeDoesNotAffectBatch(t *testing.T) {
 			name = "refused"
 		}
 		callers.Go(func() {
-			u, err := s.updateUser(t.Context(), id, userInput{name: &name}, nil)
+			u, err := s.updateUser(t.Context(), "test", id, userInput{name: &name}, nil)
 			if name == "refused" {
 				if err == nil || errors.Is(err, errUnavailable) ||
 					errors.Is(err, errOutcomeUnknown) {
@@ -1268,7 +1268,7 @@ func TestChangeIsNotRepeated(t *testing.T) {
 	}
 	failed := make(chan error)
 	go func() {
-		_, err := s.updateUser(context.Background(), 1, input("Jane", "", ""), nil)
+		_, err := s.updateUser(context.Background(), "test", 1, input("Jane", "", ""), nil)
 		failed <- err
 	}()
 	watcher := connect(t, direct)
@@ -1347,7 +1347,7 @@ func TestAlteredVersion(t *testing.T) {
 	for i, alter := range []string{"SELECT 1", "ALTER TABLE users ALTER version TYPE int",
 		"ALTER TABLE users ALTER updated_at TYPE timestamptz(3)"} {
 		execute(t, connect(t, url), alter)
-		u, err := s.updateUser(t.Context(), id, input(fmt.Sprint("name ", i), "", ""), nil)
+		u, err := s.updateUser(t.Context(), "test", id, input(fmt.Sprint("name ", i), "", ""), nil)
 		if err != nil || u.Version != int64(i+2) {
 			t.Errorf("updateUser after %s: %+v, %v, want version %d", alter, u, err, i+2)
 		}
@@ -1497,7 +1497,7 @@ func TestPostgresReady(t *testing.T) {
 		if step.want != "read-only" {
 			continue
 		}
-		_, err := s.createUser(t.Context(), input("John", "Doe", "hash"), "")
+		_, err := s.createUser(t.Context(), "test", input("John", "Doe", "hash"), "")
 		if !errors.Is(err, errUnavailable) {
 			t.Errorf("createUser on a read-only database: error %v, want errUnavailable", err)
 		}
@@ -1514,7 +1514,7 @@ func TestUpdateOfLockedTable(t *testing.T) {
 	if _, err := conn.Exec(t.Context(), "BEGIN; LOCK TABLE users"); err != nil {
 		t.Fatal(err)
 	}
-	_, err := s.updateUser(t.Context(), 1, input("Jane", "", ""), nil)
+	_, err := s.updateUser(t.Context(), "test", 1, input("Jane", "", ""), nil)
 	if !errors.Is(err, errUnavailable) {
 		t.Errorf("updateUser: error %v, want errUnavailable", err)
 	}
@@ -2015,9 +2015,9 @@ func TestFoldKeepsTotal(t *testing.T) {
 		s := []*postgres{first, second}[c%2]
 		writers.Go(func() {
 			for range 8 {
-				u, err := s.createUser(context.Background(), input("John", "Doe", "hash"), "")
+				u, err := s.createUser(context.Background(), "test", input("John", "Doe", "hash"), "")
 				if err == nil && c%3 == 0 {
-					err = s.deleteUser(context.Background(), u.ID, nil)
+					err = s.deleteUser(context.Background(), "test", u.ID, nil)
 				}
 				if err != nil {
 					t.Error(err)
@@ -2855,11 +2855,11 @@ func TestStartOnDataDump(t *testing.T) {
 	from := newDatabase(t)
 	source := openTestPostgres(t, from)
 	for _, key := range []string{"", "key", "other"} {
-		if _, err := source.createUser(t.Context(), input("John", "Doe", "hash"), key); err != nil {
+		if _, err := source.createUser(t.Context(), "test", input("John", "Doe", "hash"), key); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := source.updateUser(t.Context(), 3, input("Jane", "", ""), nil); err != nil {
+	if _, err := source.updateUser(t.Context(), "test", 3, input("Jane", "", ""), nil); err != nil {
 		t.Fatal(err)
 	}
 	for name, options := range map[string][]string{
@@ -3437,7 +3437,7 @@ func TestReleasesShareUsers(t *testing.T) {
 			for i := range rounds {
 				ctx := withTraceID(context.Background(), fmt.Sprintf("new-%d-%d", c, i))
 				in := input(fmt.Sprint("new ", c, " ", i), "", "")
-				if _, err := s.updateUser(ctx, int64((c+i)%users+1), in, nil); err != nil {
+				if _, err := s.updateUser(ctx, "test", int64((c+i)%users+1), in, nil); err != nil {
 					t.Error(err)
 				}
 			}

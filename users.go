@@ -59,8 +59,8 @@ type userInput struct {
 // errInvalidValue, and with errReferenced or errRefused if the database has rules of its own.
 type userStore interface {
 	// createUser requires all fields of in. If key is not "" and a user was created under it, it
-	// fails with errKeyUsed.
-	createUser(ctx context.Context, in userInput, key string) (User, error)
+	// fails with errKeyUsed. The event of the change names the actor.
+	createUser(ctx context.Context, actor string, in userInput, key string) (User, error)
 	// creationUnder returns the user that was created under a key within keyLifetime, in its first
 	// version, and the hash of its password. It fails with errNotFound.
 	creationUnder(ctx context.Context, key string) (User, string, error)
@@ -79,9 +79,10 @@ type userStore interface {
 		total int64, err error)
 	// updateUser fails with errNotFound, then errVersionMismatch. If nothing differs, it returns
 	// the unchanged user and makes no event.
-	updateUser(ctx context.Context, id int64, in userInput, match []int64) (User, error)
+	updateUser(ctx context.Context, actor string, id int64, in userInput, match []int64) (User,
+		error)
 	// deleteUser fails with errNotFound, then errVersionMismatch.
-	deleteUser(ctx context.Context, id int64, match []int64) error
+	deleteUser(ctx context.Context, actor string, id int64, match []int64) error
 }
 
 // The errors of a userStore. Any other error is unexpected.
@@ -154,7 +155,7 @@ func (a *api) createUser(w *response, r *http.Request, by caller) error {
 	if err != nil {
 		return err
 	}
-	u, err := a.createOnce(r.Context(), w.Header(), inputOf(fields), key, by.client)
+	u, err := a.createOnce(r.Context(), w.Header(), inputOf(fields), key, by)
 	if err != nil {
 		return err
 	}
@@ -198,7 +199,7 @@ func (a *api) updateUser(w *response, r *http.Request, by caller) error {
 	if err := a.hashPassword(r.Context(), by.client, &in); err != nil {
 		return err
 	}
-	u, err := a.store.updateUser(r.Context(), id, in, matchVersions(r.Header))
+	u, err := a.store.updateUser(r.Context(), by.actor(), id, in, matchVersions(r.Header))
 	if err != nil {
 		return err
 	}
@@ -206,12 +207,13 @@ func (a *api) updateUser(w *response, r *http.Request, by caller) error {
 }
 
 // deleteUser handles DELETE /users/{id}.
-func (a *api) deleteUser(w *response, r *http.Request, _ caller) error {
+func (a *api) deleteUser(w *response, r *http.Request, by caller) error {
 	id, err := userID(r)
 	if err != nil {
 		return err
 	}
-	if err := a.store.deleteUser(r.Context(), id, matchVersions(r.Header)); err != nil {
+	err = a.store.deleteUser(r.Context(), by.actor(), id, matchVersions(r.Header))
+	if err != nil {
 		return err
 	}
 	message := fmt.Sprintf("User with id %d has been deleted", id)
@@ -395,7 +397,7 @@ func idempotencyKey(h http.Header, by caller) (string, error) {
 // createOnce creates a user, or returns the user that was created under the same key before. While
 // this replica is working on a request with the key, another one is refused with a 409. Two
 // replicas may both begin; then the database lets one create, and the other returns its user.
-func (a *api) createOnce(ctx context.Context, h http.Header, in userInput, key, client string) (
+func (a *api) createOnce(ctx context.Context, h http.Header, in userInput, key string, by caller) (
 	User, error) {
 	budget, cancel := context.WithTimeout(ctx, creationBudget)
 	defer cancel()
@@ -405,18 +407,18 @@ func (a *api) createOnce(ctx context.Context, h http.Header, in userInput, key, 
 				"A request with this Idempotency-Key is in progress")
 		}
 		defer a.creating.Delete(key)
-		u, err := a.replay(ctx, budget, h, in, key, client)
+		u, err := a.replay(ctx, budget, h, in, key, by.client)
 		if !errors.Is(err, errNotFound) {
 			return u, err
 		}
 	}
 	hashed := in
-	if err := a.hashPassword(ctx, client, &hashed); err != nil {
+	if err := a.hashPassword(ctx, by.client, &hashed); err != nil {
 		return User{}, err
 	}
-	u, err := a.store.createUser(budget, hashed, key)
+	u, err := a.store.createUser(budget, by.actor(), hashed, key)
 	if errors.Is(err, errKeyUsed) { // by another replica in the meantime
-		return a.replay(ctx, budget, h, in, key, client)
+		return a.replay(ctx, budget, h, in, key, by.client)
 	}
 	return u, err
 }

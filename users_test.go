@@ -2601,7 +2601,7 @@ func TestPostgresKeyLifetime(t *testing.T) {
 	s, conn := openTestPostgres(t, url), connect(t, url)
 	in := input("John", "Doe", "hash")
 	for _, key := range []string{"old-1", "old-2", "young"} {
-		if _, err := s.createUser(t.Context(), in, key); err != nil {
+		if _, err := s.createUser(t.Context(), "test", in, key); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -2616,10 +2616,10 @@ func TestPostgresKeyLifetime(t *testing.T) {
 	if u, hash, err := s.creationUnder(t.Context(), "young"); err != nil || u.ID != 3 || hash != "hash" {
 		t.Errorf("valid key: got %+v, %q, %v, want user 3", u, hash, err)
 	}
-	if u, err := s.createUser(t.Context(), in, "old-1"); err != nil || u.Version != 1 {
+	if u, err := s.createUser(t.Context(), "test", in, "old-1"); err != nil || u.Version != 1 {
 		t.Errorf("createUser with an expired key: got %+v, %v, want a new user", u, err)
 	}
-	if _, err := s.createUser(t.Context(), in, "young"); !errors.Is(err, errKeyUsed) {
+	if _, err := s.createUser(t.Context(), "test", in, "young"); !errors.Is(err, errKeyUsed) {
 		t.Errorf("createUser with a valid key: got %v, want errKeyUsed", err)
 	}
 	if n := len(allPending(t, s)); n != 4 {
@@ -2676,7 +2676,7 @@ func TestMemoryKeyLifetime(t *testing.T) {
 			{wait: 0, want: errKeyUsed},
 		} {
 			time.Sleep(step.wait)
-			if _, err := m.createUser(t.Context(), in, "key"); !errors.Is(err, step.want) {
+			if _, err := m.createUser(t.Context(), "test", in, "key"); !errors.Is(err, step.want) {
 				t.Errorf("step %d: got %v, want %v", i, err, step.want)
 			}
 		}
