@@ -73,7 +73,6 @@ func (e event) check() error {
 func (e event) headers(source string) map[string]any {
 	h := map[string]any{
 		"trace_id":                e.TraceID,
-		"actor":                   e.actor,
 		"cloudEvents:specversion": "1.0",
 		"cloudEvents:id":          e.ID,
 		"cloudEvents:source":      source,
@@ -81,11 +80,12 @@ func (e event) headers(source string) map[string]any {
 		"cloudEvents:subject":     strconv.FormatInt(e.Data.UserID, 10),
 		"cloudEvents:time":        e.OccurredAt.String(),
 	}
-	if e.traceParent != "" {
-		h["traceparent"] = e.traceParent
-	}
-	if e.traceState != "" {
-		h["tracestate"] = e.traceState
+	for name, value := range map[string]string{
+		"actor": e.actor, "traceparent": e.traceParent, "tracestate": e.traceState,
+	} {
+		if value != "" {
+			h[name] = value
+		}
 	}
 	return h
 }
