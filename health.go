@@ -191,7 +191,7 @@ func checkHealth(s settings) error {
 	return nil
 }
 
-//go:embed openapi.json assets/docs.html assets/docs.js
+//go:embed openapi.json assets/asyncapi.json assets/docs.html assets/docs.js
 var assets embed.FS
 
 // docsTypes has the media types of the files. Those that package mime knows differ between
@@ -213,6 +213,11 @@ const docsPolicy = "default-src 'none'; script-src 'self'; style-src 'self' 'uns
 // serveOpenAPI answers with openapi.json, byte for byte.
 func serveOpenAPI(w *response, _ *http.Request, _ caller) error {
 	return serveFile(w, assets, "openapi.json", ".json")
+}
+
+// serveAsyncAPI answers with asyncapi.json, which describes the events.
+func serveAsyncAPI(w *response, _ *http.Request, _ caller) error {
+	return serveFile(w, assets, "assets/asyncapi.json", ".json")
 }
 
 // serveDocs answers with the page of Swagger UI.

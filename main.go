@@ -283,6 +283,7 @@ func publicRoutes(h *health) []route {
 		{"GET", "/docs/swagger-ui.css", serveSwaggerUI},
 		{"GET", "/docs/favicon-32x32.png", serveSwaggerUI},
 		{"GET", "/openapi.json", serveOpenAPI},
+		{"GET", "/asyncapi.json", serveAsyncAPI},
 		{"GET", "/docs/{$}", redirectToDocs},
 		{"GET", "/schema", redirectToDocs},
 		{"GET", "/{$}", redirectToDocs},
