@@ -230,8 +230,8 @@ $$;
 -- headers. Without a trace id, that of the traceparent or a new UUID takes its place.
 --
 -- A session caches query plans. The plan of EXCEPT is suitable for one row and for a million rows,
--- whereas the cached plan of a join could be a nested loop. Without OFFSET 0, the origin would be
--- looked up for each of its parts. Columns that a site adds to users may have the names of variables.
+-- whereas the cached plan of a join could be a nested loop. Without OFFSET 0, an origin would be
+-- split for each of its parts. Columns that a site adds to users may have the names of variables.
 CREATE OR REPLACE FUNCTION user_service_record() RETURNS trigger LANGUAGE plpgsql
 SECURITY DEFINER SET search_path FROM CURRENT AS $$
 #variable_conflict use_variable
@@ -249,15 +249,15 @@ BEGIN
         origin := NULL;
         origins := NULL;
     END IF;
-    IF origin IS NULL THEN
+    IF origin IS NULL AND origins IS NULL THEN
         trace := current_setting('user_service.trace_id', true);
         parent := coalesce(current_setting('user_service.traceparent', true), '');
+        state := current_setting('user_service.tracestate', true);
         IF parent !~ '^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]{1,199})?$'
             OR parent ~ '^ff|^00.{54}|^..-0{32}|^.{35}-0{16}'
         THEN
             parent := '';
         END IF;
-        state := current_setting('user_service.tracestate', true);
         IF parent = '' OR state IS NULL OR state !~ '^[ -~]{1,2048}$' THEN
             state := '';
         END IF;
@@ -271,10 +271,11 @@ BEGIN
         INSERT INTO outbox (event_type, user_id, version, occurred_at,
             trace_id, actor, traceparent, tracestate)
         SELECT 'user.created', id, version, greatest(updated_at, now()),
-            split_part(whence, E'\n', 1), coalesce(nullif(split_part(whence, E'\n', 2), ''), writer),
-            split_part(whence, E'\n', 3), split_part(whence, E'\n', 4)
+            coalesce(part[1], gen_random_uuid()::text), coalesce(part[2], writer),
+            coalesce(part[3], ''), coalesce(part[4], '')
         FROM (
-            SELECT id, version, updated_at, coalesce(origins[array_position(ids, id)], origin) AS whence
+            SELECT id, version, updated_at,
+                string_to_array(coalesce(origins[array_position(ids, id)], origin), E'\n') AS part
             FROM inserted OFFSET 0
         ) AS changed;
         INSERT INTO user_counts (n) SELECT count(*) FROM inserted HAVING count(*) > 0;
@@ -288,10 +289,11 @@ BEGIN
         INSERT INTO outbox (event_type, user_id, version, occurred_at,
             trace_id, actor, traceparent, tracestate)
         SELECT 'user.updated', id, version, greatest(updated_at, now()),
-            split_part(whence, E'\n', 1), coalesce(nullif(split_part(whence, E'\n', 2), ''), writer),
-            split_part(whence, E'\n', 3), split_part(whence, E'\n', 4)
+            coalesce(part[1], gen_random_uuid()::text), coalesce(part[2], writer),
+            coalesce(part[3], ''), coalesce(part[4], '')
         FROM (
-            SELECT id, version, updated_at, coalesce(origins[array_position(ids, id)], origin) AS whence
+            SELECT id, version, updated_at,
+                string_to_array(coalesce(origins[array_position(ids, id)], origin), E'\n') AS part
             FROM (
                 SELECT id, version, updated_at FROM updated EXCEPT
                 SELECT id, version, updated_at FROM before
@@ -302,10 +304,11 @@ BEGIN
             trace_id, actor, traceparent, tracestate)
         SELECT 'user.deleted', id, version + 1,
             greatest(clock_timestamp(), updated_at + interval '1 microsecond'),
-            split_part(whence, E'\n', 1), coalesce(nullif(split_part(whence, E'\n', 2), ''), writer),
-            split_part(whence, E'\n', 3), split_part(whence, E'\n', 4)
+            coalesce(part[1], gen_random_uuid()::text), coalesce(part[2], writer),
+            coalesce(part[3], ''), coalesce(part[4], '')
         FROM (
-            SELECT id, version, updated_at, coalesce(origins[array_position(ids, id)], origin) AS whence
+            SELECT id, version, updated_at,
+                string_to_array(coalesce(origins[array_position(ids, id)], origin), E'\n') AS part
             FROM deleted OFFSET 0
         ) AS changed;
         INSERT INTO user_counts (n) SELECT -count(*) FROM deleted HAVING count(*) > 0;
@@ -314,9 +317,9 @@ BEGIN
             trace_id, actor, traceparent, tracestate)
         SELECT 'user.deleted', id, version + 1,
             greatest(clock_timestamp(), updated_at + interval '1 microsecond'),
-            split_part(origin, E'\n', 1), split_part(origin, E'\n', 2),
-            split_part(origin, E'\n', 3), split_part(origin, E'\n', 4)
-        FROM users;
+            coalesce(part[1], gen_random_uuid()::text), coalesce(part[2], writer),
+            coalesce(part[3], ''), coalesce(part[4], '')
+        FROM users, string_to_array(origin, E'\n') AS part;
         INSERT INTO user_counts (n) SELECT -count(*) FROM users HAVING count(*) > 0;
         PERFORM set_config('user_service.highest_id', greatest(max(id),
             pg_sequence_last_value(pg_get_serial_sequence('users', 'id')::regclass))::text, true)
