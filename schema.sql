@@ -258,7 +258,7 @@ BEGIN
         THEN
             parent := '';
         END IF;
-        IF parent = '' OR state IS NULL OR state !~ '^[ -~]{1,2048}$' THEN
+        IF parent = '' OR state IS NULL OR state !~ '^[ -~]+$' OR length(state) > 2048 THEN
             state := '';
         END IF;
         IF trace IS NULL OR trace !~ '^[A-Za-z0-9._:-]{1,128}$' THEN
@@ -319,7 +319,8 @@ BEGIN
             greatest(clock_timestamp(), updated_at + interval '1 microsecond'),
             coalesce(part[1], gen_random_uuid()::text), coalesce(part[2], writer),
             coalesce(part[3], ''), coalesce(part[4], '')
-        FROM users, string_to_array(origin, E'\n') AS part;
+        FROM users,
+            string_to_array(coalesce(origins[array_position(ids, id)], origin), E'\n') AS part;
         INSERT INTO user_counts (n) SELECT -count(*) FROM users HAVING count(*) > 0;
         PERFORM set_config('user_service.highest_id', greatest(max(id),
             pg_sequence_last_value(pg_get_serial_sequence('users', 'id')::regclass))::text, true)

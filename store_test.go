@@ -38,6 +38,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"golang.org/x/sync/errgroup"
 )
 
 // eachStoreAlone runs a test with each store, without a service. So no relay removes events from
@@ -147,6 +148,209 @@ func TestStoreChanges(t *testing.T) {
 				events, updated.UpdatedAt)
 		}
 	})
+}
+
+// oddActors are names that PostgreSQL could mistake for its own syntax.
+var oddActors = []string{"ops", "auth0|42", `a"b\c{d},e`, "NULL", "Ünï", "o'Neil $1", " ", "{}"}
+
+// origins of the events in the tests below.
+const (
+	parent1 = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+	state1  = "rojo=00f067aa0ba902b7,\tcongo={t61rcWkgMzE} \"x\""
+)
+
+// TestStoreOrigins checks that the event of each change has the actor and the trace of its change,
+// also when changes share a statement.
+func TestStoreOrigins(t *testing.T) {
+	t.Parallel()
+	eachStoreAlone(t, func(t *testing.T, s store) {
+		want := make(map[eventData]event)
+		origin := func(actor string, id, version int64) context.Context {
+			e := event{TraceID: fmt.Sprint("trace-", id, "-", version), actor: actor}
+			if id%2 == 0 {
+				e.traceParent, e.traceState = parent1, state1
+			}
+			want[eventData{id, version}] = e
+			return withTrace(t.Context(), trace{e.TraceID, e.traceParent, e.traceState})
+		}
+		for i, actor := range oddActors {
+			id := int64(i + 1)
+			_, err := s.createUser(origin(actor, id, 1), actor, input("John", "Doe", "x"), "")
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		for version := int64(2); version <= 3; version++ {
+			var group errgroup.Group
+			for i, actor := range oddActors {
+				id := int64(i + 1)
+				ctx := origin(actor, id, version)
+				group.Go(func() error {
+					if version == 3 {
+						return s.deleteUser(ctx, actor, id, nil)
+					}
+					_, err := s.updateUser(ctx, actor, id, input("Jane", "", ""), nil)
+					return err
+				})
+			}
+			if err := group.Wait(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, e := range allPending(t, s) {
+			got := event{TraceID: e.TraceID, actor: e.actor, traceParent: e.traceParent,
+				traceState: e.traceState}
+			if got != want[e.Data] {
+				t.Errorf("event %v: origin %+v, want %+v", e.Data, got, want[e.Data])
+			}
+			delete(want, e.Data)
+		}
+		if len(want) > 0 {
+			t.Errorf("no events %v", want)
+		}
+	})
+}
+
+// originsText is a query that returns the origins of the events, and removes the events. A UUID is
+// shown as "uuid".
+const originsText = `WITH removed AS (DELETE FROM outbox RETURNING *)
+	SELECT string_agg(concat_ws(' ',
+		CASE WHEN trace_id ~ '^[0-9a-f]{8}-.{4}-4.{3}-' THEN 'uuid' ELSE trace_id END,
+		CASE actor WHEN 'sql:' || session_user THEN 'sql:owner'
+			WHEN 'sql:' || current_setting('test.role') THEN 'sql:role' ELSE actor END,
+		traceparent, tracestate), '; ' ORDER BY id) FROM removed`
+
+// TestOriginsOfSQL checks the origin of changes by SQL, whatever settings the writer makes. Only the
+// roles of the service can choose the actor.
+func TestOriginsOfSQL(t *testing.T) {
+	t.Parallel()
+	const traceID1 = "0af7651916cd43dd8448eb211c80319c"
+	set := func(name, value string) string {
+		return fmt.Sprintf("SET LOCAL user_service.%s = '%s'; ", name, value)
+	}
+	parent := func(text string) string { return set("traceparent", text) }
+	for _, test := range []struct {
+		name     string
+		owner    bool // writes, not another role
+		settings string
+		want     string
+	}{
+		{name: "no settings", want: "uuid sql:role  "},
+		{name: "no settings of the owner", owner: true, want: "uuid sql:owner  "},
+		{name: "trace id", settings: set("trace_id", "job-7"), want: "job-7 sql:role  "},
+		{name: "invalid trace id", settings: set("trace_id", "job 7"), want: "uuid sql:role  "},
+		{name: "traceparent", settings: parent(parent1),
+			want: traceID1 + " sql:role " + parent1 + " "},
+		{name: "trace id and traceparent", settings: set("trace_id", "job-7") + parent(parent1),
+			want: "job-7 sql:role " + parent1 + " "},
+		{name: "traceparent and tracestate", settings: parent(parent1) + set("tracestate", "a=b, c=d"),
+			want: traceID1 + " sql:role " + parent1 + " a=b, c=d"},
+		{name: "later version of traceparent", settings: parent("cc" + parent1[2:] + "-x.y"),
+			want: traceID1 + " sql:role cc" + parent1[2:] + "-x.y "},
+		{name: "version ff", settings: parent("ff" + parent1[2:]), want: "uuid sql:role  "},
+		{name: "version 00 with more", settings: parent(parent1 + "-x"), want: "uuid sql:role  "},
+		{name: "zero trace id", settings: parent("00-" + strings.Repeat("0", 32) + parent1[35:]),
+			want: "uuid sql:role  "},
+		{name: "zero parent id", settings: parent(parent1[:36] + strings.Repeat("0", 16) + "-01"),
+			want: "uuid sql:role  "},
+		{name: "line feed", settings: parent(parent1 + "\n"), want: "uuid sql:role  "},
+		{name: "long traceparent", settings: parent("cc" + parent1[2:] + "-" + strings.Repeat("x", 200)),
+			want: "uuid sql:role  "},
+		{name: "tracestate alone", settings: set("tracestate", "a=b"), want: "uuid sql:role  "},
+		{name: "tracestate with a line feed", settings: parent(parent1) + set("tracestate", "a=b\nc"),
+			want: traceID1 + " sql:role " + parent1 + " "},
+		{name: "long tracestate", settings: parent(parent1) + set("tracestate", strings.Repeat("x", 2049)),
+			want: traceID1 + " sql:role " + parent1 + " "},
+		{name: "origin of another role", settings: set("origin", "t\nops\n\n"), want: "uuid sql:role  "},
+		{name: "origins of another role", settings: set("ids", "{1}") + set("origins", "{\"t\nops\"}"),
+			want: "uuid sql:role  "},
+		{name: "trace ids of another role",
+			settings: set("ids", "{1}") + set("trace_ids", "{\"t\nops\"}"), want: "uuid sql:role  "},
+		{name: "origin of the owner", owner: true, settings: set("origin", "t\nops\n\n"),
+			want: "t ops  "},
+		{name: "trace ids of release 1.3.0", owner: true,
+			settings: set("ids", "{1}") + set("trace_ids", "{t}"), want: "t sql:owner  "},
+		{name: "origins without the user", owner: true,
+			settings: set("ids", "{99}") + set("origins", "{\"t\nops\"}"), want: "uuid sql:owner  "},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			url := newDatabase(t)
+			role := newRole(t)
+			conn, writer := connect(t, url), connect(t, asRole(t, url, role))
+			execute(t, conn, "GRANT ALL ON users TO "+role+"; SET test.role = '"+role+"'")
+			if test.owner {
+				writer = connect(t, url)
+			}
+			const insert = "INSERT INTO users (id, name, surname, password) VALUES (1, 'A', 'B', 'x')"
+			for _, sql := range []string{insert, "UPDATE users SET name = 'C'", "DELETE FROM users",
+				insert, "TRUNCATE users"} {
+				execute(t, writer, "BEGIN; "+test.settings+sql+"; COMMIT")
+				if got := queryValue[string](t, conn, originsText); got != test.want {
+					t.Errorf("%s: origin %q, want %q", sql, got, test.want)
+				}
+			}
+		})
+	}
+}
+
+// TestActorIsTheSession checks that SET ROLE does not hide who writes, and that a name of a role
+// cannot add parts to an origin.
+func TestActorIsTheSession(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	role := newRole(t)
+	super := connect(t, asSuperuser(t, url))
+	owner := queryValue[string](t, super, "SELECT tableowner FROM pg_tables WHERE tablename = 'users'")
+	execute(t, super, fmt.Sprintf("GRANT %s TO %s", owner, role))
+	writer := connect(t, asRole(t, url, role))
+	execute(t, writer, "SET ROLE "+owner)
+	execute(t, writer, "INSERT INTO users (name, surname, password) VALUES ('A', 'B', 'x')")
+	odd := role + "\nops"
+	execute(t, super, "CREATE ROLE "+pgx.Identifier{odd}.Sanitize())
+	t.Cleanup(func() {
+		_ = admin(context.Background(), "DROP ROLE "+pgx.Identifier{odd}.Sanitize())
+	})
+	execute(t, super, "GRANT ALL ON users TO "+pgx.Identifier{odd}.Sanitize())
+	execute(t, super, "SET SESSION AUTHORIZATION "+pgx.Identifier{odd}.Sanitize())
+	execute(t, super, "UPDATE users SET name = 'C'; RESET SESSION AUTHORIZATION")
+	execute(t, super, "REVOKE ALL ON users FROM "+pgx.Identifier{odd}.Sanitize())
+	got := queryValue[string](t, super, "SELECT string_agg(actor, ';' ORDER BY id) FROM outbox")
+	if want := "sql:" + role + ";sql:" + role + " ops"; got != want {
+		t.Errorf("actors %q, want %q", got, want)
+	}
+}
+
+// TestSiteExtendsUsers checks changes of a table that a site has extended: by columns with the names
+// of the trigger's variables, and by a trigger that changes another user.
+func TestSiteExtendsUsers(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s, conn := openTestPostgres(t, url), connect(t, url)
+	for _, name := range []string{"ids", "origins", "origin", "writer", "trace", "parent", "state", "part"} {
+		execute(t, conn, "ALTER TABLE users ADD COLUMN "+name+" text")
+	}
+	execute(t, conn, `CREATE FUNCTION touch() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+			UPDATE users SET surname = NEW.name WHERE id = NEW.id + 1; RETURN NULL; END $$;
+		CREATE TRIGGER touch AFTER UPDATE OF name ON users FOR EACH ROW EXECUTE FUNCTION touch()`)
+	mustCreate(t, s, "Ann")
+	mustCreate(t, s, "Bob")
+	ctx := withTraceID(t.Context(), "trace-1")
+	if _, err := s.updateUser(ctx, "ops", 1, input("Eve", "", ""), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.deleteUser(ctx, "ops", 1, nil); err != nil {
+		t.Fatal(err)
+	}
+	const want = "updated 1/2 trace-1 ops, updated 2/2 uuid sql:owner, deleted 1/3 trace-1 ops"
+	got := queryValue[string](t, conn, `SELECT string_agg(concat_ws(' ', substr(event_type, 6),
+			user_id || '/' || version, CASE WHEN length(trace_id) = 36 THEN 'uuid' ELSE trace_id END,
+			replace(actor, session_user, 'owner')), ', ' ORDER BY event_type DESC, user_id)
+		FROM outbox WHERE event_type <> 'user.created'`)
+	if got != want {
+		t.Errorf("events %s, want %s", got, want)
+	}
+	checkTotal(t, conn)
 }
 
 // TestStoreErrors checks the errors of updates and deletions, and that a failed one changes
