@@ -9,12 +9,20 @@ import (
 	"cmp"
 	"compress/gzip"
 	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	cryptorand "crypto/rand"
+	"crypto/rsa"
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -27,6 +35,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/iotest"
 	"testing/synctest"
@@ -777,7 +786,6 @@ func TestAPIKeys(t *testing.T) {
 	s := startService(t, set)
 	user := fmt.Sprintf(`{"name": "Ann", "surname": "Lee", "password": %q}`, secret)
 	verify := fmt.Sprintf(`{"password": %q}`, secret)
-	bearer := func(key string) string { return "Authorization: Bearer " + key }
 	for _, test := range []struct {
 		method  string
 		path    string
@@ -2297,4 +2305,254 @@ func repeatsPassword(head string, query url.Values, body []byte) bool {
 		}
 	}
 	return strings.Contains(text, secret) || strings.Contains(text, "argon2id")
+}
+
+// object is a JSON object.
+type object = map[string]any
+
+// changed returns the JSON of an object with other members. Those whose value is absent are left
+// out.
+func changed(base, changes object) string {
+	merged := maps.Clone(base)
+	maps.Copy(merged, changes)
+	maps.DeleteFunc(merged, func(_ string, value any) bool { return value == absent })
+	text, err := json.Marshal(merged)
+	if err != nil {
+		panic(err)
+	}
+	return string(text)
+}
+
+const absent = json.Number("absent")
+
+// base64url encodes a part of a token (RFC 7515, section 2).
+func base64url[T ~string | ~[]byte](part T) string {
+	return base64.RawURLEncoding.EncodeToString([]byte(part))
+}
+
+// compact returns a JWT in its compact form. sign returns the signature of the text before it.
+func compact(header, claims string, sign func(input string) []byte) string {
+	input := base64url(header) + "." + base64url(claims)
+	return input + "." + base64url(sign(input))
+}
+
+// signer signs tokens with a key of an identity provider.
+type signer struct {
+	kid, alg string
+	key      crypto.Signer
+}
+
+// rsaKeys have 2048 bits. To make one takes up to a second.
+var rsaKeys = sync.OnceValue(func() (pair [2]*rsa.PrivateKey) {
+	for i := range pair {
+		pair[i], _ = rsa.GenerateKey(cryptorand.Reader, 2048)
+	}
+	return pair
+})
+
+// newSigner returns a signer with a new key, or with a shared one if the key is slow to make: with
+// that of the provider, or that of an attacker.
+func newSigner(kid, alg string, attacker bool) signer {
+	s := signer{kid: kid, alg: alg}
+	switch alg {
+	case "ES256":
+		s.key, _ = ecdsa.GenerateKey(elliptic.P256(), cryptorand.Reader)
+	case "EdDSA":
+		_, s.key, _ = ed25519.GenerateKey(nil)
+	default:
+		s.key = rsaKeys()[0]
+		if attacker {
+			s.key = rsaKeys()[1]
+		}
+	}
+	return s
+}
+
+// sign returns the signature of a text (RFC 7518, section 3, and RFC 8037).
+func (s signer) sign(input string) []byte {
+	digest := sha256.Sum256([]byte(input))
+	var signature []byte
+	switch key := s.key.(type) {
+	case *rsa.PrivateKey:
+		signature, _ = rsa.SignPKCS1v15(nil, key, crypto.SHA256, digest[:])
+		if s.alg == "PS256" {
+			options := &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash}
+			signature, _ = rsa.SignPSS(cryptorand.Reader, key, crypto.SHA256, digest[:], options)
+		}
+	case *ecdsa.PrivateKey:
+		r, s, _ := ecdsa.Sign(cryptorand.Reader, key, digest[:])
+		signature = append(r.FillBytes(make([]byte, 32)), s.FillBytes(make([]byte, 32))...)
+	case ed25519.PrivateKey:
+		signature = ed25519.Sign(key, []byte(input))
+	}
+	return signature
+}
+
+// header returns the header of a token, with changes.
+func (s signer) header(changes object) string {
+	return changed(object{"alg": s.alg, "kid": s.kid, "typ": "at+jwt"}, changes)
+}
+
+// jwk returns the public key as in a JSON Web Key Set.
+func (s signer) jwk() object {
+	j := object{"kid": s.kid, "use": "sig"}
+	switch key := s.key.Public().(type) {
+	case *rsa.PublicKey:
+		j["kty"], j["n"], j["e"] = "RSA", base64url(key.N.Bytes()), "AQAB"
+	case *ecdsa.PublicKey:
+		point, _ := key.Bytes()
+		j["kty"], j["crv"] = "EC", "P-256"
+		j["x"], j["y"] = base64url(point[1:33]), base64url(point[33:])
+	case ed25519.PublicKey:
+		j["kty"], j["crv"], j["x"] = "OKP", "Ed25519", base64url(key)
+	}
+	return j
+}
+
+// provider is an identity provider.
+type provider struct {
+	t         *testing.T
+	url       string
+	refreshes atomic.Int64 // requests for its configuration
+
+	mu      sync.Mutex
+	signers []signer
+	answer  http.HandlerFunc // to every request, unless it is nil
+}
+
+// startProvider starts a provider that has a key of each type.
+func startProvider(t *testing.T) *provider {
+	t.Helper()
+	p := &provider{t: t, signers: []signer{newSigner("rsa", "RS256", false),
+		newSigner("ec", "ES256", false), newSigner("ed", "EdDSA", false)}}
+	web := httptest.NewServer(p)
+	t.Cleanup(web.Close)
+	p.url = web.URL
+	return p
+}
+
+// ServeHTTP implements http.Handler.
+func (p *provider) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	p.mu.Lock()
+	answer, signers := p.answer, p.signers
+	p.mu.Unlock()
+	isConfiguration := r.URL.Path == "/.well-known/openid-configuration"
+	if isConfiguration {
+		p.refreshes.Add(1)
+	}
+	switch {
+	case answer != nil:
+		answer(w, r)
+	case isConfiguration:
+		json.NewEncoder(w).Encode(object{"issuer": p.url, "jwks_uri": p.url + "/keys"})
+	case r.URL.Path == "/keys":
+		keys := make([]object, len(signers))
+		for i, s := range signers {
+			keys[i] = s.jwk()
+		}
+		json.NewEncoder(w).Encode(object{"keys": keys})
+	default:
+		http.NotFound(w, r)
+	}
+}
+
+// replace changes the keys of the provider, and how it answers unless answer is nil.
+func (p *provider) replace(answer http.HandlerFunc, signers ...signer) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.answer, p.signers = answer, signers
+}
+
+// settings returns those of a service that accepts the tokens of the provider.
+func (p *provider) settings() settings {
+	s := memorySettings()
+	s.open, s.jwtIssuer, s.jwtAudience = false, p.url, "users"
+	return s
+}
+
+// signer returns the first signer of the provider for an algorithm.
+func (p *provider) signer(alg string) signer {
+	for _, s := range p.signers {
+		if s.alg == alg || s.alg == "RS256" && alg == "PS256" {
+			return signer{s.kid, alg, s.key}
+		}
+	}
+	panic(alg)
+}
+
+// claims returns the claims of a token for the subject ann, with changes.
+func (p *provider) claims(changes object) string {
+	return changed(object{"iss": p.url, "sub": "ann", "aud": "users", "scope": "users:read users:write",
+		"exp": time.Now().Unix() + 3600, "iat": time.Now().Unix(), "client_id": "shop"}, changes)
+}
+
+// token returns a token that s has signed, with changes of its header and of its claims.
+func (p *provider) token(s signer, header, claims object) string {
+	return compact(s.header(header), p.claims(claims), s.sign)
+}
+
+// startWithTokens runs a service like startService until it has the keys of its provider.
+func startWithTokens(t *testing.T, set settings) *service {
+	t.Helper()
+	s := startService(t, set)
+	s.waitForLine("Keys of the identity provider loaded")
+	return s
+}
+
+// bearer returns the header that sends a token or an API key.
+func bearer(token string) string { return "Authorization: Bearer " + token }
+
+// The values of WWW-Authenticate (RFC 6750, section 3).
+const (
+	invalidToken = `Bearer error="invalid_token"`
+	lacksRead    = `Bearer error="insufficient_scope", scope="users:read"`
+	lacksWrite   = `Bearer error="insufficient_scope", scope="users:write"`
+)
+
+// checkUnlogged stops a service, and checks that no log line contains a token or a part of one.
+func (s *service) checkUnlogged(tokens ...string) {
+	s.t.Helper()
+	if err := s.stop(); err != nil { // this flushes the log
+		s.t.Fatal(err)
+	}
+	log := s.log.String()
+	for _, token := range tokens {
+		for part := range strings.SplitSeq(token, ".") {
+			if len(part) > 20 && strings.Contains(log, part) {
+				s.t.Errorf("the log contains %q of the token %q", part, token)
+			}
+		}
+	}
+}
+
+// TestAccessTokens checks which tokens are accepted, and which requests their scopes allow.
+func TestAccessTokens(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	s := startWithTokens(t, p.settings())
+	token := p.token(p.signer("RS256"), nil, nil)
+	if a := s.do("GET", "/users", "", bearer(token)); a.status != 200 {
+		t.Errorf("GET /users: got %d %s, want 200", a.status, a.body)
+	}
+	s.checkUnlogged(token)
+}
+
+// TestTokenAttacks checks that tokens which are not valid are refused, and why.
+func TestTokenAttacks(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	s := startWithTokens(t, p.settings())
+	rs := p.signer("RS256")
+	const wrongSignature = "its signature is wrong"
+	for _, test := range []struct{ name, token, want string }{
+		{name: "alg none", want: wrongSignature, token: compact(rs.header(object{"alg": "none"}),
+			p.claims(nil), func(string) []byte { return nil })},
+	} {
+		a := s.do("GET", "/users", "", bearer(test.token))
+		challenge := a.header.Get("WWW-Authenticate")
+		if a.status != 401 || challenge != invalidToken || !strings.Contains(a.body, test.want) {
+			t.Errorf("%s: got %d, WWW-Authenticate %q, %s, want 401, %q, %q", test.name, a.status,
+				challenge, a.body, invalidToken, test.want)
+		}
+	}
 }
