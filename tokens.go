@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"math/big"
 	"net/http"
 	"slices"
@@ -151,8 +152,8 @@ func explainToken(err error) string {
 // tokenClaims are the claims of a token.
 type tokenClaims struct{ jwt.MapClaims }
 
-// UnmarshalJSON refuses what encoding/json would accept silently: a claim that is given twice, and
-// text that is not Unicode, which could make two subjects the same.
+// UnmarshalJSON refuses what encoding/json would accept silently: a claim that is given twice, text
+// that is not Unicode, which could make two subjects the same, and times that are out of range.
 func (c *tokenClaims) UnmarshalJSON(text []byte) error {
 	members, err := parseObject(text, len(text))
 	if err != nil || json.Unmarshal(text, &c.MapClaims) != nil {
@@ -163,6 +164,11 @@ func (c *tokenClaims) UnmarshalJSON(text []byte) error {
 	}
 	if !utf8.Valid(text) || hasLoneSurrogate(text) {
 		return reason("a claim is not valid Unicode")
+	}
+	for _, name := range []string{"exp", "nbf"} { // the parser would convert any number to int64
+		if seconds, _ := c.MapClaims[name].(float64); math.Abs(seconds) > 1<<53 {
+			return reason("its " + name + " is not a time")
+		}
 	}
 	return nil
 }
@@ -194,10 +200,10 @@ func (c tokenClaims) caller() (caller, error) {
 // and those of the claim scp, which some providers use, also with a list.
 func (c tokenClaims) scopes() []string {
 	scope, _ := c.MapClaims["scope"].(string)
-	scopes := strings.Fields(scope)
+	scopes := strings.Split(scope, " ")
 	switch scp := c.MapClaims["scp"].(type) {
 	case string:
-		scopes = append(scopes, strings.Fields(scp)...)
+		scopes = append(scopes, strings.Split(scp, " ")...)
 	case []any:
 		for _, each := range scp {
 			text, _ := each.(string)
