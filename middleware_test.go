@@ -13,16 +13,20 @@ import (
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/elliptic"
+	"crypto/hmac"
 	cryptorand "crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"maps"
+	"math"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -2529,30 +2533,454 @@ func (s *service) checkUnlogged(tokens ...string) {
 func TestAccessTokens(t *testing.T) {
 	t.Parallel()
 	p := startProvider(t)
-	s := startWithTokens(t, p.settings())
-	token := p.token(p.signer("RS256"), nil, nil)
-	if a := s.do("GET", "/users", "", bearer(token)); a.status != 200 {
-		t.Errorf("GET /users: got %d %s, want 200", a.status, a.body)
+	now := time.Now().Unix()
+	rs, keyless := p.signer("RS256"), p.settings()
+	text, key := newTestKey(t, "shop", false)
+	set := p.settings()
+	set.apiKeys = []apiKey{key}
+	keyless.jwtIssuer, keyless.jwksURL = "", p.url+"/keys"
+	s, ofEveryIssuer := startWithTokens(t, set), startWithTokens(t, keyless)
+	user := fmt.Sprintf(`{"name": "Ann", "surname": "Lee", "password": %q}`, secret)
+	for i, test := range []struct {
+		name            string
+		alg             string // RS256 if it is empty
+		header          object
+		claims          object
+		service         *service // s if it is nil
+		noRead, noWrite bool     // which requests the token does not allow
+	}{
+		{name: "RS256", alg: "RS256"},
+		{name: "PS256", alg: "PS256"},
+		{name: "ES256", alg: "ES256"},
+		{name: "EdDSA", alg: "EdDSA"},
+		{name: "media type", header: object{"typ": "application/at+jwt"}},
+		{name: "typ in upper case", header: object{"typ": "AT+JWT"}},
+		{name: "media type in mixed case", header: object{"typ": "Application/At+jwt"}},
+		{name: "header with more", header: object{"x": 1, "cty": "x", "x5t": "x"}},
+		{name: "aud with one", claims: object{"aud": []string{"users"}}},
+		{name: "aud with several", claims: object{"aud": []string{"a", "users", "b"}}},
+		{name: "expired within the leeway", claims: object{"exp": now - 20}},
+		{name: "nbf in the past", claims: object{"nbf": now - 3600}},
+		{name: "nbf within the leeway", claims: object{"nbf": now + 50}},
+		{name: "iat in the future", claims: object{"iat": now + 3600}},
+		{name: "times with fractions", claims: object{"exp": float64(now) + 60.5, "nbf": 0.5}},
+		{name: "longest sub", claims: object{"sub": strings.Repeat("a", 255)}},
+		{name: "sub with Unicode", claims: object{"sub": "Zoë \U0001f600|auth0"}},
+		{name: "JWT_JWKS_URL", service: ofEveryIssuer},
+		{name: "JWT_JWKS_URL and any iss", service: ofEveryIssuer, claims: object{"iss": "x"}},
+		{name: "scope of reads", claims: object{"scope": "users:read"}, noWrite: true},
+		{name: "scope of writes", claims: object{"scope": "users:write"}, noRead: true},
+		{name: "scope with others", claims: object{"scope": "openid users:read x"}, noWrite: true},
+		{name: "scope in another case", claims: object{"scope": "Users:Read users:write "},
+			noRead: true},
+		{name: "similar scopes", noRead: true, noWrite: true,
+			claims: object{"scope": "users:reads xusers:read users users: users:read\tusers:write"}},
+		{name: "no scope", claims: object{"scope": absent}, noRead: true, noWrite: true},
+		{name: "scope of another type", claims: object{"scope": []string{"users:read"}},
+			noRead: true, noWrite: true},
+		{name: "scp as a string", claims: object{"scope": absent, "scp": "users:read users:write"}},
+		{name: "scp as a list", claims: object{"scope": absent, "scp": []any{"users:write", 1}},
+			noRead: true},
+		{name: "list with both in one", noRead: true, noWrite: true,
+			claims: object{"scope": absent, "scp": []string{"users:read users:write"}}},
+		{name: "scope and scp", claims: object{"scope": "users:read", "scp": "users:write"}},
+		{name: "scp of another type", claims: object{"scope": absent, "scp": 1}, noRead: true,
+			noWrite: true},
+	} {
+		token := p.token(p.signer(cmp.Or(test.alg, "RS256")), test.header, test.claims)
+		s := cmp.Or(test.service, s)
+		for _, request := range []struct {
+			method, path, body string
+			want               int // with the scope
+		}{
+			{method: "GET", path: "/users", want: 200},
+			{method: "HEAD", path: "/users/999", want: 404},
+			{method: "GET", path: "/metrics", want: 200},
+			{method: "POST", path: "/users", body: user, want: 201},
+			{method: "PUT", path: "/users/999", body: user, want: 404},
+			{method: "PATCH", path: "/users/999", body: user, want: 404},
+			{method: "DELETE", path: "/users/999", want: 404},
+			{method: "POST", path: fmt.Sprintf("/users/%d/password/verify", 1000+i),
+				body: `{"password": "x"}`, want: 200},
+		} {
+			lacks, challenge := test.noWrite, lacksWrite
+			if request.method == "GET" || request.method == "HEAD" {
+				lacks, challenge = test.noRead, lacksRead
+			}
+			if lacks {
+				request.want = 403
+			} else {
+				challenge = ""
+			}
+			a := s.do(request.method, request.path, request.body, bearer(token))
+			if got := a.header.Get("WWW-Authenticate"); a.status != request.want || got != challenge {
+				t.Errorf("%s: %s %s: status %d, WWW-Authenticate %q, want %d, %q: %.200s",
+					test.name, request.method, request.path, a.status, got, request.want, challenge,
+					a.body)
+			}
+		}
 	}
-	s.checkUnlogged(token)
+	token := p.token(rs, nil, object{"sub": "zoe", "scope": "users:read"})
+	for _, test := range []struct {
+		name    string
+		headers []string
+		path    string // /users if it is empty
+		want    int
+	}{
+		{name: "API key", headers: []string{bearer(text)}, want: 200},
+		{name: "scheme in lower case", headers: []string{"Authorization: bearer  " + token}, want: 200},
+		{name: "nothing", want: 401},
+		{name: "no credentials", headers: []string{"Authorization: Bearer"}, want: 401},
+		{name: "other scheme", headers: []string{"Authorization: Basic " + token}, want: 401},
+		{name: "no scheme", headers: []string{"Authorization: " + token}, want: 401},
+		{name: "twice", headers: []string{bearer(token), bearer(token)}, want: 401},
+		{name: "other header", headers: []string{"Access-Token: " + token}, want: 401},
+		{name: "query", path: "/users?access_token=" + token, want: 401},
+		{name: "public route", path: "/openapi.json", want: 200},
+		{name: "public route and a bad token", path: "/openapi.json",
+			headers: []string{bearer(token + "x")}, want: 200},
+	} {
+		a := s.do("GET", cmp.Or(test.path, "/users"), "", test.headers...)
+		got := a.header.Get("WWW-Authenticate")
+		if a.status != test.want || (got == "Bearer") != (a.status == 401) {
+			t.Errorf("%s: status %d, WWW-Authenticate %q, want %d: %s", test.name, a.status, got,
+				test.want, a.body)
+		}
+	}
+	s.checkUnlogged(token, text)
+	for name, subject := range map[string]string{"subject": "zoe", "key": "shop"} {
+		logged := func(line logLine) bool { return line[name] == subject }
+		if !slices.ContainsFunc(s.log.lines("Request completed"), logged) {
+			t.Errorf("no request with the %s %s in the log", name, subject)
+		}
+	}
 }
 
-// TestTokenAttacks checks that tokens which are not valid are refused, and why.
+// attack is a token that must be refused.
+type attack struct {
+	name, token string
+	want        string // part of the answer
+}
+
+// What the answers to attacks say.
+const (
+	wrongSignature = "its signature is wrong, or not one of RS256, PS256, ES256, EdDSA"
+	noToken        = "it is no API key of this service and no signed JWT"
+	noSuchKey      = "the identity provider has no key with its kid and alg"
+	noKid          = "its header has no kid"
+	wrongTyp       = "its header typ must be at+jwt"
+	unknownCrit    = "its header crit names extensions that are not supported"
+	lacksClaim     = "it lacks exp, aud or iss"
+	wrongClaim     = "a claim has the wrong type"
+	wrongAudience  = "its aud does not name this service"
+	wrongIssuer    = "its iss is not the identity provider of this service"
+	wrongSubject   = "its sub must have 1 to 255 bytes without control characters"
+	claimTwice     = "a claim is given twice"
+	notUnicode     = "a claim is not valid Unicode"
+	notObject      = "its claims are not a JSON object"
+	expired        = "it has expired"
+	notYetValid    = "it is not valid yet"
+)
+
+// attacksOnKeys are attacks on the signature, and on the choice of the key (RFC 8725, section 2).
+// The provider at url has keys of the attacker.
+func attacksOnKeys(p *provider, url string) []attack {
+	rs, es, ed := p.signer("RS256"), p.signer("ES256"), p.signer("EdDSA")
+	thief := newSigner("thief", "RS256", true)
+	good, claims := p.token(rs, nil, nil), p.claims(nil)
+	nothing := func(string) []byte { return nil }
+	public := rs.key.Public().(*rsa.PublicKey)
+	der, _ := x509.MarshalPKIXPublicKey(public)
+	withSecret := func(secret []byte) string {
+		return compact(rs.header(object{"alg": "HS256"}), claims, func(input string) []byte {
+			mac := hmac.New(sha256.New, secret)
+			io.WriteString(mac, input)
+			return mac.Sum(nil)
+		})
+	}
+	signed := func(by signer, changes object) string { return p.token(by, changes, nil) }
+	last := strings.LastIndexByte(good, '.') + 1
+	attacks := []attack{
+		{"alg none", compact(rs.header(object{"alg": "none"}), claims, nothing), wrongSignature},
+		{"alg none, signed", signed(rs, object{"alg": "none"}), wrongSignature},
+		{"alg none at the end", compact(strings.TrimSuffix(rs.header(nil), "}")+`,"alg":"none"}`, claims,
+			nothing), wrongSignature},
+		{"alg None", compact(rs.header(object{"alg": "None"}), claims, nothing), noToken},
+		{"alg nOnE", compact(rs.header(object{"alg": "nOnE"}), claims, nothing), noToken},
+		{"no alg", signed(rs, object{"alg": absent}), noToken},
+		{"alg null", signed(rs, object{"alg": nil}), noToken},
+		{"alg list", signed(rs, object{"alg": []string{"RS256"}}), noToken},
+		{"alg in lower case", signed(rs, object{"alg": "rs256"}), noToken},
+		{"alg ES256K", signed(es, object{"alg": "ES256K"}), noToken},
+		{"alg Ed25519", signed(ed, object{"alg": "Ed25519"}), noToken},
+		{"empty signature", good[:last], wrongSignature},
+		{"secret is the key as PEM", withSecret(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY",
+			Bytes: der})), wrongSignature},
+		{"secret is the key as DER", withSecret(der), wrongSignature},
+		{"secret is the modulus", withSecret(public.N.Bytes()), wrongSignature},
+		{"empty secret", withSecret(nil), wrongSignature},
+		{"RS256 with the key of ES256", signed(rs, object{"kid": "ec"}), noSuchKey},
+		{"ES256 with the key of RS256", signed(es, object{"kid": "rsa"}), noSuchKey},
+		{"EdDSA with the key of ES256", signed(ed, object{"kid": "ec"}), noSuchKey},
+		{"PS256 signed as RS256", signed(rs, object{"alg": "PS256"}), wrongSignature},
+		{"RS256 signed as PS256", signed(p.signer("PS256"), object{"alg": "RS256"}), wrongSignature},
+		{"other key of the same kid", signed(newSigner("rsa", "RS256", true), nil), wrongSignature},
+		{"other EC key of the same kid", signed(newSigner("ec", "ES256", true), nil), wrongSignature},
+		{"other kid", signed(thief, nil), noSuchKey},
+		{"kid in upper case", signed(rs, object{"kid": "RSA"}), noSuchKey},
+		{"kid with a space", signed(rs, object{"kid": "rsa "}), noSuchKey},
+		{"kid with alg", signed(rs, object{"kid": "RS256 rsa"}), noSuchKey},
+		{"kid is a path", signed(rs, object{"kid": "../../keys/rsa"}), noSuchKey},
+		{"kid is a URL", signed(thief, object{"kid": url + "/keys"}), noSuchKey},
+		{"kid is SQL", signed(rs, object{"kid": "' UNION SELECT 'rsa' --"}), noSuchKey},
+		{"no kid", signed(rs, object{"kid": absent}), noKid},
+		{"empty kid", signed(rs, object{"kid": ""}), noKid},
+		{"kid null", signed(rs, object{"kid": nil}), noKid},
+		{"kid number", signed(rs, object{"kid": 7}), noKid},
+		{"kid list", signed(rs, object{"kid": []string{"rsa"}}), noKid},
+		{"jku", signed(thief, object{"jku": url + "/keys"}), noSuchKey},
+		{"jku and a kid of ours", signed(thief, object{"jku": url + "/keys", "kid": "rsa"}),
+			wrongSignature},
+		{"x5u", signed(thief, object{"x5u": url + "/keys", "kid": "rsa"}), wrongSignature},
+		{"jwk", signed(thief, object{"jwk": thief.jwk()}), noSuchKey},
+		{"jwk and a kid of ours", signed(thief, object{"jwk": thief.jwk(), "kid": "rsa"}),
+			wrongSignature},
+		{"jwk without a kid", signed(thief, object{"jwk": thief.jwk(), "kid": absent}), noKid},
+		{"x5c", signed(thief, object{"x5c": []string{base64url(der)}, "kid": "rsa"}), wrongSignature},
+		{"crit", signed(rs, object{"crit": []string{"exp"}, "exp": 1}), unknownCrit},
+		{"crit b64", signed(rs, object{"crit": []string{"b64"}, "b64": false}), unknownCrit},
+		{"empty crit", signed(rs, object{"crit": []string{}}), unknownCrit},
+		{"crit null", signed(rs, object{"crit": nil}), unknownCrit},
+		{"signature of another token", p.token(rs, nil, object{"sub": "bob"})[:strings.LastIndexByte(
+			p.token(rs, nil, object{"sub": "bob"}), '.')+1] + good[last:], wrongSignature},
+		{"other claims", strings.Split(good, ".")[0] + "." + base64url(p.claims(object{"sub": "bob"})) +
+			"." + good[last:], wrongSignature},
+		{"ES256 in DER", compact(es.header(nil), claims, func(input string) []byte {
+			digest := sha256.Sum256([]byte(input))
+			signature, _ := es.key.Sign(cryptorand.Reader, digest[:], crypto.SHA256)
+			return signature
+		}), wrongSignature},
+		{"ES256 of zeros", compact(es.header(nil), claims, func(string) []byte {
+			return make([]byte, 64)
+		}), wrongSignature},
+		{"ES256 without s", compact(es.header(nil), claims, func(input string) []byte {
+			return es.sign(input)[:32]
+		}), wrongSignature},
+		{"ES256 with leading zeros", compact(es.header(nil), claims, func(input string) []byte {
+			signature := es.sign(input)
+			return slices.Concat([]byte{0}, signature[:32], []byte{0}, signature[32:])
+		}), wrongSignature},
+		{"EdDSA of zeros", compact(ed.header(nil), claims, func(string) []byte {
+			return make([]byte, 64)
+		}), wrongSignature},
+		{"RS256 of zeros", compact(rs.header(nil), claims, func(string) []byte {
+			return make([]byte, 256)
+		}), wrongSignature},
+		{"RS256 of one", compact(rs.header(nil), claims, func(string) []byte {
+			return append(make([]byte, 255), 1)
+		}), wrongSignature},
+	}
+	for _, alg := range []string{"HS256", "HS384", "HS512", "RS384", "RS512", "PS384", "PS512",
+		"ES384", "ES512"} {
+		attacks = append(attacks, attack{"alg " + alg, signed(rs, object{"alg": alg}), wrongSignature})
+	}
+	for _, typ := range []any{"JWT", absent, "dpop+jwt", "id_token", "logout+jwt", "", nil, 1,
+		"application/jwt", "application/application/at+jwt", "at+jwt ", "at+jwt+x", []string{"at+jwt"}} {
+		attacks = append(attacks, attack{fmt.Sprint("typ ", typ), signed(rs, object{"typ": typ}),
+			wrongTyp})
+	}
+	return attacks
+}
+
+// attacksOnClaims are tokens with a valid signature whose claims are not those of an access token
+// for this service.
+func attacksOnClaims(p *provider) []attack {
+	now := time.Now().Unix()
+	rs, url := p.signer("RS256"), p.url
+	attacks := []attack{}
+	for _, test := range []struct {
+		name  string
+		value any
+		want  string
+	}{
+		{"exp", absent, lacksClaim}, {"exp", nil, wrongClaim}, {"exp", "4102444800", wrongClaim},
+		{"exp", true, wrongClaim}, {"exp", []int64{now + 60}, wrongClaim}, {"exp", 0, lacksClaim},
+		{"exp", -1, expired}, {"exp", now - 61, expired}, {"exp", now - 3600, expired},
+		{"exp", 1e300, "its exp is not a time"}, {"exp", -1e300, "its exp is not a time"},
+		{"exp", json.Number("1e400"), notObject},
+		{"exp", uint64(math.MaxInt64), "its exp is not a time"},
+		{"nbf", now + 3600, notYetValid}, {"nbf", "0", wrongClaim}, {"nbf", nil, wrongClaim},
+		{"nbf", 1e300, "its nbf is not a time"},
+		{"aud", absent, lacksClaim}, {"aud", "", lacksClaim}, {"aud", []string{}, lacksClaim},
+		{"aud", nil, lacksClaim}, {"aud", 7, lacksClaim}, {"aud", object{"users": 1}, lacksClaim},
+		{"aud", []any{"users", 7}, wrongClaim}, {"aud", "shop", wrongAudience},
+		{"aud", "user", wrongAudience}, {"aud", "users2", wrongAudience},
+		{"aud", "Users", wrongAudience}, {"aud", "users ", wrongAudience},
+		{"aud", "a users", wrongAudience}, {"aud", []string{"a", "users,b"}, wrongAudience},
+		{"iss", absent, lacksClaim}, {"iss", "", lacksClaim}, {"iss", []string{url}, wrongClaim},
+		{"iss", url + "/", wrongIssuer}, {"iss", strings.ToUpper(url), wrongIssuer},
+		{"iss", url[:len(url)-1], wrongIssuer}, {"iss", url + "@evil.example", wrongIssuer},
+		{"sub", absent, wrongSubject}, {"sub", "", wrongSubject}, {"sub", 7, wrongSubject},
+		{"sub", nil, wrongSubject}, {"sub", []string{"ann"}, wrongSubject},
+		{"sub", strings.Repeat("a", 256), wrongSubject},
+		{"sub", strings.Repeat("é", 128), wrongSubject}, {"sub", "a\nb", wrongSubject},
+		{"sub", "ann\x00", wrongSubject}, {"sub", "ann\u0085", wrongSubject},
+		{"sub", "sql:postgres", "its sub must not begin with sql:"},
+	} {
+		attacks = append(attacks, attack{fmt.Sprint(test.name, " ", test.value),
+			p.token(rs, nil, object{test.name: test.value}), test.want})
+	}
+	good := strings.TrimSuffix(p.claims(nil), "}")
+	withMore := func(more string) string { return good + "," + more + "}" }
+	for _, test := range []struct{ name, claims, want string }{
+		{"sub twice", withMore(`"sub":"bob"`), claimTwice},
+		{"same sub twice", withMore(`"sub":"ann"`), claimTwice},
+		{"aud twice", withMore(`"aud":"users"`), claimTwice},
+		{"exp twice", withMore(`"exp":4102444800`), claimTwice},
+		{"escaped sub twice", withMore(`"\u0073ub":"bob"`), claimTwice},
+		{"unknown claim twice", withMore(`"x":1,"x":1`), claimTwice},
+		{"EXP", strings.Replace(good, `"exp"`, `"EXP"`, 1) + "}", lacksClaim},
+		{"Aud", strings.Replace(good, `"aud"`, `"Aud"`, 1) + "}", lacksClaim},
+		{"ISS", strings.Replace(good, `"iss"`, `"ISS"`, 1) + "}", lacksClaim},
+		{"Sub", strings.Replace(good, `"sub"`, `"Sub"`, 1) + "}", wrongSubject},
+		{"sub that is not UTF-8", strings.Replace(good, "ann", "ann\xff", 1) + "}", notUnicode},
+		{"half of a pair", strings.Replace(good, "ann", `ann\ud800`, 1) + "}", notUnicode},
+		{"other half of a pair", withMore(`"x":["\udc00"]`), notUnicode},
+		{"name that is not UTF-8", withMore("\"\xff\":1"), notUnicode},
+		{"null", "null", lacksClaim}, {"array", "[]", notObject}, {"string", `"x"`, notObject},
+		{"claims in an array", "[" + good + "}]", notObject}, {"number", "7", notObject},
+		{"empty", "", noToken}, {"half an object", good, noToken},
+		{"two objects", good + "}" + good + "}", noToken}, {"BOM", "\ufeff" + good + "}", noToken},
+		{"deep", strings.Repeat("[", 2500) + strings.Repeat("]", 2500), notObject},
+		{"nested token", p.token(rs, nil, nil), noToken},
+		{"nested token as a string", `"` + p.token(rs, nil, nil) + `"`, notObject},
+	} {
+		attacks = append(attacks, attack{"claims: " + test.name,
+			compact(rs.header(nil), test.claims, rs.sign), test.want})
+	}
+	return attacks
+}
+
+// attacksOnForm are texts that are no JWT in its compact form (RFC 7515, section 7.1).
+func attacksOnForm(p *provider) []attack {
+	rs, es := p.signer("RS256"), p.signer("ES256")
+	good := p.token(es, nil, nil)
+	parts := strings.Split(good, ".")
+	// The last character of 64 bytes has four bits that are not used.
+	end := good[len(good)-1]
+	bits := good[:len(good)-1] + string(rune(end)+1)
+	jwe := base64url(`{"alg":"RSA-OAEP","enc":"A256GCM","typ":"at+jwt","kid":"rsa"}`)
+	attacks := []attack{
+		{"raw payload", compact(rs.header(object{"b64": false}), "x", func(string) []byte {
+			return rs.sign(base64url(rs.header(object{"b64": false})) + "." + p.claims(nil))
+		}), noToken},
+		{"unused bits", bits, noToken},
+		{"signature with padding", good + "==", noToken},
+		{"header with padding", parts[0] + "=." + parts[1] + "." + parts[2], noToken},
+		{"white space", parts[0] + ". " + parts[1] + "." + parts[2], noToken},
+		{"standard base64", strings.NewReplacer("-", "+", "_", "/").Replace(good) + "+", noToken},
+		{"JWE", jwe + ".x.x.x.x", noToken},
+		{"one part", parts[0], noToken},
+		{"two parts", parts[0] + "." + parts[1], noToken},
+		{"four parts", good + "." + parts[2], noToken},
+		{"four parts, the last empty", good + ".", noToken},
+		{"dots", "..", noToken}, {"dots only", strings.Repeat(".", 7000), noToken},
+		{"no header", "." + parts[1] + "." + parts[2], noToken},
+		{"quotes", `"` + good + `"`, noToken},
+		{"scheme twice", "Bearer " + good, noToken},
+		{"two tokens", good + "," + good, noToken},
+		{"JSON form", `{"payload":"` + parts[1] + `","protected":"` + parts[0] + `","signature":"` +
+			parts[2] + `"}`, noToken},
+		{"API key", "usk_" + strings.Repeat("a", 43), noToken},
+	}
+	for _, header := range []string{"", "null", "{}", "[]", "7", `"x"`, "{", "\xff",
+		es.header(nil) + "x"} {
+		attacks = append(attacks, attack{fmt.Sprintf("header %q", header),
+			compact(header, p.claims(nil), es.sign), noToken})
+	}
+	return attacks
+}
+
+// TestTokenAttacks checks that tokens which are not valid are refused, and why. It also checks that
+// the service does not ask the attacker for keys, and logs no subject and no token.
 func TestTokenAttacks(t *testing.T) {
+	t.Parallel()
+	p, thief := startProvider(t), startProvider(t)
+	var asked atomic.Int64
+	thief.replace(func(http.ResponseWriter, *http.Request) { asked.Add(1) })
+	s := startWithTokens(t, p.settings())
+	attacks := slices.Concat(attacksOnKeys(p, thief.url), attacksOnClaims(p), attacksOnForm(p))
+	var sent []string
+	for _, test := range attacks {
+		a := s.do("GET", "/users", "", bearer(test.token))
+		challenge := a.header.Get("WWW-Authenticate")
+		if a.status != 401 || challenge != invalidToken ||
+			a.json(t, "detail") != "The access token is not valid: "+test.want {
+			t.Errorf("%s: got %d, WWW-Authenticate %q, %s, want 401, %q, %q", test.name, a.status,
+				challenge, a.body, invalidToken, test.want)
+		}
+		if len(test.token) > 20 && strings.Contains(a.body, test.token) {
+			t.Errorf("%s: the answer repeats the token: %s", test.name, a.body)
+		}
+		sent = append(sent, test.token)
+	}
+	if n := asked.Load(); n > 0 {
+		t.Errorf("the service asked the attacker for keys %d times", n)
+	}
+	if n := p.refreshes.Load(); n != 1 {
+		t.Errorf("the service asked the provider for keys %d times, want 1", n)
+	}
+	s.checkUnlogged(sent...)
+	for _, line := range s.log.lines("Request completed") {
+		if line["status"] != 401.0 || line["subject"] != nil {
+			t.Errorf("log line %v, want status 401 without a subject", line)
+		}
+	}
+}
+
+// TestLargeTokens checks that tokens of any size that net/http lets pass are verified, and that
+// larger ones are refused.
+func TestLargeTokens(t *testing.T) {
 	t.Parallel()
 	p := startProvider(t)
 	s := startWithTokens(t, p.settings())
-	rs := p.signer("RS256")
-	const wrongSignature = "its signature is wrong"
-	for _, test := range []struct{ name, token, want string }{
-		{name: "alg none", want: wrongSignature, token: compact(rs.header(object{"alg": "none"}),
-			p.claims(nil), func(string) []byte { return nil })},
+	ed := p.signer("EdDSA")
+	large := p.token(ed, nil, object{"x": strings.Repeat("x", 5000)})
+	deep := p.token(ed, nil, object{"x": json.RawMessage(
+		strings.Repeat("[", 2500) + strings.Repeat("]", 2500))})
+	for name, token := range map[string]string{"7 KiB": large, "deep": deep} {
+		if a := s.do("GET", "/users", "", bearer(token)); a.status != 200 || len(token) < 6900 {
+			t.Errorf("%s, %d bytes: got %d %s, want 200", name, len(token), a.status, a.body)
+		}
+	}
+	conn := s.dial()
+	s.write(conn, "GET /users HTTP/1.1\r\nHost: test\r\n"+bearer(strings.Repeat(large, 2))+"\r\n\r\n")
+	if line, _ := bufio.NewReader(conn).ReadString('\n'); !strings.Contains(line, " 431 ") {
+		t.Errorf("14 KiB: got %q, want 431", line)
+	}
+	many := make(object)
+	for i := range 2000 {
+		many[fmt.Sprint(i)] = i
+	}
+	d := testDependencies(p.settings(), newMemory(), slog.New(slog.DiscardHandler))
+	d.tokens = newTokens(d.settings, d.log)
+	if _, err := d.tokens.keys.refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	h := newHandler(d)
+	nested := strings.Repeat("[", 20_000) + strings.Repeat("]", 20_000)
+	for _, test := range []struct {
+		name, token string
+		want        int
+	}{
+		{"2000 claims", p.token(ed, nil, many), 200},
+		{"a claim too deep for JSON", compact(ed.header(nil), strings.TrimSuffix(p.claims(nil), "}")+
+			`,"x":`+nested+"}", ed.sign), 401},
+		{"a header too deep for JSON", compact(`{"x":`+nested+"}", p.claims(nil), ed.sign), 401},
+		{"1 MB of dots", strings.Repeat(".", 1_000_000), 401},
 	} {
-		a := s.do("GET", "/users", "", bearer(test.token))
-		challenge := a.header.Get("WWW-Authenticate")
-		if a.status != 401 || challenge != invalidToken || !strings.Contains(a.body, test.want) {
-			t.Errorf("%s: got %d, WWW-Authenticate %q, %s, want 401, %q, %q", test.name, a.status,
-				challenge, a.body, invalidToken, test.want)
+		if a := ask(h, "GET", "/users", nil, bearer(test.token)); a.status != test.want {
+			t.Errorf("%s: got %d %s, want %d", test.name, a.status, a.body, test.want)
 		}
 	}
 }
