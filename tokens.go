@@ -94,6 +94,9 @@ func (t *tokens) identify(ctx context.Context, token string, digest [sha256.Size
 	if p, ok := errors.AsType[*problem](err); ok {
 		return caller{}, p
 	}
+	if errors.Is(err, context.Canceled) { // the client left while keyFor waited
+		return caller{}, err
+	}
 	if err != nil {
 		return caller{}, newProblem(http.StatusUnauthorized,
 			"The access token is not valid: "+explainToken(err))
@@ -245,7 +248,8 @@ func (k *keySet) run(ctx context.Context) {
 			k.log.Info("Keys of the identity provider loaded", "keys", n)
 			pause = keyInterval
 		case err != nil && !failed:
-			k.log.Warn("Keys of the identity provider are not available", "error", err)
+			k.log.Warn("Keys of the identity provider are not available",
+				"error", cut(err.Error(), maxLogged)) // which may repeat what the provider sent
 			pause = keyRetry
 		case err != nil:
 			pause = min(2*pause, maxPause)
