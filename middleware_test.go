@@ -27,6 +27,7 @@ import (
 	"log/slog"
 	"maps"
 	"math"
+	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -44,6 +45,7 @@ import (
 	"testing/iotest"
 	"testing/synctest"
 	"time"
+	"unicode"
 	"unicode/utf8"
 )
 
@@ -2415,7 +2417,6 @@ func (s signer) jwk() object {
 
 // provider is an identity provider.
 type provider struct {
-	t         *testing.T
 	url       string
 	refreshes atomic.Int64 // requests for its configuration
 
@@ -2424,11 +2425,16 @@ type provider struct {
 	answer  http.HandlerFunc // to every request, unless it is nil
 }
 
-// startProvider starts a provider that has a key of each type.
+// newProvider returns a provider that has a key of each type.
+func newProvider(url string) *provider {
+	return &provider{url: url, signers: []signer{newSigner("rsa", "RS256", false),
+		newSigner("ec", "ES256", false), newSigner("ed", "EdDSA", false)}}
+}
+
+// startProvider starts a new provider.
 func startProvider(t *testing.T) *provider {
 	t.Helper()
-	p := &provider{t: t, signers: []signer{newSigner("rsa", "RS256", false),
-		newSigner("ec", "ES256", false), newSigner("ed", "EdDSA", false)}}
+	p := newProvider("")
 	web := httptest.NewServer(p)
 	t.Cleanup(web.Close)
 	p.url = web.URL
@@ -2460,11 +2466,18 @@ func (p *provider) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// replace changes the keys of the provider, and how it answers unless answer is nil.
-func (p *provider) replace(answer http.HandlerFunc, signers ...signer) {
+// lie makes the provider answer every request with answer, or truly again if that is nil.
+func (p *provider) lie(answer http.HandlerFunc) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.answer, p.signers = answer, signers
+	p.answer = answer
+}
+
+// rotate replaces the keys of the provider.
+func (p *provider) rotate(signers ...signer) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.signers = signers
 }
 
 // settings returns those of a service that accepts the tokens of the provider.
@@ -2486,8 +2499,9 @@ func (p *provider) signer(alg string) signer {
 
 // claims returns the claims of a token for the subject ann, with changes.
 func (p *provider) claims(changes object) string {
-	return changed(object{"iss": p.url, "sub": "ann", "aud": "users", "scope": "users:read users:write",
-		"exp": time.Now().Unix() + 3600, "iat": time.Now().Unix(), "client_id": "shop"}, changes)
+	now := time.Now().Unix()
+	return changed(object{"iss": p.url, "sub": "ann", "aud": "users", "exp": now + 3600, "iat": now,
+		"client_id": "shop", "scope": "users:read users:write"}, changes)
 }
 
 // token returns a token that s has signed, with changes of its header and of its claims.
@@ -2907,7 +2921,7 @@ func TestTokenAttacks(t *testing.T) {
 	t.Parallel()
 	p, thief := startProvider(t), startProvider(t)
 	var asked atomic.Int64
-	thief.replace(func(http.ResponseWriter, *http.Request) { asked.Add(1) })
+	thief.lie(func(http.ResponseWriter, *http.Request) { asked.Add(1) })
 	s := startWithTokens(t, p.settings())
 	attacks := slices.Concat(attacksOnKeys(p, thief.url), attacksOnClaims(p), attacksOnForm(p))
 	var sent []string
@@ -2982,5 +2996,743 @@ func TestLargeTokens(t *testing.T) {
 		if a := ask(h, "GET", "/users", nil, bearer(test.token)); a.status != test.want {
 			t.Errorf("%s: got %d %s, want %d", test.name, a.status, a.body, test.want)
 		}
+	}
+}
+
+// serveTokens returns a service in this process that accepts tokens, with their keys, and keeps the
+// keys up to date until the test ends. It runs in a synctest bubble, whose clock stands still while
+// the provider answers. stop flushes the log.
+func serveTokens(t *testing.T, set settings) (*service, *tokens) {
+	t.Helper()
+	log := &logBuffer{}
+	out := &logWriter{w: log}
+	d := testDependencies(set, newMemory(), newLogger(out, slog.LevelDebug))
+	d.tokens = newTokens(set, d.log)
+	s := serveInProcess(t, newHandler(d))
+	s.log, s.stop = log, out.flush
+	go d.tokens.run(t.Context())
+	synctest.Wait()
+	return s, d.tokens
+}
+
+// checkToken checks the status of GET /users with a token.
+func (s *service) checkToken(what, token string, want int) {
+	s.t.Helper()
+	a := s.do("GET", "/users", "", bearer(token))
+	challenge := a.header.Get("WWW-Authenticate")
+	if a.status != want || (challenge == invalidToken) != (want == 401) {
+		s.t.Errorf("%s: got %d, WWW-Authenticate %q, want %d: %s", what, a.status, challenge, want,
+			a.body)
+	}
+}
+
+// checkRefreshes checks how often a provider was asked for its configuration.
+func (p *provider) checkRefreshes(t *testing.T, when string, want int64) {
+	t.Helper()
+	if n := p.refreshes.Load(); n != want {
+		t.Errorf("refreshes %s: got %d, want %d", when, n, want)
+	}
+}
+
+// TestTokenKeysAreRefreshed checks that unknown keys make the service ask for the keys once a
+// minute, however many requests want them, and that it asks once an hour without them.
+func TestTokenKeysAreRefreshed(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	synctest.Test(t, func(t *testing.T) {
+		s, _ := serveTokens(t, p.settings())
+		old, next := p.signer("EdDSA"), newSigner("next", "EdDSA", false)
+		flood := func(when string, want int64) {
+			t.Helper()
+			var callers sync.WaitGroup
+			for i := range 20 {
+				unknown := signer{fmt.Sprint("unknown ", i), "EdDSA", next.key}
+				callers.Go(func() { s.checkToken(when, p.token(unknown, nil, nil), 401) })
+			}
+			callers.Wait()
+			p.checkRefreshes(t, when, want)
+		}
+		flood("at the start", 1)
+		time.Sleep(keyPause - time.Second)
+		flood("within a minute", 1)
+		time.Sleep(time.Second)
+		flood("after a minute", 2)
+		flood("again", 2)
+		p.rotate(next)
+		s.checkToken("new key within a minute", p.token(next, nil, nil), 401)
+		s.checkToken("old key", p.token(old, nil, nil), 200)
+		time.Sleep(keyPause)
+		s.checkToken("new key after a minute", p.token(next, nil, nil), 200)
+		s.checkToken("old key that is replaced", p.token(old, nil, object{"sub": "bob"}), 401)
+		p.checkRefreshes(t, "for a new key", 3)
+		time.Sleep(keyInterval - time.Second)
+		p.checkRefreshes(t, "within an hour", 3)
+		time.Sleep(time.Second)
+		synctest.Wait()
+		p.checkRefreshes(t, "after an hour", 4)
+	})
+}
+
+// TestTokenKeysInOutage checks that the last keys stay valid while the provider fails, that another
+// key is 503, and that the log has one line about the outage and one about its end.
+func TestTokenKeysInOutage(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	synctest.Test(t, func(t *testing.T) {
+		s, _ := serveTokens(t, p.settings())
+		next := newSigner("next", "ES256", false)
+		p.lie(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(500) })
+		time.Sleep(keyInterval)
+		synctest.Wait()
+		s.checkToken("known key", p.token(p.signer("ES256"), nil, nil), 200)
+		s.checkToken("unknown key", p.token(next, nil, nil), 503)
+		time.Sleep(10 * time.Minute)
+		s.checkToken("known key after 10 min", p.token(p.signer("RS256"), nil, nil), 200)
+		if n := p.refreshes.Load(); n < 50 || n > 80 {
+			t.Errorf("attempts in 10 min: got %d, want one in up to %v", n, maxPause)
+		}
+		p.rotate(next)
+		p.lie(nil)
+		time.Sleep(maxPause)
+		synctest.Wait()
+		s.checkToken("new key", p.token(next, nil, nil), 200)
+		s.stop()
+		if n := len(s.log.lines("Keys of the identity provider loaded")); n != 2 {
+			t.Errorf("lines about keys: got %d, want 2: %s", n, s.log)
+		}
+		lines := s.log.lines("Keys of the identity provider are not available")
+		if len(lines) != 1 || lines[0]["level"] != "WARN" {
+			t.Errorf("lines about the outage: got %v, want one at WARN", lines)
+		}
+	})
+}
+
+// TestTokenKeysAtStart checks that the service starts while the provider does not answer: tokens
+// are 503 after a short wait, API keys work, and tokens work as soon as the provider answers.
+func TestTokenKeysAtStart(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	answer := make(chan struct{})
+	release := sync.OnceFunc(func() { close(answer) })
+	t.Cleanup(release) // before the provider closes
+	p.lie(func(w http.ResponseWriter, r *http.Request) {
+		<-answer
+		p.lie(nil)
+		p.ServeHTTP(w, r)
+	})
+	set := p.settings()
+	key, setting := newTestKey(t, "shop", false)
+	set.apiKeys = []apiKey{setting}
+	s := startService(t, set)
+	token := p.token(p.signer("RS256"), nil, nil)
+	start := time.Now()
+	var callers sync.WaitGroup
+	for range 10 {
+		callers.Go(func() { s.checkToken("token without keys", token, 503) })
+	}
+	s.checkToken("API key", key, 200)
+	if took := time.Since(start); took > keyWait/2 {
+		t.Errorf("the API key took %v", took)
+	}
+	callers.Wait()
+	if took := time.Since(start); took < keyWait/2 || took > 3*keyWait {
+		t.Errorf("tokens without keys took %v, want about %v", took, keyWait)
+	}
+	p.checkRefreshes(t, "by all requests", 1)
+	release()
+	s.waitForLine("Keys of the identity provider loaded", "keys", 4)
+	s.checkToken("token", token, 200)
+}
+
+// TestSlowTokenKeys checks that a request waits a short time for a key that the service does not
+// have, and that those with known keys do not wait.
+func TestSlowTokenKeys(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	d := testDependencies(p.settings(), newMemory(), slog.New(slog.DiscardHandler))
+	d.tokens = newTokens(d.settings, d.log)
+	stop := start(d.tokens.run)
+	t.Cleanup(func() { stop(0) })
+	s := serveInProcess(t, newHandler(d))
+	s.checkToken("token", p.token(p.signer("RS256"), nil, nil), 200) // after the first refresh
+	d.tokens.keys.mu.Lock()
+	d.tokens.keys.began = time.Now().Add(-keyPause)
+	d.tokens.keys.mu.Unlock()
+	asked, next := make(chan struct{}), newSigner("next", "RS256", true)
+	var once sync.Once
+	p.lie(func(_ http.ResponseWriter, r *http.Request) {
+		once.Do(func() { close(asked) })
+		<-r.Context().Done()
+	})
+	begin := time.Now()
+	waiting := make(chan answer, 1)
+	go func() { waiting <- s.do("GET", "/users", "", bearer(p.token(next, nil, nil))) }()
+	<-asked
+	s.checkToken("known key", p.token(p.signer("ES256"), nil, nil), 200)
+	if took := time.Since(begin); took > keyWait/2 {
+		t.Errorf("a token with a known key took %v", took)
+	}
+	if a := <-waiting; a.status != 503 || time.Since(begin) > 3*keyWait {
+		t.Errorf("unknown key: got %d after %v, want 503 after %v", a.status, time.Since(begin), keyWait)
+	}
+}
+
+// TestClientLeavesTokenKeys checks that the status in the log is 499 if the client leaves while the
+// service waits for keys.
+func TestClientLeavesTokenKeys(t *testing.T) {
+	t.Parallel()
+	p := newProvider("http://id.example")
+	log := &logBuffer{}
+	out := &logWriter{w: log}
+	d := testDependencies(p.settings(), newMemory(), newLogger(out, slog.LevelInfo))
+	d.tokens = newTokens(d.settings, d.log) // does not run
+	ctx, leave := context.WithCancel(t.Context())
+	leave()
+	r := httptest.NewRequestWithContext(ctx, "GET", "/users", nil)
+	r.Header.Set("Authorization", "Bearer "+p.token(p.signer("EdDSA"), nil, nil))
+	aborted := serveOnce(newHandler(d), httptest.NewRecorder(), r)
+	out.flush()
+	lines := log.lines("Request completed")
+	if !aborted || len(lines) != 1 || lines[0]["status"] != 499.0 || lines[0]["level"] != "INFO" {
+		t.Errorf("aborted %t, log lines %v, want one with status 499 at INFO", aborted, lines)
+	}
+}
+
+// TestTokenKeysRefused checks that wrong answers of a provider give no keys, and are logged once,
+// in a short line.
+func TestTokenKeysRefused(t *testing.T) {
+	t.Parallel()
+	other := startProvider(t)
+	configuration := func(issuer, keys any) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			json.NewEncoder(w).Encode(object{"issuer": cmp.Or(issuer, any("http://"+r.Host)),
+				"jwks_uri": keys})
+		}
+	}
+	text := func(body string) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, body) }
+	}
+	keysOf := func(body string) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path == "/keys" {
+				io.WriteString(w, body)
+				return
+			}
+			configuration(nil, "http://"+r.Host+"/keys")(w, r)
+		}
+	}
+	const noJSON, tooLarge = "does not answer with JSON as expected", "answers more than 1048576 bytes"
+	const noURL = "has a jwks_uri that cannot be used"
+	const noKeys = "has no key for RS256, PS256, ES256 or EdDSA"
+	for name, test := range map[string]struct {
+		answer http.HandlerFunc
+		want   string // in the log line
+	}{
+		"status 500": {want: "answers 500", answer: func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(500)
+			io.WriteString(w, `{"keys":[]}`)
+		}},
+		"redirect": {want: "answers 307", answer: func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, other.url+r.URL.Path, http.StatusTemporaryRedirect)
+		}},
+		"HTML":    {want: noJSON, answer: text("<html></html>")},
+		"nothing": {want: noJSON, answer: text("")},
+		"half":    {want: noJSON, answer: text(`{"issuer":`)},
+		"array":   {want: noJSON, answer: text("[]")},
+		"null":    {want: "names the issuer", answer: text("null")},
+		"10 MB":   {want: tooLarge, answer: text("{" + strings.Repeat(" ", 10_000_000) + "}")},
+		"endless": {want: tooLarge, answer: func(w http.ResponseWriter, _ *http.Request) {
+			for line := []byte(strings.Repeat("[", 4096)); ; {
+				if _, err := w.Write(line); err != nil {
+					return
+				}
+			}
+		}},
+		"compressed 10 MB": {want: tooLarge, answer: func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Encoding", "gzip")
+			zipped := gzip.NewWriter(w)
+			defer zipped.Close()
+			io.WriteString(zipped, strings.Repeat(" ", 10_000_000))
+		}},
+		"no HTTP": {want: "malformed HTTP", answer: func(w http.ResponseWriter, _ *http.Request) {
+			conn, _, _ := http.NewResponseController(w).Hijack()
+			defer conn.Close()
+			io.WriteString(conn, strings.Repeat("x", 100_000)+"\r\n\r\n")
+		}},
+		"aborted": {want: "EOF", answer: func(http.ResponseWriter, *http.Request) {
+			panic(http.ErrAbortHandler)
+		}},
+		"other issuer": {want: "names the issuer", answer: configuration(other.url, other.url+"/keys")},
+		"no issuer":    {want: "names the issuer", answer: configuration("", other.url+"/keys")},
+		"long issuer": {want: "names the issuer",
+			answer: configuration(strings.Repeat("x", 500_000), other.url+"/keys")},
+		"no jwks_uri":        {want: noURL, answer: configuration(nil, "")},
+		"relative jwks_uri":  {want: noURL, answer: configuration(nil, "/keys")},
+		"jwks_uri of a file": {want: noURL, answer: configuration(nil, "file:///etc/passwd")},
+		"jwks_uri with user": {want: noURL, answer: configuration(nil, "http://u:p@id.example/keys")},
+		"long jwks_uri": {want: noURL,
+			answer: configuration(nil, "http://id.example/"+strings.Repeat("x", 500_000))},
+		"jwks_uri of a number": {want: noJSON, answer: configuration(nil, 7)},
+		"no keys":              {want: noKeys, answer: keysOf("{}")},
+		"empty keys":           {want: noKeys, answer: keysOf(`{"keys":[]}`)},
+		"keys of other types":  {want: noKeys, answer: keysOf(`{"keys":[{"kid":"a","kty":"oct"},7]}`)},
+		"keys in an object":    {want: noJSON, answer: keysOf(`{"keys":{"a":{}}}`)},
+		"large keys": {want: tooLarge,
+			answer: keysOf(`{"keys":[` + strings.Repeat(" ", 2_000_000) + "]}")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := startProvider(t)
+			p.lie(test.answer)
+			synctest.Test(t, func(t *testing.T) {
+				s, _ := serveTokens(t, p.settings())
+				time.Sleep(keyPause)
+				s.checkToken("token", p.token(p.signer("EdDSA"), nil, nil), 503)
+				s.stop()
+				lines := s.log.lines("Keys of the identity provider are not available")
+				if len(lines) != 1 || lines[0]["level"] != "WARN" ||
+					!strings.Contains(fmt.Sprint(lines[0]["error"]), test.want) {
+					t.Errorf("got the lines %.2000v, want one at WARN with %q", lines, test.want)
+				}
+				for line := range strings.Lines(s.log.String()) {
+					if len(line) > 2*maxLogged {
+						t.Errorf("a line has %d bytes: %.200s", len(line), line)
+					}
+				}
+			})
+		})
+	}
+	t.Cleanup(func() { other.checkRefreshes(t, "of the target of a redirect", 0) })
+}
+
+// TestTokenKeysNeedTLS checks that a provider with TLS cannot name keys without. It is not
+// parallel, because it changes the transport of all requests.
+func TestTokenKeysNeedTLS(t *testing.T) {
+	p := newProvider("")
+	web := httptest.NewTLSServer(p)
+	defer web.Close()
+	p.url = web.URL
+	before := http.DefaultTransport
+	defer func() { http.DefaultTransport = before }()
+	http.DefaultTransport = web.Client().Transport
+	k := &keySet{issuer: p.url}
+	if keys, err := k.fetch(t.Context()); err != nil || len(keys) != 4 {
+		t.Errorf("fetch: got %d keys, %v, want 4", len(keys), err)
+	}
+	p.lie(func(w http.ResponseWriter, _ *http.Request) {
+		json.NewEncoder(w).Encode(object{"issuer": p.url, "jwks_uri": "http://127.0.0.1:1/keys"})
+	})
+	_, err := k.fetch(t.Context())
+	if err == nil || !strings.Contains(err.Error(), "jwks_uri that cannot be used") {
+		t.Errorf("fetch of keys without TLS: got %v, want an error about jwks_uri", err)
+	}
+}
+
+// TestUnusableTokenKeys checks which keys of a set are used: weak keys, keys for other purposes and
+// malformed ones are ignored.
+func TestUnusableTokenKeys(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	rs, es, ed := p.signer("RS256").jwk(), p.signer("ES256").jwk(), p.signer("EdDSA").jwk()
+	weak, err := rsa.GenerateKey(cryptorand.Reader, 1024)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p384, err := ecdsa.GenerateKey(elliptic.P384(), cryptorand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	point, _ := p384.PublicKey.Bytes()
+	zeros := base64url(make([]byte, 32))
+	set := []string{"null", "7", `"x"`, "[]", "{}", `{"kty":"RSA","kid":7}`,
+		`{"kty":"RSA","kid":"a","n":7}`, `{"kty":"oct","kid":"oct","k":"AAAA","alg":"HS256"}`,
+		changed(rs, object{"kid": "rs only", "alg": "RS256"}),
+		changed(rs, object{"kid": "ps only", "alg": "PS256", "key_ops": []string{"verify"}}),
+		changed(es, object{"kid": "padded", "use": absent, "x": es["x"].(string) + "="}),
+		changed(ed, object{"kid": "with alg", "alg": "EdDSA", "x5c": []string{"x"}, "x": ed["x"]})}
+	for i, key := range []struct{ base, changes object }{
+		{rs, object{"kid": absent}}, {rs, object{"kid": ""}}, {rs, object{"kty": absent}},
+		{rs, object{"use": "enc"}}, {es, object{"use": "enc"}}, {ed, object{"use": "SIG"}},
+		{rs, object{"key_ops": []string{"sign"}}}, {rs, object{"key_ops": []string{}}},
+		{rs, object{"key_ops": []string{"encrypt", "wrapKey"}}},
+		{rs, object{"alg": "RS384"}}, {rs, object{"alg": "RSA-OAEP"}}, {rs, object{"alg": "ES256"}},
+		{es, object{"alg": "RS256"}}, {es, object{"alg": "ES384"}}, {ed, object{"alg": "ES256"}},
+		{es, object{"alg": "HS256"}}, {rs, object{"kty": "rsa"}}, {rs, object{"kty": "EC"}},
+		{rs, object{"n": base64url(weak.N.Bytes())}}, {rs, object{"n": absent}}, {rs, object{"n": ""}},
+		{rs, object{"n": base64url(bytes.Repeat([]byte{255}, 2048))}}, {rs, object{"n": "+/+/"}},
+		{rs, object{"e": "AQ"}}, {rs, object{"e": "Ag"}}, {rs, object{"e": "AAEAAA"}},
+		{rs, object{"e": ""}}, {rs, object{"e": absent}}, {rs, object{"e": "AQAAAAE"}},
+		{es, object{"y": es["x"]}}, {es, object{"x": zeros, "y": zeros}}, {es, object{"y": absent}},
+		{es, object{"x": "AA"}}, {es, object{"crv": "P-384", "x": base64url(point[1:49]),
+			"y": base64url(point[49:])}},
+		{es, object{"x": base64url(point[1:49]), "y": base64url(point[49:])}},
+		{es, object{"crv": "secp256k1"}}, {es, object{"crv": "p-256"}}, {es, object{"crv": absent}},
+		{es, object{"x": base64url(bytes.Repeat([]byte{255}, 32))}},
+		{ed, object{"crv": "X25519"}}, {ed, object{"crv": "Ed448"}}, {ed, object{"kty": "EC"}},
+		{ed, object{"x": ed["x"].(string)[:40]}}, {ed, object{"x": absent}},
+	} {
+		kid := fmt.Sprint("wrong ", i)
+		if _, ok := key.changes["kid"]; !ok {
+			key.changes["kid"] = kid
+		}
+		set = append(set, changed(key.base, key.changes))
+	}
+	set = append(set, changed(rs, nil), changed(es, nil), changed(ed, nil))
+	p.lie(func(w http.ResponseWriter, _ *http.Request) {
+		io.WriteString(w, `{"keys":[`+strings.Join(set, ",")+"]}")
+	})
+	k := &keySet{url: p.url}
+	keys, err := k.fetch(t.Context())
+	got := slices.Sorted(maps.Keys(keys))
+	want := []string{"ES256 ec", "ES256 padded", "EdDSA ed", "EdDSA with alg", "PS256 ps only",
+		"PS256 rsa", "RS256 rs only", "RS256 rsa"}
+	if err != nil || !slices.Equal(got, want) {
+		t.Errorf("fetch: got the keys %q, %v, want %q", got, err, want)
+	}
+	for id, key := range keys {
+		_, kid, _ := strings.Cut(id, " ")
+		for _, s := range p.signers {
+			public := s.key.Public().(interface{ Equal(crypto.PublicKey) bool })
+			if kid == s.kid && !public.Equal(key) {
+				t.Errorf("%s is another key", id)
+			}
+		}
+	}
+}
+
+// TestUnusualTokenKeys checks that keys which look right, but verify nothing, make no token valid.
+func TestUnusualTokenKeys(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	rs, ed := p.signer("RS256"), p.signer("EdDSA")
+	even := new(big.Int).Lsh(big.NewInt(1), 2047)
+	odd := new(big.Int).Add(even, big.NewInt(1))
+	keys := []string{changed(rs.jwk(), object{"kid": "even", "n": base64url(even.Bytes())}),
+		changed(rs.jwk(), object{"kid": "odd", "n": base64url(odd.Bytes())}),
+		changed(ed.jwk(), object{"kid": "no point", "x": base64url(bytes.Repeat([]byte{2}, 32))})}
+	set := p.settings()
+	set.jwtIssuer, set.jwksURL = "", p.url
+	p.lie(func(w http.ResponseWriter, _ *http.Request) {
+		io.WriteString(w, `{"keys":[`+strings.Join(keys, ",")+"]}")
+	})
+	s := startWithTokens(t, set)
+	for _, by := range []signer{{"even", "RS256", rs.key}, {"even", "PS256", rs.key},
+		{"odd", "RS256", rs.key}, {"no point", "EdDSA", ed.key}} {
+		s.checkToken(by.kid, p.token(by, nil, nil), 401)
+	}
+}
+
+// TestTokenTimes checks the leeway of a minute to the second.
+func TestTokenTimes(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	synctest.Test(t, func(t *testing.T) {
+		s, _ := serveTokens(t, p.settings())
+		now := time.Now().Unix()
+		for name, test := range map[string]struct {
+			claims object
+			want   int
+		}{
+			"expired 59 s ago":  {claims: object{"exp": now - 59}, want: 200},
+			"expired 60 s ago":  {claims: object{"exp": now - 60}, want: 401},
+			"valid in 60 s":     {claims: object{"nbf": now + 60}, want: 200},
+			"valid in 61 s":     {claims: object{"nbf": now + 61}, want: 401},
+			"valid for a year":  {claims: object{"exp": now + 365*86400}, want: 200},
+			"never valid":       {claims: object{"exp": now + 10, "nbf": now + 100}, want: 401},
+			"valid for no time": {claims: object{"exp": now, "nbf": now}, want: 200},
+		} {
+			s.checkToken(name, p.token(p.signer("EdDSA"), nil, test.claims), test.want)
+		}
+		token := p.token(p.signer("EdDSA"), nil, object{"exp": now + 10, "nbf": now + 65})
+		s.checkToken("too early", token, 401)
+		time.Sleep(5 * time.Second)
+		s.checkToken("a token that was refused", token, 200)
+		time.Sleep(64 * time.Second)
+		s.checkToken("a remembered token in its leeway", token, 200)
+		time.Sleep(time.Second)
+		s.checkToken("a remembered token that has expired", token, 401)
+	})
+}
+
+// TestVerifiedTokens checks that a token which was verified is valid until it expires, also without
+// its key, with the same scopes, and that the number of remembered tokens is limited.
+func TestVerifiedTokens(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	synctest.Test(t, func(t *testing.T) {
+		s, tokens := serveTokens(t, p.settings())
+		if tokens.verified.max != maxTokens {
+			t.Errorf("%d tokens are remembered, want %d", tokens.verified.max, maxTokens)
+		}
+		old := p.signer("ES256")
+		claims := object{"exp": time.Now().Add(2 * keyInterval).Unix(), "scope": "users:read"}
+		token := p.token(old, nil, claims)
+		s.checkToken("new token", token, 200)
+		p.rotate(newSigner("next", "ES256", false))
+		time.Sleep(keyInterval)
+		synctest.Wait()
+		s.checkToken("new token without its key", p.token(old, nil, nil), 401)
+		time.Sleep(keyInterval - time.Second)
+		s.checkToken("remembered token", token, 200)
+		if a := s.do("DELETE", "/users/1", "", bearer(token)); a.status != 403 {
+			t.Errorf("DELETE with a remembered token to read: got %d, want 403", a.status)
+		}
+		s.checkToken("remembered token with another signature", token[:len(token)-4]+"AAAA", 401)
+		time.Sleep(time.Second)
+		s.checkToken("remembered token that has expired", token, 401)
+		tokens.verified.max = 10
+		for i := range 50 {
+			by := p.signer("ES256")
+			s.checkToken("one of many", p.token(by, nil, object{"sub": fmt.Sprint(i)}), 200)
+			if n := len(tokens.verified.newer) + len(tokens.verified.older); n > 10 {
+				t.Fatalf("%d tokens are remembered, want at most 10", n)
+			}
+		}
+	})
+}
+
+// TestTokenCallers checks which credentials share a rate limit and an idempotency key: those of one
+// issuer and subject, or of one API key.
+func TestTokenCallers(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	key, setting := newTestKey(t, "ann", false)
+	set := p.settings()
+	set.jwtIssuer, set.jwksURL, set.apiKeys = "", p.url+"/keys", []apiKey{setting}
+	limited := set
+	limited.rateLimit = 0.01 // the burst is 1
+	rs, es := p.signer("RS256"), p.signer("ES256")
+	synctest.Test(t, func(t *testing.T) {
+		s, _ := serveTokens(t, set)
+		few, _ := serveTokens(t, limited)
+		const once = "Idempotency-Key: x"
+		for _, test := range []struct {
+			name, credentials string
+			id                float64 // of the user that the caller has created
+			known             bool    // has the caller sent a request before?
+		}{
+			{name: "subject", credentials: p.token(rs, nil, nil), id: 1},
+			{name: "other token", credentials: p.token(es, nil, object{"x": 1}), id: 1, known: true},
+			{name: "other subject", credentials: p.token(rs, nil, object{"sub": "bob"}), id: 2},
+			{name: "other issuer", credentials: p.token(rs, nil, object{"iss": "x"}), id: 3},
+			{name: "subject in upper case", credentials: p.token(rs, nil, object{"sub": "ANN"}), id: 4},
+			{name: "issuer with a space", credentials: p.token(rs, nil, object{"iss": "a b", "sub": "c"}),
+				id: 5},
+			{name: "subject with a space", credentials: p.token(rs, nil, object{"iss": "a", "sub": "b c"}),
+				id: 6},
+			{name: "API key of the same name", credentials: key, id: 7},
+			{name: "API key again", credentials: key, id: 7, known: true},
+			{name: "subject like a key", credentials: p.token(rs, nil, object{"sub": "key ann"}), id: 8},
+		} {
+			a := s.do("POST", "/users", john, bearer(test.credentials), once)
+			if a.status != 201 || a.json(t, "id") != test.id {
+				t.Errorf("%s: got %d %s, want the user %v", test.name, a.status, a.body, test.id)
+			}
+			want := map[bool]int{false: 200, true: 429}[test.known]
+			if a := few.do("GET", "/users", "", bearer(test.credentials)); a.status != want {
+				t.Errorf("%s: GET with a rate limit: got %d, want %d", test.name, a.status, want)
+			}
+		}
+		few.checkToken("invalid token", "x.y.z", 401) // counts for its address
+		if a := few.do("GET", "/docs", ""); a.status != 429 {
+			t.Errorf("GET /docs after an invalid token: got %d, want 429", a.status)
+		}
+	})
+}
+
+// acceptToken is identify for the tokens of a provider, written anew from RFC 7515, RFC 7519 and
+// RFC 9068. Its leeway is two seconds longer.
+func acceptToken(p *provider, token string) (subject string, scopes []string, valid bool) {
+	parts := strings.Split(token, ".")
+	if len(parts) != 3 {
+		return "", nil, false
+	}
+	var decoded [3][]byte
+	for i, part := range parts {
+		if again, _ := recode(base64.RawURLEncoding, part); again != part {
+			return "", nil, false
+		}
+		decoded[i], _ = base64.RawURLEncoding.DecodeString(part)
+	}
+	var header map[string]any
+	if json.Unmarshal(decoded[0], &header) != nil || header["crit"] != nil {
+		return "", nil, false
+	}
+	typ, _ := header["typ"].(string)
+	isToken := strings.EqualFold(typ, "at+jwt") || strings.EqualFold(typ, "application/at+jwt")
+	verified := false
+	digest := sha256.Sum256([]byte(parts[0] + "." + parts[1]))
+	for _, s := range p.signers {
+		verified = verified || header["kid"] == s.kid &&
+			verify(s.key.Public(), header["alg"], parts[0]+"."+parts[1], digest[:], decoded[2])
+	}
+	claims, unique := strictObject(decoded[1])
+	subject, _ = claims["sub"].(string)
+	if !isToken || !verified || !unique || claims["iss"] != p.url || subject == "" ||
+		len(subject) > 255 || strings.ContainsFunc(subject, unicode.IsControl) ||
+		strings.HasPrefix(subject, "sql:") {
+		return "", nil, false
+	}
+	audience, isList := claims["aud"].([]any)
+	if !isList {
+		audience = []any{claims["aud"]}
+	}
+	now := float64(time.Now().Unix())
+	expires, hasEnd := claims["exp"].(float64)
+	begins, hasBegin := claims["nbf"].(float64)
+	_, hasAnyBegin := claims["nbf"]
+	if !slices.Contains(audience, any("users")) || !hasEnd || expires < now-62 ||
+		hasBegin != hasAnyBegin || begins > now+62 {
+		return "", nil, false
+	}
+	scope, _ := claims["scope"].(string)
+	scopes = strings.Split(scope, " ")
+	scp, _ := claims["scp"].(string)
+	scopes = append(scopes, strings.Split(scp, " ")...)
+	list, _ := claims["scp"].([]any)
+	for _, each := range list {
+		scopes = append(scopes, fmt.Sprint(each))
+	}
+	return subject, scopes, true
+}
+
+// verify reports whether a signature is valid for an algorithm and the type of the key.
+func verify(key any, alg any, input string, digest, signature []byte) bool {
+	switch key := key.(type) {
+	case *rsa.PublicKey:
+		return alg == "RS256" && rsa.VerifyPKCS1v15(key, crypto.SHA256, digest, signature) == nil ||
+			alg == "PS256" && rsa.VerifyPSS(key, crypto.SHA256, digest, signature, nil) == nil
+	case *ecdsa.PublicKey:
+		return alg == "ES256" && len(signature) == 64 && ecdsa.Verify(key, digest,
+			new(big.Int).SetBytes(signature[:32]), new(big.Int).SetBytes(signature[32:]))
+	case ed25519.PublicKey:
+		return alg == "EdDSA" && ed25519.Verify(key, []byte(input), signature)
+	}
+	return false
+}
+
+// strictObject decodes an object in UTF-8 whose names are unique. U+FFFD in a value means that half
+// a surrogate pair was replaced, unless the text has it too.
+func strictObject(text []byte) (values object, ok bool) {
+	if json.Unmarshal(text, &values) != nil || values == nil || !utf8.Valid(text) {
+		return nil, false
+	}
+	decoder := json.NewDecoder(bytes.NewReader(text))
+	decoder.Token()
+	names := 0
+	for ; decoder.More(); names++ {
+		var value any
+		decoder.Token()
+		decoder.Decode(&value)
+	}
+	const replacement = "\ufffd"
+	isReplaced := strings.Contains(fmt.Sprint(values), replacement) &&
+		!strings.Contains(string(text), replacement) &&
+		!strings.Contains(strings.ToLower(string(text)), `\ufffd`)
+	return values, names == len(values) && !isReplaced
+}
+
+// FuzzAccessToken sends a text, and a token with a valid signature, after Bearer. It checks that
+// identify accepts nothing that acceptToken does not.
+func FuzzAccessToken(f *testing.F) {
+	p := newProvider("https://id.example")
+	a := newAccess(p.settings(), newTokens(p.settings(), slog.New(slog.DiscardHandler)))
+	set := a.tokens.keys
+	set.keys, set.began = make(map[string]crypto.PublicKey), time.Now().Add(1000*time.Hour)
+	for _, s := range p.signers {
+		var key jsonWebKey
+		if err := json.Unmarshal([]byte(changed(s.jwk(), nil)), &key); err != nil {
+			f.Fatal(err)
+		}
+		key.addTo(set.keys)
+	}
+	const validFor = 100 * 365 * 24 * time.Hour
+	for _, alg := range []string{"RS256", "PS256", "ES256", "EdDSA"} {
+		f.Add("Bearer", p.signer(alg).header(nil),
+			p.claims(object{"exp": time.Now().Add(validFor).Unix()}))
+	}
+	for _, attack := range slices.Concat(attacksOnKeys(p, "https://thief.example"),
+		attacksOnClaims(p), attacksOnForm(p)) {
+		f.Add("Bearer "+attack.token, "", "")
+		if parts := strings.Split(attack.token, "."); len(parts) == 3 {
+			header, _ := base64.RawURLEncoding.DecodeString(parts[0])
+			claims, _ := base64.RawURLEncoding.DecodeString(parts[1])
+			f.Add("Bearer", string(header), string(claims))
+		}
+	}
+	f.Fuzz(func(t *testing.T, text, header, claims string) {
+		if strings.ContainsAny(text, "\r\n") {
+			return // cannot be part of a header
+		}
+		if text == "Bearer" {
+			by := p.signer("EdDSA")
+			var named struct{ Alg string }
+			_ = json.Unmarshal([]byte(header), &named)
+			if slices.Contains([]string{"RS256", "PS256", "ES256"}, named.Alg) {
+				by = p.signer(named.Alg)
+			}
+			text = "Bearer " + compact(header, claims, by.sign)
+		}
+		r := httptest.NewRequest("GET", "/users", nil)
+		r.Header["Authorization"] = []string{text}
+		by := a.identify(r)
+		if by.kind == "" {
+			return
+		}
+		_, token, _ := strings.Cut(text, " ")
+		subject, scopes, valid := acceptToken(p, strings.TrimLeft(token, " "))
+		if !valid || by.kind != "subject" || by.name != subject {
+			t.Errorf("%q is accepted as %+v, want %q, valid: %t", text, by, subject, valid)
+		}
+		for _, scope := range by.scopes {
+			if !slices.Contains(scopes, scope) || !slices.Contains(allScopes, scope) {
+				t.Errorf("%q gives the scope %q, want one of %q", text, scope, scopes)
+			}
+		}
+	})
+}
+
+// BenchmarkIdentify measures how long it takes to know the caller of a request.
+func BenchmarkIdentify(b *testing.B) {
+	p := newProvider("https://id.example")
+	text, setting, err := newAPIKey("shop", false)
+	if err != nil {
+		b.Fatal(err)
+	}
+	key, err := parseAPIKey(setting)
+	if err != nil {
+		b.Fatal(err)
+	}
+	set := p.settings()
+	set.apiKeys = []apiKey{key}
+	a := newAccess(set, newTokens(set, slog.New(slog.DiscardHandler)))
+	a.tokens.keys.keys = map[string]crypto.PublicKey{}
+	for _, alg := range []string{"RS256", "ES256", "EdDSA"} {
+		s := p.signer(alg)
+		a.tokens.keys.keys[alg+" "+s.kid] = s.key.Public()
+	}
+	for _, test := range []struct {
+		name, credentials string
+		isNew             bool
+	}{
+		{name: "key", credentials: text},
+		{name: "remembered", credentials: p.token(p.signer("RS256"), nil, nil)},
+		{name: "RS256", credentials: p.token(p.signer("RS256"), nil, nil), isNew: true},
+		{name: "ES256", credentials: p.token(p.signer("ES256"), nil, nil), isNew: true},
+		{name: "EdDSA", credentials: p.token(p.signer("EdDSA"), nil, nil), isNew: true},
+	} {
+		r := httptest.NewRequest("GET", "/users", nil)
+		r.Header.Set("Authorization", "Bearer "+test.credentials)
+		b.Run(test.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if by := a.identify(r); by.kind == "" {
+					b.Fatal(by.refusal)
+				}
+				if test.isNew {
+					a.tokens.verified.newer, a.tokens.verified.older = nil, nil
+				}
+			}
+		})
 	}
 }
