@@ -3131,9 +3131,6 @@ func TestTokenKeysAtStart(t *testing.T) {
 		callers.Go(func() { s.checkToken("token without keys", token, 503) })
 	}
 	s.checkToken("API key", key, 200)
-	if took := time.Since(start); took > keyWait/2 {
-		t.Errorf("the API key took %v", took)
-	}
 	callers.Wait()
 	if took := time.Since(start); took < keyWait/2 || took > 3*keyWait {
 		t.Errorf("tokens without keys took %v, want about %v", took, keyWait)
@@ -3169,9 +3166,6 @@ func TestSlowTokenKeys(t *testing.T) {
 	go func() { waiting <- s.do("GET", "/users", "", bearer(p.token(next, nil, nil))) }()
 	<-asked
 	s.checkToken("known key", p.token(p.signer("ES256"), nil, nil), 200)
-	if took := time.Since(begin); took > keyWait/2 {
-		t.Errorf("a token with a known key took %v", took)
-	}
 	if a := <-waiting; a.status != 503 || time.Since(begin) > 3*keyWait {
 		t.Errorf("unknown key: got %d after %v, want 503 after %v", a.status, time.Since(begin), keyWait)
 	}
