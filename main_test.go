@@ -1172,6 +1172,20 @@ var invalidSettings = map[string]struct {
 		"https://*.shop.example", "https://[::1", "http://h:port",
 	}},
 	"SHUTDOWN_DELAY": {"a duration of 0 or more", []string{"-1s", "7", "soon", "7 s"}},
+	"JWT_ISSUER": {"the URL of an identity provider, such as https://id.example.com/",
+		wrongProviderURLs},
+	"JWT_JWKS_URL": {"the URL of a JSON Web Key Set, such as https://id.example.com/keys",
+		wrongProviderURLs},
+	"JWT_AUDIENCE": {"1 to 255 bytes", []string{strings.Repeat("a", 256), "two\nlines", "half\xc3"}},
+}
+
+// wrongProviderURLs are no URLs of an identity provider.
+var wrongProviderURLs = []string{
+	"ftp://idp.test", "file:///etc/passwd", "HTTPS://idp.test", "idp.test", "//idp.test",
+	"http:", "http://", "https:///keys", "https://:443", "https://idp.test:", "https://h:99999/",
+	"https://h:0/", "https://idp.test/#a", "https://idp.test/\n", "https://[::1", "https://a b/",
+	"https://u:" + secret + "@idp.test/", "https://" + secret + "@idp.test/",
+	"https://u:a/" + secret + "@idp.test/", "https://idp.test/" + strings.Repeat("a", 255),
 }
 
 // TestSettingsRefuse checks that the error of an invalid value names the variable and what it
@@ -1218,6 +1232,8 @@ func TestSettingsReasons(t *testing.T) {
 		{"CORS_ORIGINS", "https://shop.example:443", "default port"},
 		{"CORS_ORIGINS", "http://shop.example:80", "default port"},
 		{"CORS_ORIGINS", "https://bücher.example", "xn-- form"},
+		{"JWT_ISSUER", "https://u:" + secret + "@h/", "must not have a user name or a password"},
+		{"JWT_JWKS_URL", "https://u:" + secret + "@h/", "must not have a user name or a password"},
 		{"DATABASE_URL", "postgres://u:" + secret + "@h/d?sslmode=verify-full&sslrootcert=/none.pem",
 			"cannot be read: open /none.pem: no such file"},
 	} {
@@ -1225,6 +1241,50 @@ func TestSettingsReasons(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), test.reason) ||
 			strings.Contains(err.Error(), secret) {
 			t.Errorf("%s=%s: error %v, want %q in it", test.name, test.value, err, test.reason)
+		}
+	}
+}
+
+// TestTokenSettings checks which settings of access tokens fit together.
+func TestTokenSettings(t *testing.T) {
+	t.Parallel()
+	const id, keys = "https://id.example/", "https://id.example:8443/keys?a=b"
+	shop := "shop:" + digestOf("key")
+	for _, test := range []struct {
+		env  map[string]string
+		want string // the variable of the error; "" if the settings are valid
+	}{
+		{env: map[string]string{"JWT_ISSUER": id, "JWT_AUDIENCE": "users"}},
+		{env: map[string]string{"JWT_JWKS_URL": keys, "JWT_AUDIENCE": "users"}},
+		{env: map[string]string{"JWT_ISSUER": id, "JWT_JWKS_URL": keys, "JWT_AUDIENCE": "ü s"}},
+		{env: map[string]string{"JWT_ISSUER": "http://[::1]:80/a", "JWT_AUDIENCE": "users"}},
+		{env: map[string]string{"JWT_ISSUER": id, "JWT_AUDIENCE": "users", "API_KEYS": shop}},
+		{env: map[string]string{"JWT_ISSUER": id, "JWT_AUDIENCE": "users", "API_KEYS": ""}},
+		{env: map[string]string{"JWT_ISSUER": "", "JWT_JWKS_URL": "", "JWT_AUDIENCE": ""}},
+		{env: map[string]string{"JWT_ISSUER": id}, want: "JWT_AUDIENCE"},
+		{env: map[string]string{"JWT_JWKS_URL": keys}, want: "JWT_AUDIENCE"},
+		{env: map[string]string{"JWT_ISSUER": id, "JWT_AUDIENCE": ""}, want: "JWT_AUDIENCE"},
+		{env: map[string]string{"JWT_AUDIENCE": "users"}, want: "JWT_ISSUER"},
+		{env: map[string]string{"JWT_AUDIENCE": "users", "API_KEYS": shop}, want: "JWT_ISSUER"},
+		{env: map[string]string{"JWT_ISSUER": id, "JWT_AUDIENCE": "users", "API_KEYS": "open"},
+			want: "API_KEYS"},
+		{env: map[string]string{"JWT_JWKS_URL": keys, "JWT_AUDIENCE": "users", "API_KEYS": "open"},
+			want: "API_KEYS"},
+	} {
+		s, err := loadSettings(func(name string) variable {
+			value, set := test.env[name]
+			return variable{value: value, set: set}
+		})
+		name := ""
+		if refusal, ok := errors.AsType[*settingError](err); ok {
+			name = refusal.name
+		}
+		if name != test.want || (err == nil) != (test.want == "") {
+			t.Errorf("%v: got %v, want an error of %q", test.env, err, test.want)
+		}
+		if err == nil && (s.jwtIssuer != test.env["JWT_ISSUER"] ||
+			s.jwksURL != test.env["JWT_JWKS_URL"] || s.jwtAudience != test.env["JWT_AUDIENCE"]) {
+			t.Errorf("%v: got the settings %+v", test.env, s)
 		}
 	}
 }
@@ -1261,6 +1321,20 @@ func TestWarnings(t *testing.T) {
 		{env: map[string]string{"RABBITMQ_URL": "amqp://u:p@[::1]:5672/"}},
 		{env: map[string]string{"RABBITMQ_URL": "amqps://mq/"}},
 		{env: map[string]string{"RABBITMQ_URL": "amqp://u:p@localhost,mq/"}, want: "RABBITMQ_URL"},
+		{env: map[string]string{"JWT_ISSUER": "https://id/", "JWT_AUDIENCE": "users"}},
+		{env: map[string]string{"JWT_ISSUER": "http://localhost/", "JWT_AUDIENCE": "users"}},
+		{env: map[string]string{"JWT_ISSUER": "http://[::1]:80/", "JWT_AUDIENCE": "users"}},
+		{env: map[string]string{"JWT_ISSUER": "https://id/", "JWT_AUDIENCE": "users",
+			"HOST": "0.0.0.0"}},
+		{env: map[string]string{"JWT_ISSUER": "https://id/", "JWT_AUDIENCE": "users", "API_KEYS": ""}},
+		{env: map[string]string{"JWT_ISSUER": "http://id/", "JWT_AUDIENCE": "users"},
+			want: "JWT_ISSUER or JWT_JWKS_URL names a remote host"},
+		{env: map[string]string{"JWT_ISSUER": "https://id/", "JWT_AUDIENCE": "users",
+			"JWT_JWKS_URL": "http://id/keys"}, want: "JWT_ISSUER or JWT_JWKS_URL names a remote host"},
+		{env: map[string]string{"JWT_ISSUER": "http://id/", "JWT_AUDIENCE": "users", // only a name
+			"JWT_JWKS_URL": "https://id/keys"}},
+		{env: map[string]string{"JWT_JWKS_URL": "https://id/keys", "JWT_AUDIENCE": "users"},
+			want: "No JWT_ISSUER"},
 	} {
 		s, err := loadSettings(func(name string) variable {
 			value, set := test.env[name]

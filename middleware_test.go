@@ -9,12 +9,25 @@ import (
 	"cmp"
 	"compress/gzip"
 	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/hmac"
+	cryptorand "crypto/rand"
+	"crypto/rsa"
 	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
+	"math"
+	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -27,10 +40,12 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/iotest"
 	"testing/synctest"
 	"time"
+	"unicode"
 	"unicode/utf8"
 )
 
@@ -777,7 +792,6 @@ func TestAPIKeys(t *testing.T) {
 	s := startService(t, set)
 	user := fmt.Sprintf(`{"name": "Ann", "surname": "Lee", "password": %q}`, secret)
 	verify := fmt.Sprintf(`{"password": %q}`, secret)
-	bearer := func(key string) string { return "Authorization: Bearer " + key }
 	for _, test := range []struct {
 		method  string
 		path    string
@@ -2297,4 +2311,1422 @@ func repeatsPassword(head string, query url.Values, body []byte) bool {
 		}
 	}
 	return strings.Contains(text, secret) || strings.Contains(text, "argon2id")
+}
+
+// object is a JSON object.
+type object = map[string]any
+
+// changed returns the JSON of an object with other members. Those whose value is absent are left
+// out.
+func changed(base, changes object) string {
+	merged := maps.Clone(base)
+	maps.Copy(merged, changes)
+	maps.DeleteFunc(merged, func(_ string, value any) bool { return value == absent })
+	text, err := json.Marshal(merged)
+	if err != nil {
+		panic(err)
+	}
+	return string(text)
+}
+
+const absent = json.Number("absent")
+
+// base64url encodes a part of a token (RFC 7515, section 2).
+func base64url[T ~string | ~[]byte](part T) string {
+	return base64.RawURLEncoding.EncodeToString([]byte(part))
+}
+
+// compact returns a JWT in its compact form. sign returns the signature of the text before it.
+func compact(header, claims string, sign func(input string) []byte) string {
+	input := base64url(header) + "." + base64url(claims)
+	return input + "." + base64url(sign(input))
+}
+
+// signer signs tokens with a key of an identity provider.
+type signer struct {
+	kid, alg string
+	key      crypto.Signer
+}
+
+// rsaKeys have 2048 bits. To make one takes up to a second.
+var rsaKeys = sync.OnceValue(func() (pair [2]*rsa.PrivateKey) {
+	for i := range pair {
+		pair[i], _ = rsa.GenerateKey(cryptorand.Reader, 2048)
+	}
+	return pair
+})
+
+// newSigner returns a signer with a new key, or with a shared one if the key is slow to make: with
+// that of the provider, or that of an attacker.
+func newSigner(kid, alg string, attacker bool) signer {
+	s := signer{kid: kid, alg: alg}
+	switch alg {
+	case "ES256":
+		s.key, _ = ecdsa.GenerateKey(elliptic.P256(), cryptorand.Reader)
+	case "EdDSA":
+		_, s.key, _ = ed25519.GenerateKey(nil)
+	default:
+		s.key = rsaKeys()[0]
+		if attacker {
+			s.key = rsaKeys()[1]
+		}
+	}
+	return s
+}
+
+// sign returns the signature of a text (RFC 7518, section 3, and RFC 8037).
+func (s signer) sign(input string) []byte {
+	digest := sha256.Sum256([]byte(input))
+	var signature []byte
+	switch key := s.key.(type) {
+	case *rsa.PrivateKey:
+		signature, _ = rsa.SignPKCS1v15(nil, key, crypto.SHA256, digest[:])
+		if s.alg == "PS256" {
+			options := &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash}
+			signature, _ = rsa.SignPSS(cryptorand.Reader, key, crypto.SHA256, digest[:], options)
+		}
+	case *ecdsa.PrivateKey:
+		r, s, _ := ecdsa.Sign(cryptorand.Reader, key, digest[:])
+		signature = append(r.FillBytes(make([]byte, 32)), s.FillBytes(make([]byte, 32))...)
+	case ed25519.PrivateKey:
+		signature = ed25519.Sign(key, []byte(input))
+	}
+	return signature
+}
+
+// header returns the header of a token, with changes.
+func (s signer) header(changes object) string {
+	return changed(object{"alg": s.alg, "kid": s.kid, "typ": "at+jwt"}, changes)
+}
+
+// jwk returns the public key as in a JSON Web Key Set.
+func (s signer) jwk() object {
+	j := object{"kid": s.kid, "use": "sig"}
+	switch key := s.key.Public().(type) {
+	case *rsa.PublicKey:
+		j["kty"], j["n"], j["e"] = "RSA", base64url(key.N.Bytes()), "AQAB"
+	case *ecdsa.PublicKey:
+		point, _ := key.Bytes()
+		j["kty"], j["crv"] = "EC", "P-256"
+		j["x"], j["y"] = base64url(point[1:33]), base64url(point[33:])
+	case ed25519.PublicKey:
+		j["kty"], j["crv"], j["x"] = "OKP", "Ed25519", base64url(key)
+	}
+	return j
+}
+
+// provider is an identity provider.
+type provider struct {
+	url       string
+	refreshes atomic.Int64 // requests for its configuration
+
+	mu      sync.Mutex
+	signers []signer
+	answer  http.HandlerFunc // to every request, unless it is nil
+}
+
+// newProvider returns a provider that has a key of each type.
+func newProvider(url string) *provider {
+	return &provider{url: url, signers: []signer{newSigner("rsa", "RS256", false),
+		newSigner("ec", "ES256", false), newSigner("ed", "EdDSA", false)}}
+}
+
+// startProvider starts a new provider.
+func startProvider(t *testing.T) *provider {
+	t.Helper()
+	p := newProvider("")
+	web := httptest.NewServer(p)
+	t.Cleanup(web.Close)
+	p.url = web.URL
+	return p
+}
+
+// ServeHTTP implements http.Handler.
+func (p *provider) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	p.mu.Lock()
+	answer, signers := p.answer, p.signers
+	p.mu.Unlock()
+	isConfiguration := r.URL.Path == "/.well-known/openid-configuration"
+	if isConfiguration {
+		p.refreshes.Add(1)
+	}
+	switch {
+	case answer != nil:
+		answer(w, r)
+	case isConfiguration:
+		json.NewEncoder(w).Encode(object{"issuer": p.url, "jwks_uri": p.url + "/keys"})
+	case r.URL.Path == "/keys":
+		keys := make([]object, len(signers))
+		for i, s := range signers {
+			keys[i] = s.jwk()
+		}
+		json.NewEncoder(w).Encode(object{"keys": keys})
+	default:
+		http.NotFound(w, r)
+	}
+}
+
+// lie makes the provider answer every request with answer, or truly again if that is nil.
+func (p *provider) lie(answer http.HandlerFunc) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.answer = answer
+}
+
+// rotate replaces the keys of the provider.
+func (p *provider) rotate(signers ...signer) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.signers = signers
+}
+
+// settings returns those of a service that accepts the tokens of the provider.
+func (p *provider) settings() settings {
+	s := memorySettings()
+	s.open, s.jwtIssuer, s.jwtAudience = false, p.url, "users"
+	return s
+}
+
+// signer returns the first signer of the provider for an algorithm.
+func (p *provider) signer(alg string) signer {
+	for _, s := range p.signers {
+		if s.alg == alg || s.alg == "RS256" && alg == "PS256" {
+			return signer{s.kid, alg, s.key}
+		}
+	}
+	panic(alg)
+}
+
+// claims returns the claims of a token for the subject ann, with changes.
+func (p *provider) claims(changes object) string {
+	now := time.Now().Unix()
+	return changed(object{"iss": p.url, "sub": "ann", "aud": "users", "exp": now + 3600, "iat": now,
+		"client_id": "shop", "scope": "users:read users:write"}, changes)
+}
+
+// token returns a token that s has signed, with changes of its header and of its claims.
+func (p *provider) token(s signer, header, claims object) string {
+	return compact(s.header(header), p.claims(claims), s.sign)
+}
+
+// startWithTokens runs a service like startService until it has the keys of its provider.
+func startWithTokens(t *testing.T, set settings) *service {
+	t.Helper()
+	s := startService(t, set)
+	s.waitForLine("Keys of the identity provider loaded")
+	return s
+}
+
+// bearer returns the header that sends a token or an API key.
+func bearer(token string) string { return "Authorization: Bearer " + token }
+
+// The values of WWW-Authenticate (RFC 6750, section 3).
+const (
+	invalidToken = `Bearer error="invalid_token"`
+	lacksRead    = `Bearer error="insufficient_scope", scope="users:read"`
+	lacksWrite   = `Bearer error="insufficient_scope", scope="users:write"`
+)
+
+// checkUnlogged stops a service, and checks that no log line contains a token or a part of one.
+func (s *service) checkUnlogged(tokens ...string) {
+	s.t.Helper()
+	if err := s.stop(); err != nil { // this flushes the log
+		s.t.Fatal(err)
+	}
+	log := s.log.String()
+	for _, token := range tokens {
+		for part := range strings.SplitSeq(token, ".") {
+			if len(part) > 20 && strings.Contains(log, part) {
+				s.t.Errorf("the log contains %q of the token %q", part, token)
+			}
+		}
+	}
+}
+
+// TestAccessTokens checks which tokens are accepted, and which requests their scopes allow.
+func TestAccessTokens(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	now := time.Now().Unix()
+	rs, keyless := p.signer("RS256"), p.settings()
+	text, key := newTestKey(t, "shop", false)
+	set := p.settings()
+	set.apiKeys = []apiKey{key}
+	keyless.jwtIssuer, keyless.jwksURL = "", p.url+"/keys"
+	s, ofEveryIssuer := startWithTokens(t, set), startWithTokens(t, keyless)
+	user := fmt.Sprintf(`{"name": "Ann", "surname": "Lee", "password": %q}`, secret)
+	for i, test := range []struct {
+		name            string
+		alg             string // RS256 if it is empty
+		header          object
+		claims          object
+		service         *service // s if it is nil
+		noRead, noWrite bool     // which requests the token does not allow
+	}{
+		{name: "RS256", alg: "RS256"},
+		{name: "PS256", alg: "PS256"},
+		{name: "ES256", alg: "ES256"},
+		{name: "EdDSA", alg: "EdDSA"},
+		{name: "media type", header: object{"typ": "application/at+jwt"}},
+		{name: "typ in upper case", header: object{"typ": "AT+JWT"}},
+		{name: "media type in mixed case", header: object{"typ": "Application/At+jwt"}},
+		{name: "header with more", header: object{"x": 1, "cty": "x", "x5t": "x"}},
+		{name: "aud with one", claims: object{"aud": []string{"users"}}},
+		{name: "aud with several", claims: object{"aud": []string{"a", "users", "b"}}},
+		{name: "expired within the leeway", claims: object{"exp": now - 20}},
+		{name: "nbf in the past", claims: object{"nbf": now - 3600}},
+		{name: "nbf within the leeway", claims: object{"nbf": now + 50}},
+		{name: "iat in the future", claims: object{"iat": now + 3600}},
+		{name: "times with fractions", claims: object{"exp": float64(now) + 60.5, "nbf": 0.5}},
+		{name: "longest sub", claims: object{"sub": strings.Repeat("a", 255)}},
+		{name: "sub with Unicode", claims: object{"sub": "Zoë \U0001f600|auth0"}},
+		{name: "JWT_JWKS_URL", service: ofEveryIssuer},
+		{name: "JWT_JWKS_URL and any iss", service: ofEveryIssuer, claims: object{"iss": "x"}},
+		{name: "scope of reads", claims: object{"scope": "users:read"}, noWrite: true},
+		{name: "scope of writes", claims: object{"scope": "users:write"}, noRead: true},
+		{name: "scope with others", claims: object{"scope": "openid users:read x"}, noWrite: true},
+		{name: "scope in another case", claims: object{"scope": "Users:Read users:write "},
+			noRead: true},
+		{name: "similar scopes", noRead: true, noWrite: true,
+			claims: object{"scope": "users:reads xusers:read users users: users:read\tusers:write"}},
+		{name: "no scope", claims: object{"scope": absent}, noRead: true, noWrite: true},
+		{name: "scope of another type", claims: object{"scope": []string{"users:read"}},
+			noRead: true, noWrite: true},
+		{name: "scp as a string", claims: object{"scope": absent, "scp": "users:read users:write"}},
+		{name: "scp as a list", claims: object{"scope": absent, "scp": []any{"users:write", 1}},
+			noRead: true},
+		{name: "list with both in one", noRead: true, noWrite: true,
+			claims: object{"scope": absent, "scp": []string{"users:read users:write"}}},
+		{name: "scope and scp", claims: object{"scope": "users:read", "scp": "users:write"}},
+		{name: "scp of another type", claims: object{"scope": absent, "scp": 1}, noRead: true,
+			noWrite: true},
+	} {
+		token := p.token(p.signer(cmp.Or(test.alg, "RS256")), test.header, test.claims)
+		s := cmp.Or(test.service, s)
+		for _, request := range []struct {
+			method, path, body string
+			want               int // with the scope
+		}{
+			{method: "GET", path: "/users", want: 200},
+			{method: "HEAD", path: "/users/999", want: 404},
+			{method: "GET", path: "/metrics", want: 200},
+			{method: "POST", path: "/users", body: user, want: 201},
+			{method: "PUT", path: "/users/999", body: user, want: 404},
+			{method: "PATCH", path: "/users/999", body: user, want: 404},
+			{method: "DELETE", path: "/users/999", want: 404},
+			{method: "POST", path: fmt.Sprintf("/users/%d/password/verify", 1000+i),
+				body: `{"password": "x"}`, want: 200},
+		} {
+			lacks, challenge := test.noWrite, lacksWrite
+			if request.method == "GET" || request.method == "HEAD" {
+				lacks, challenge = test.noRead, lacksRead
+			}
+			if lacks {
+				request.want = 403
+			} else {
+				challenge = ""
+			}
+			a := s.do(request.method, request.path, request.body, bearer(token))
+			if got := a.header.Get("WWW-Authenticate"); a.status != request.want || got != challenge {
+				t.Errorf("%s: %s %s: status %d, WWW-Authenticate %q, want %d, %q: %.200s",
+					test.name, request.method, request.path, a.status, got, request.want, challenge,
+					a.body)
+			}
+		}
+	}
+	token := p.token(rs, nil, object{"sub": "zoe", "scope": "users:read"})
+	for _, test := range []struct {
+		name    string
+		headers []string
+		path    string // /users if it is empty
+		want    int
+	}{
+		{name: "API key", headers: []string{bearer(text)}, want: 200},
+		{name: "scheme in lower case", headers: []string{"Authorization: bearer  " + token}, want: 200},
+		{name: "nothing", want: 401},
+		{name: "no credentials", headers: []string{"Authorization: Bearer"}, want: 401},
+		{name: "other scheme", headers: []string{"Authorization: Basic " + token}, want: 401},
+		{name: "no scheme", headers: []string{"Authorization: " + token}, want: 401},
+		{name: "twice", headers: []string{bearer(token), bearer(token)}, want: 401},
+		{name: "other header", headers: []string{"Access-Token: " + token}, want: 401},
+		{name: "query", path: "/users?access_token=" + token, want: 401},
+		{name: "public route", path: "/openapi.json", want: 200},
+		{name: "public route and a bad token", path: "/openapi.json",
+			headers: []string{bearer(token + "x")}, want: 200},
+	} {
+		a := s.do("GET", cmp.Or(test.path, "/users"), "", test.headers...)
+		got := a.header.Get("WWW-Authenticate")
+		if a.status != test.want || (got == "Bearer") != (a.status == 401) {
+			t.Errorf("%s: status %d, WWW-Authenticate %q, want %d: %s", test.name, a.status, got,
+				test.want, a.body)
+		}
+	}
+	s.checkUnlogged(token, text)
+	for name, subject := range map[string]string{"subject": "zoe", "key": "shop"} {
+		logged := func(line logLine) bool { return line[name] == subject }
+		if !slices.ContainsFunc(s.log.lines("Request completed"), logged) {
+			t.Errorf("no request with the %s %s in the log", name, subject)
+		}
+	}
+}
+
+// attack is a token that must be refused.
+type attack struct {
+	name, token string
+	want        string // part of the answer
+}
+
+// What the answers to attacks say.
+const (
+	wrongSignature = "its signature is wrong, or not one of RS256, PS256, ES256, EdDSA"
+	noToken        = "it is no API key of this service and no signed JWT"
+	noSuchKey      = "the identity provider has no key with its kid and alg"
+	noKid          = "its header has no kid"
+	wrongTyp       = "its header typ must be at+jwt"
+	unknownCrit    = "its header crit names extensions that are not supported"
+	lacksClaim     = "it lacks exp, aud or iss"
+	wrongClaim     = "a claim has the wrong type"
+	wrongAudience  = "its aud does not name this service"
+	wrongIssuer    = "its iss is not the identity provider of this service"
+	wrongSubject   = "its sub must have 1 to 255 bytes without control characters"
+	claimTwice     = "a claim is given twice"
+	notUnicode     = "a claim is not valid Unicode"
+	notObject      = "its claims are not a JSON object"
+	expired        = "it has expired"
+	notYetValid    = "it is not valid yet"
+)
+
+// attacksOnKeys are attacks on the signature, and on the choice of the key (RFC 8725, section 2).
+// The provider at url has keys of the attacker.
+func attacksOnKeys(p *provider, url string) []attack {
+	rs, es, ed := p.signer("RS256"), p.signer("ES256"), p.signer("EdDSA")
+	thief := newSigner("thief", "RS256", true)
+	good, claims := p.token(rs, nil, nil), p.claims(nil)
+	nothing := func(string) []byte { return nil }
+	public := rs.key.Public().(*rsa.PublicKey)
+	der, _ := x509.MarshalPKIXPublicKey(public)
+	withSecret := func(secret []byte) string {
+		return compact(rs.header(object{"alg": "HS256"}), claims, func(input string) []byte {
+			mac := hmac.New(sha256.New, secret)
+			io.WriteString(mac, input)
+			return mac.Sum(nil)
+		})
+	}
+	signed := func(by signer, changes object) string { return p.token(by, changes, nil) }
+	last := strings.LastIndexByte(good, '.') + 1
+	attacks := []attack{
+		{"alg none", compact(rs.header(object{"alg": "none"}), claims, nothing), wrongSignature},
+		{"alg none, signed", signed(rs, object{"alg": "none"}), wrongSignature},
+		{"alg none at the end", compact(strings.TrimSuffix(rs.header(nil), "}")+`,"alg":"none"}`, claims,
+			nothing), wrongSignature},
+		{"alg None", compact(rs.header(object{"alg": "None"}), claims, nothing), noToken},
+		{"alg nOnE", compact(rs.header(object{"alg": "nOnE"}), claims, nothing), noToken},
+		{"no alg", signed(rs, object{"alg": absent}), noToken},
+		{"alg null", signed(rs, object{"alg": nil}), noToken},
+		{"alg list", signed(rs, object{"alg": []string{"RS256"}}), noToken},
+		{"alg in lower case", signed(rs, object{"alg": "rs256"}), noToken},
+		{"alg ES256K", signed(es, object{"alg": "ES256K"}), noToken},
+		{"alg Ed25519", signed(ed, object{"alg": "Ed25519"}), noToken},
+		{"empty signature", good[:last], wrongSignature},
+		{"secret is the key as PEM", withSecret(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY",
+			Bytes: der})), wrongSignature},
+		{"secret is the key as DER", withSecret(der), wrongSignature},
+		{"secret is the modulus", withSecret(public.N.Bytes()), wrongSignature},
+		{"empty secret", withSecret(nil), wrongSignature},
+		{"RS256 with the key of ES256", signed(rs, object{"kid": "ec"}), noSuchKey},
+		{"ES256 with the key of RS256", signed(es, object{"kid": "rsa"}), noSuchKey},
+		{"EdDSA with the key of ES256", signed(ed, object{"kid": "ec"}), noSuchKey},
+		{"PS256 signed as RS256", signed(rs, object{"alg": "PS256"}), wrongSignature},
+		{"RS256 signed as PS256", signed(p.signer("PS256"), object{"alg": "RS256"}), wrongSignature},
+		{"other key of the same kid", signed(newSigner("rsa", "RS256", true), nil), wrongSignature},
+		{"other EC key of the same kid", signed(newSigner("ec", "ES256", true), nil), wrongSignature},
+		{"other kid", signed(thief, nil), noSuchKey},
+		{"kid in upper case", signed(rs, object{"kid": "RSA"}), noSuchKey},
+		{"kid with a space", signed(rs, object{"kid": "rsa "}), noSuchKey},
+		{"kid with alg", signed(rs, object{"kid": "RS256 rsa"}), noSuchKey},
+		{"kid is a path", signed(rs, object{"kid": "../../keys/rsa"}), noSuchKey},
+		{"kid is a URL", signed(thief, object{"kid": url + "/keys"}), noSuchKey},
+		{"kid is SQL", signed(rs, object{"kid": "' UNION SELECT 'rsa' --"}), noSuchKey},
+		{"no kid", signed(rs, object{"kid": absent}), noKid},
+		{"empty kid", signed(rs, object{"kid": ""}), noKid},
+		{"kid null", signed(rs, object{"kid": nil}), noKid},
+		{"kid number", signed(rs, object{"kid": 7}), noKid},
+		{"kid list", signed(rs, object{"kid": []string{"rsa"}}), noKid},
+		{"jku", signed(thief, object{"jku": url + "/keys"}), noSuchKey},
+		{"jku and a kid of ours", signed(thief, object{"jku": url + "/keys", "kid": "rsa"}),
+			wrongSignature},
+		{"x5u", signed(thief, object{"x5u": url + "/keys", "kid": "rsa"}), wrongSignature},
+		{"jwk", signed(thief, object{"jwk": thief.jwk()}), noSuchKey},
+		{"jwk and a kid of ours", signed(thief, object{"jwk": thief.jwk(), "kid": "rsa"}),
+			wrongSignature},
+		{"jwk without a kid", signed(thief, object{"jwk": thief.jwk(), "kid": absent}), noKid},
+		{"x5c", signed(thief, object{"x5c": []string{base64url(der)}, "kid": "rsa"}), wrongSignature},
+		{"crit", signed(rs, object{"crit": []string{"exp"}, "exp": 1}), unknownCrit},
+		{"crit b64", signed(rs, object{"crit": []string{"b64"}, "b64": false}), unknownCrit},
+		{"empty crit", signed(rs, object{"crit": []string{}}), unknownCrit},
+		{"crit null", signed(rs, object{"crit": nil}), unknownCrit},
+		{"signature of another token", p.token(rs, nil, object{"sub": "bob"})[:strings.LastIndexByte(
+			p.token(rs, nil, object{"sub": "bob"}), '.')+1] + good[last:], wrongSignature},
+		{"other claims", strings.Split(good, ".")[0] + "." + base64url(p.claims(object{"sub": "bob"})) +
+			"." + good[last:], wrongSignature},
+		{"ES256 in DER", compact(es.header(nil), claims, func(input string) []byte {
+			digest := sha256.Sum256([]byte(input))
+			signature, _ := es.key.Sign(cryptorand.Reader, digest[:], crypto.SHA256)
+			return signature
+		}), wrongSignature},
+		{"ES256 of zeros", compact(es.header(nil), claims, func(string) []byte {
+			return make([]byte, 64)
+		}), wrongSignature},
+		{"ES256 without s", compact(es.header(nil), claims, func(input string) []byte {
+			return es.sign(input)[:32]
+		}), wrongSignature},
+		{"ES256 with leading zeros", compact(es.header(nil), claims, func(input string) []byte {
+			signature := es.sign(input)
+			return slices.Concat([]byte{0}, signature[:32], []byte{0}, signature[32:])
+		}), wrongSignature},
+		{"EdDSA of zeros", compact(ed.header(nil), claims, func(string) []byte {
+			return make([]byte, 64)
+		}), wrongSignature},
+		{"RS256 of zeros", compact(rs.header(nil), claims, func(string) []byte {
+			return make([]byte, 256)
+		}), wrongSignature},
+		{"RS256 of one", compact(rs.header(nil), claims, func(string) []byte {
+			return append(make([]byte, 255), 1)
+		}), wrongSignature},
+	}
+	for _, alg := range []string{"HS256", "HS384", "HS512", "RS384", "RS512", "PS384", "PS512",
+		"ES384", "ES512"} {
+		attacks = append(attacks, attack{"alg " + alg, signed(rs, object{"alg": alg}), wrongSignature})
+	}
+	for _, typ := range []any{"JWT", absent, "dpop+jwt", "id_token", "logout+jwt", "", nil, 1,
+		"application/jwt", "application/application/at+jwt", "at+jwt ", "at+jwt+x", []string{"at+jwt"}} {
+		attacks = append(attacks, attack{fmt.Sprint("typ ", typ), signed(rs, object{"typ": typ}),
+			wrongTyp})
+	}
+	return attacks
+}
+
+// attacksOnClaims are tokens with a valid signature whose claims are not those of an access token
+// for this service.
+func attacksOnClaims(p *provider) []attack {
+	now := time.Now().Unix()
+	rs, url := p.signer("RS256"), p.url
+	attacks := []attack{}
+	for _, test := range []struct {
+		name  string
+		value any
+		want  string
+	}{
+		{"exp", absent, lacksClaim}, {"exp", nil, wrongClaim}, {"exp", "4102444800", wrongClaim},
+		{"exp", true, wrongClaim}, {"exp", []int64{now + 60}, wrongClaim}, {"exp", 0, lacksClaim},
+		{"exp", -1, expired}, {"exp", now - 61, expired}, {"exp", now - 3600, expired},
+		{"exp", 1e300, "its exp is not a time"}, {"exp", -1e300, "its exp is not a time"},
+		{"exp", json.Number("1e400"), notObject},
+		{"exp", uint64(math.MaxInt64), "its exp is not a time"},
+		{"nbf", now + 3600, notYetValid}, {"nbf", "0", wrongClaim}, {"nbf", nil, wrongClaim},
+		{"nbf", 1e300, "its nbf is not a time"},
+		{"aud", absent, lacksClaim}, {"aud", "", lacksClaim}, {"aud", []string{}, lacksClaim},
+		{"aud", nil, lacksClaim}, {"aud", 7, lacksClaim}, {"aud", object{"users": 1}, lacksClaim},
+		{"aud", []any{"users", 7}, wrongClaim}, {"aud", "shop", wrongAudience},
+		{"aud", "user", wrongAudience}, {"aud", "users2", wrongAudience},
+		{"aud", "Users", wrongAudience}, {"aud", "users ", wrongAudience},
+		{"aud", "a users", wrongAudience}, {"aud", []string{"a", "users,b"}, wrongAudience},
+		{"iss", absent, lacksClaim}, {"iss", "", lacksClaim}, {"iss", []string{url}, wrongClaim},
+		{"iss", url + "/", wrongIssuer}, {"iss", strings.ToUpper(url), wrongIssuer},
+		{"iss", url[:len(url)-1], wrongIssuer}, {"iss", url + "@evil.example", wrongIssuer},
+		{"sub", absent, wrongSubject}, {"sub", "", wrongSubject}, {"sub", 7, wrongSubject},
+		{"sub", nil, wrongSubject}, {"sub", []string{"ann"}, wrongSubject},
+		{"sub", strings.Repeat("a", 256), wrongSubject},
+		{"sub", strings.Repeat("é", 128), wrongSubject}, {"sub", "a\nb", wrongSubject},
+		{"sub", "ann\x00", wrongSubject}, {"sub", "ann\u0085", wrongSubject},
+		{"sub", "sql:postgres", "its sub must not begin with sql:"},
+	} {
+		attacks = append(attacks, attack{fmt.Sprint(test.name, " ", test.value),
+			p.token(rs, nil, object{test.name: test.value}), test.want})
+	}
+	good := strings.TrimSuffix(p.claims(nil), "}")
+	withMore := func(more string) string { return good + "," + more + "}" }
+	for _, test := range []struct{ name, claims, want string }{
+		{"sub twice", withMore(`"sub":"bob"`), claimTwice},
+		{"same sub twice", withMore(`"sub":"ann"`), claimTwice},
+		{"aud twice", withMore(`"aud":"users"`), claimTwice},
+		{"exp twice", withMore(`"exp":4102444800`), claimTwice},
+		{"escaped sub twice", withMore(`"\u0073ub":"bob"`), claimTwice},
+		{"unknown claim twice", withMore(`"x":1,"x":1`), claimTwice},
+		{"EXP", strings.Replace(good, `"exp"`, `"EXP"`, 1) + "}", lacksClaim},
+		{"Aud", strings.Replace(good, `"aud"`, `"Aud"`, 1) + "}", lacksClaim},
+		{"ISS", strings.Replace(good, `"iss"`, `"ISS"`, 1) + "}", lacksClaim},
+		{"Sub", strings.Replace(good, `"sub"`, `"Sub"`, 1) + "}", wrongSubject},
+		{"sub that is not UTF-8", strings.Replace(good, "ann", "ann\xff", 1) + "}", notUnicode},
+		{"half of a pair", strings.Replace(good, "ann", `ann\ud800`, 1) + "}", notUnicode},
+		{"other half of a pair", withMore(`"x":["\udc00"]`), notUnicode},
+		{"name that is not UTF-8", withMore("\"\xff\":1"), notUnicode},
+		{"null", "null", lacksClaim}, {"array", "[]", notObject}, {"string", `"x"`, notObject},
+		{"claims in an array", "[" + good + "}]", notObject}, {"number", "7", notObject},
+		{"empty", "", noToken}, {"half an object", good, noToken},
+		{"two objects", good + "}" + good + "}", noToken}, {"BOM", "\ufeff" + good + "}", noToken},
+		{"deep", strings.Repeat("[", 2500) + strings.Repeat("]", 2500), notObject},
+		{"nested token", p.token(rs, nil, nil), noToken},
+		{"nested token as a string", `"` + p.token(rs, nil, nil) + `"`, notObject},
+	} {
+		attacks = append(attacks, attack{"claims: " + test.name,
+			compact(rs.header(nil), test.claims, rs.sign), test.want})
+	}
+	return attacks
+}
+
+// attacksOnForm are texts that are no JWT in its compact form (RFC 7515, section 7.1).
+func attacksOnForm(p *provider) []attack {
+	rs, es := p.signer("RS256"), p.signer("ES256")
+	good := p.token(es, nil, nil)
+	parts := strings.Split(good, ".")
+	// The last character of 64 bytes has four bits that are not used.
+	end := good[len(good)-1]
+	bits := good[:len(good)-1] + string(rune(end)+1)
+	jwe := base64url(`{"alg":"RSA-OAEP","enc":"A256GCM","typ":"at+jwt","kid":"rsa"}`)
+	attacks := []attack{
+		{"raw payload", compact(rs.header(object{"b64": false}), "x", func(string) []byte {
+			return rs.sign(base64url(rs.header(object{"b64": false})) + "." + p.claims(nil))
+		}), noToken},
+		{"unused bits", bits, noToken},
+		{"signature with padding", good + "==", noToken},
+		{"header with padding", parts[0] + "=." + parts[1] + "." + parts[2], noToken},
+		{"white space", parts[0] + ". " + parts[1] + "." + parts[2], noToken},
+		{"standard base64", strings.NewReplacer("-", "+", "_", "/").Replace(good) + "+", noToken},
+		{"JWE", jwe + ".x.x.x.x", noToken},
+		{"one part", parts[0], noToken},
+		{"two parts", parts[0] + "." + parts[1], noToken},
+		{"four parts", good + "." + parts[2], noToken},
+		{"four parts, the last empty", good + ".", noToken},
+		{"dots", "..", noToken}, {"dots only", strings.Repeat(".", 7000), noToken},
+		{"no header", "." + parts[1] + "." + parts[2], noToken},
+		{"quotes", `"` + good + `"`, noToken},
+		{"scheme twice", "Bearer " + good, noToken},
+		{"two tokens", good + "," + good, noToken},
+		{"JSON form", `{"payload":"` + parts[1] + `","protected":"` + parts[0] + `","signature":"` +
+			parts[2] + `"}`, noToken},
+		{"API key", "usk_" + strings.Repeat("a", 43), noToken},
+	}
+	for _, header := range []string{"", "null", "{}", "[]", "7", `"x"`, "{", "\xff",
+		es.header(nil) + "x"} {
+		attacks = append(attacks, attack{fmt.Sprintf("header %q", header),
+			compact(header, p.claims(nil), es.sign), noToken})
+	}
+	return attacks
+}
+
+// TestTokenAttacks checks that tokens which are not valid are refused, and why. It also checks that
+// the service does not ask the attacker for keys, and logs no subject and no token.
+func TestTokenAttacks(t *testing.T) {
+	t.Parallel()
+	p, thief := startProvider(t), startProvider(t)
+	var asked atomic.Int64
+	thief.lie(func(http.ResponseWriter, *http.Request) { asked.Add(1) })
+	s := startWithTokens(t, p.settings())
+	attacks := slices.Concat(attacksOnKeys(p, thief.url), attacksOnClaims(p), attacksOnForm(p))
+	var sent []string
+	for _, test := range attacks {
+		a := s.do("GET", "/users", "", bearer(test.token))
+		challenge := a.header.Get("WWW-Authenticate")
+		if a.status != 401 || challenge != invalidToken ||
+			a.json(t, "detail") != "The access token is not valid: "+test.want {
+			t.Errorf("%s: got %d, WWW-Authenticate %q, %s, want 401, %q, %q", test.name, a.status,
+				challenge, a.body, invalidToken, test.want)
+		}
+		if len(test.token) > 20 && strings.Contains(a.body, test.token) {
+			t.Errorf("%s: the answer repeats the token: %s", test.name, a.body)
+		}
+		sent = append(sent, test.token)
+	}
+	if n := asked.Load(); n > 0 {
+		t.Errorf("the service asked the attacker for keys %d times", n)
+	}
+	if n := p.refreshes.Load(); n != 1 {
+		t.Errorf("the service asked the provider for keys %d times, want 1", n)
+	}
+	s.checkUnlogged(sent...)
+	for _, line := range s.log.lines("Request completed") {
+		if line["status"] != 401.0 || line["subject"] != nil {
+			t.Errorf("log line %v, want status 401 without a subject", line)
+		}
+	}
+}
+
+// TestLargeTokens checks that tokens of any size that net/http lets pass are verified, and that
+// larger ones are refused.
+func TestLargeTokens(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	s := startWithTokens(t, p.settings())
+	ed := p.signer("EdDSA")
+	large := p.token(ed, nil, object{"x": strings.Repeat("x", 5000)})
+	deep := p.token(ed, nil, object{"x": json.RawMessage(
+		strings.Repeat("[", 2500) + strings.Repeat("]", 2500))})
+	for name, token := range map[string]string{"7 KiB": large, "deep": deep} {
+		if a := s.do("GET", "/users", "", bearer(token)); a.status != 200 || len(token) < 6900 {
+			t.Errorf("%s, %d bytes: got %d %s, want 200", name, len(token), a.status, a.body)
+		}
+	}
+	conn := s.dial()
+	s.write(conn, "GET /users HTTP/1.1\r\nHost: test\r\n"+bearer(strings.Repeat(large, 2))+"\r\n\r\n")
+	if line, _ := bufio.NewReader(conn).ReadString('\n'); !strings.Contains(line, " 431 ") {
+		t.Errorf("14 KiB: got %q, want 431", line)
+	}
+	many := make(object)
+	for i := range 2000 {
+		many[fmt.Sprint(i)] = i
+	}
+	d := testDependencies(p.settings(), newMemory(), slog.New(slog.DiscardHandler))
+	d.tokens = newTokens(d.settings, d.log)
+	if _, err := d.tokens.keys.refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	h := newHandler(d)
+	nested := strings.Repeat("[", 20_000) + strings.Repeat("]", 20_000)
+	for _, test := range []struct {
+		name, token string
+		want        int
+	}{
+		{"2000 claims", p.token(ed, nil, many), 200},
+		{"a claim too deep for JSON", compact(ed.header(nil), strings.TrimSuffix(p.claims(nil), "}")+
+			`,"x":`+nested+"}", ed.sign), 401},
+		{"a header too deep for JSON", compact(`{"x":`+nested+"}", p.claims(nil), ed.sign), 401},
+		{"1 MB of dots", strings.Repeat(".", 1_000_000), 401},
+	} {
+		if a := ask(h, "GET", "/users", nil, bearer(test.token)); a.status != test.want {
+			t.Errorf("%s: got %d %s, want %d", test.name, a.status, a.body, test.want)
+		}
+	}
+}
+
+// serveTokens returns a service in this process that accepts tokens, with their keys, and keeps the
+// keys up to date until the test ends. It runs in a synctest bubble, whose clock stands still while
+// the provider answers. stop flushes the log.
+func serveTokens(t *testing.T, set settings) (*service, *tokens) {
+	t.Helper()
+	log := &logBuffer{}
+	out := &logWriter{w: log}
+	d := testDependencies(set, newMemory(), newLogger(out, slog.LevelDebug))
+	d.tokens = newTokens(set, d.log)
+	s := serveInProcess(t, newHandler(d))
+	s.log, s.stop = log, out.flush
+	go d.tokens.run(t.Context())
+	synctest.Wait()
+	return s, d.tokens
+}
+
+// checkToken checks the status of GET /users with a token.
+func (s *service) checkToken(what, token string, want int) {
+	s.t.Helper()
+	a := s.do("GET", "/users", "", bearer(token))
+	challenge := a.header.Get("WWW-Authenticate")
+	if a.status != want || (challenge == invalidToken) != (want == 401) {
+		s.t.Errorf("%s: got %d, WWW-Authenticate %q, want %d: %s", what, a.status, challenge, want,
+			a.body)
+	}
+}
+
+// checkRefreshes checks how often a provider was asked for its configuration.
+func (p *provider) checkRefreshes(t *testing.T, when string, want int64) {
+	t.Helper()
+	if n := p.refreshes.Load(); n != want {
+		t.Errorf("refreshes %s: got %d, want %d", when, n, want)
+	}
+}
+
+// TestTokenKeysAreRefreshed checks that unknown keys make the service ask for the keys once a
+// minute, however many requests want them, and that it asks once an hour without them.
+func TestTokenKeysAreRefreshed(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	synctest.Test(t, func(t *testing.T) {
+		s, _ := serveTokens(t, p.settings())
+		old, next := p.signer("EdDSA"), newSigner("next", "EdDSA", false)
+		flood := func(when string, want int64) {
+			t.Helper()
+			var callers sync.WaitGroup
+			for i := range 20 {
+				unknown := signer{fmt.Sprint("unknown ", i), "EdDSA", next.key}
+				callers.Go(func() { s.checkToken(when, p.token(unknown, nil, nil), 401) })
+			}
+			callers.Wait()
+			p.checkRefreshes(t, when, want)
+		}
+		flood("at the start", 1)
+		time.Sleep(keyPause - time.Second)
+		flood("within a minute", 1)
+		time.Sleep(time.Second)
+		flood("after a minute", 2)
+		flood("again", 2)
+		p.rotate(next)
+		s.checkToken("new key within a minute", p.token(next, nil, nil), 401)
+		s.checkToken("old key", p.token(old, nil, nil), 200)
+		time.Sleep(keyPause)
+		s.checkToken("new key after a minute", p.token(next, nil, nil), 200)
+		s.checkToken("old key that is replaced", p.token(old, nil, object{"sub": "bob"}), 401)
+		p.checkRefreshes(t, "for a new key", 3)
+		time.Sleep(keyInterval - time.Second)
+		p.checkRefreshes(t, "within an hour", 3)
+		time.Sleep(time.Second)
+		synctest.Wait()
+		p.checkRefreshes(t, "after an hour", 4)
+	})
+}
+
+// TestTokenKeysInOutage checks that the last keys stay valid while the provider fails, that another
+// key is 503, and that the log has one line about the outage and one about its end.
+func TestTokenKeysInOutage(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	synctest.Test(t, func(t *testing.T) {
+		s, _ := serveTokens(t, p.settings())
+		next := newSigner("next", "ES256", false)
+		p.lie(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(500) })
+		time.Sleep(keyInterval)
+		synctest.Wait()
+		s.checkToken("known key", p.token(p.signer("ES256"), nil, nil), 200)
+		s.checkToken("unknown key", p.token(next, nil, nil), 503)
+		time.Sleep(10 * time.Minute)
+		s.checkToken("known key after 10 min", p.token(p.signer("RS256"), nil, nil), 200)
+		if n := p.refreshes.Load(); n < 50 || n > 80 {
+			t.Errorf("attempts in 10 min: got %d, want one in up to %v", n, maxPause)
+		}
+		p.rotate(next)
+		p.lie(nil)
+		time.Sleep(maxPause)
+		synctest.Wait()
+		s.checkToken("new key", p.token(next, nil, nil), 200)
+		s.stop()
+		if n := len(s.log.lines("Keys of the identity provider loaded")); n != 2 {
+			t.Errorf("lines about keys: got %d, want 2: %s", n, s.log)
+		}
+		lines := s.log.lines("Keys of the identity provider are not available")
+		if len(lines) != 1 || lines[0]["level"] != "WARN" {
+			t.Errorf("lines about the outage: got %v, want one at WARN", lines)
+		}
+	})
+}
+
+// TestTokenKeysAtStart checks that the service starts while the provider does not answer: tokens
+// are 503 after a short wait, API keys work, and tokens work as soon as the provider answers.
+func TestTokenKeysAtStart(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	answer := make(chan struct{})
+	release := sync.OnceFunc(func() { close(answer) })
+	t.Cleanup(release) // before the provider closes
+	p.lie(func(w http.ResponseWriter, r *http.Request) {
+		<-answer
+		p.lie(nil)
+		p.ServeHTTP(w, r)
+	})
+	set := p.settings()
+	key, setting := newTestKey(t, "shop", false)
+	set.apiKeys = []apiKey{setting}
+	s := startService(t, set)
+	token := p.token(p.signer("RS256"), nil, nil)
+	start := time.Now()
+	var callers sync.WaitGroup
+	for range 10 {
+		callers.Go(func() { s.checkToken("token without keys", token, 503) })
+	}
+	s.checkToken("API key", key, 200)
+	callers.Wait()
+	if took := time.Since(start); took < keyWait/2 || took > 3*keyWait {
+		t.Errorf("tokens without keys took %v, want about %v", took, keyWait)
+	}
+	p.checkRefreshes(t, "by all requests", 1)
+	release()
+	s.waitForLine("Keys of the identity provider loaded", "keys", 4)
+	s.checkToken("token", token, 200)
+}
+
+// TestSlowTokenKeys checks that a request waits a short time for a key that the service does not
+// have, and that those with known keys do not wait.
+func TestSlowTokenKeys(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	d := testDependencies(p.settings(), newMemory(), slog.New(slog.DiscardHandler))
+	d.tokens = newTokens(d.settings, d.log)
+	stop := start(d.tokens.run)
+	t.Cleanup(func() { stop(0) })
+	s := serveInProcess(t, newHandler(d))
+	s.checkToken("token", p.token(p.signer("RS256"), nil, nil), 200) // after the first refresh
+	d.tokens.keys.mu.Lock()
+	d.tokens.keys.began = time.Now().Add(-keyPause)
+	d.tokens.keys.mu.Unlock()
+	asked, next := make(chan struct{}), newSigner("next", "RS256", true)
+	var once sync.Once
+	p.lie(func(_ http.ResponseWriter, r *http.Request) {
+		once.Do(func() { close(asked) })
+		<-r.Context().Done()
+	})
+	begin := time.Now()
+	waiting := make(chan answer, 1)
+	go func() { waiting <- s.do("GET", "/users", "", bearer(p.token(next, nil, nil))) }()
+	<-asked
+	s.checkToken("known key", p.token(p.signer("ES256"), nil, nil), 200)
+	if a := <-waiting; a.status != 503 || time.Since(begin) > 3*keyWait {
+		t.Errorf("unknown key: got %d after %v, want 503 after %v", a.status, time.Since(begin), keyWait)
+	}
+}
+
+// TestClientLeavesTokenKeys checks that the status in the log is 499 if the client leaves while the
+// service waits for keys.
+func TestClientLeavesTokenKeys(t *testing.T) {
+	t.Parallel()
+	p := newProvider("http://id.example")
+	log := &logBuffer{}
+	out := &logWriter{w: log}
+	d := testDependencies(p.settings(), newMemory(), newLogger(out, slog.LevelInfo))
+	d.tokens = newTokens(d.settings, d.log) // does not run
+	ctx, leave := context.WithCancel(t.Context())
+	leave()
+	r := httptest.NewRequestWithContext(ctx, "GET", "/users", nil)
+	r.Header.Set("Authorization", "Bearer "+p.token(p.signer("EdDSA"), nil, nil))
+	aborted := serveOnce(newHandler(d), httptest.NewRecorder(), r)
+	out.flush()
+	lines := log.lines("Request completed")
+	if !aborted || len(lines) != 1 || lines[0]["status"] != 499.0 || lines[0]["level"] != "INFO" {
+		t.Errorf("aborted %t, log lines %v, want one with status 499 at INFO", aborted, lines)
+	}
+}
+
+// TestTokenKeysRefused checks that wrong answers of a provider give no keys, and are logged once,
+// in a short line.
+func TestTokenKeysRefused(t *testing.T) {
+	t.Parallel()
+	other := startProvider(t)
+	configuration := func(issuer, keys any) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			json.NewEncoder(w).Encode(object{"issuer": cmp.Or(issuer, any("http://"+r.Host)),
+				"jwks_uri": keys})
+		}
+	}
+	text := func(body string) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, body) }
+	}
+	keysOf := func(body string) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path == "/keys" {
+				io.WriteString(w, body)
+				return
+			}
+			configuration(nil, "http://"+r.Host+"/keys")(w, r)
+		}
+	}
+	const noJSON, tooLarge = "does not answer with JSON as expected", "answers more than 1048576 bytes"
+	const noURL = "has a jwks_uri that cannot be used"
+	const noKeys = "has no key for RS256, PS256, ES256 or EdDSA"
+	for name, test := range map[string]struct {
+		answer http.HandlerFunc
+		want   string // in the log line
+	}{
+		"status 500": {want: "answers 500", answer: func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(500)
+			io.WriteString(w, `{"keys":[]}`)
+		}},
+		"redirect": {want: "answers 307", answer: func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, other.url+r.URL.Path, http.StatusTemporaryRedirect)
+		}},
+		"HTML":    {want: noJSON, answer: text("<html></html>")},
+		"nothing": {want: noJSON, answer: text("")},
+		"half":    {want: noJSON, answer: text(`{"issuer":`)},
+		"array":   {want: noJSON, answer: text("[]")},
+		"null":    {want: "names the issuer", answer: text("null")},
+		"10 MB":   {want: tooLarge, answer: text("{" + strings.Repeat(" ", 10_000_000) + "}")},
+		"endless": {want: tooLarge, answer: func(w http.ResponseWriter, _ *http.Request) {
+			for line := []byte(strings.Repeat("[", 4096)); ; {
+				if _, err := w.Write(line); err != nil {
+					return
+				}
+			}
+		}},
+		"compressed 10 MB": {want: tooLarge, answer: func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Encoding", "gzip")
+			zipped := gzip.NewWriter(w)
+			defer zipped.Close()
+			io.WriteString(zipped, strings.Repeat(" ", 10_000_000))
+		}},
+		"no HTTP": {want: "malformed HTTP", answer: func(w http.ResponseWriter, _ *http.Request) {
+			conn, _, _ := http.NewResponseController(w).Hijack()
+			defer conn.Close()
+			io.WriteString(conn, strings.Repeat("x", 100_000)+"\r\n\r\n")
+		}},
+		"aborted": {want: "EOF", answer: func(http.ResponseWriter, *http.Request) {
+			panic(http.ErrAbortHandler)
+		}},
+		"other issuer": {want: "names the issuer", answer: configuration(other.url, other.url+"/keys")},
+		"no issuer":    {want: "names the issuer", answer: configuration("", other.url+"/keys")},
+		"long issuer": {want: "names the issuer",
+			answer: configuration(strings.Repeat("x", 500_000), other.url+"/keys")},
+		"no jwks_uri":        {want: noURL, answer: configuration(nil, "")},
+		"relative jwks_uri":  {want: noURL, answer: configuration(nil, "/keys")},
+		"jwks_uri of a file": {want: noURL, answer: configuration(nil, "file:///etc/passwd")},
+		"jwks_uri with user": {want: noURL, answer: configuration(nil, "http://u:p@127.0.0.1:1/keys")},
+		"long jwks_uri": {want: noURL,
+			answer: configuration(nil, "http://127.0.0.1:1/"+strings.Repeat("x", 500_000))},
+		"jwks_uri of a number": {want: noJSON, answer: configuration(nil, 7)},
+		"no keys":              {want: noKeys, answer: keysOf("{}")},
+		"empty keys":           {want: noKeys, answer: keysOf(`{"keys":[]}`)},
+		"keys of other types":  {want: noKeys, answer: keysOf(`{"keys":[{"kid":"a","kty":"oct"},7]}`)},
+		"keys in an object":    {want: noJSON, answer: keysOf(`{"keys":{"a":{}}}`)},
+		"large keys": {want: tooLarge,
+			answer: keysOf(`{"keys":[` + strings.Repeat(" ", 2_000_000) + "]}")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := startProvider(t)
+			p.lie(test.answer)
+			synctest.Test(t, func(t *testing.T) {
+				s, _ := serveTokens(t, p.settings())
+				time.Sleep(keyPause)
+				s.checkToken("token", p.token(p.signer("EdDSA"), nil, nil), 503)
+				s.stop()
+				lines := s.log.lines("Keys of the identity provider are not available")
+				if len(lines) != 1 || lines[0]["level"] != "WARN" ||
+					!strings.Contains(fmt.Sprint(lines[0]["error"]), test.want) {
+					t.Errorf("got the lines %.2000v, want one at WARN with %q", lines, test.want)
+				}
+				for line := range strings.Lines(s.log.String()) {
+					if len(line) > 2*maxLogged {
+						t.Errorf("a line has %d bytes: %.200s", len(line), line)
+					}
+				}
+			})
+		})
+	}
+	t.Cleanup(func() { other.checkRefreshes(t, "of the target of a redirect", 0) })
+}
+
+// TestTokenKeysNeedTLS checks that a provider with TLS cannot name keys without. It is not
+// parallel, because it changes the transport of all requests.
+func TestTokenKeysNeedTLS(t *testing.T) {
+	p := newProvider("")
+	web := httptest.NewTLSServer(p)
+	defer web.Close()
+	p.url = web.URL
+	before := http.DefaultTransport
+	defer func() { http.DefaultTransport = before }()
+	http.DefaultTransport = web.Client().Transport
+	k := &keySet{issuer: p.url}
+	if keys, err := k.fetch(t.Context()); err != nil || len(keys) != 4 {
+		t.Errorf("fetch: got %d keys, %v, want 4", len(keys), err)
+	}
+	p.lie(func(w http.ResponseWriter, _ *http.Request) {
+		json.NewEncoder(w).Encode(object{"issuer": p.url, "jwks_uri": "http://127.0.0.1:1/keys"})
+	})
+	_, err := k.fetch(t.Context())
+	if err == nil || !strings.Contains(err.Error(), "jwks_uri that cannot be used") {
+		t.Errorf("fetch of keys without TLS: got %v, want an error about jwks_uri", err)
+	}
+}
+
+// TestUnusableTokenKeys checks which keys of a set are used: weak keys, keys for other purposes and
+// malformed ones are ignored.
+func TestUnusableTokenKeys(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	rs, es, ed := p.signer("RS256").jwk(), p.signer("ES256").jwk(), p.signer("EdDSA").jwk()
+	weak, err := rsa.GenerateKey(cryptorand.Reader, 1024)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p384, err := ecdsa.GenerateKey(elliptic.P384(), cryptorand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	point, _ := p384.PublicKey.Bytes()
+	zeros := base64url(make([]byte, 32))
+	set := []string{"null", "7", `"x"`, "[]", "{}", `{"kty":"RSA","kid":7}`,
+		`{"kty":"RSA","kid":"a","n":7}`, `{"kty":"oct","kid":"oct","k":"AAAA","alg":"HS256"}`,
+		changed(rs, object{"kid": "rs only", "alg": "RS256"}),
+		changed(rs, object{"kid": "ps only", "alg": "PS256", "key_ops": []string{"verify"}}),
+		changed(es, object{"kid": "padded", "use": absent, "x": es["x"].(string) + "="}),
+		changed(ed, object{"kid": "with alg", "alg": "EdDSA", "x5c": []string{"x"}, "x": ed["x"]})}
+	for i, key := range []struct{ base, changes object }{
+		{rs, object{"kid": absent}}, {rs, object{"kid": ""}}, {rs, object{"kty": absent}},
+		{rs, object{"use": "enc"}}, {es, object{"use": "enc"}}, {ed, object{"use": "SIG"}},
+		{rs, object{"key_ops": []string{"sign"}}}, {rs, object{"key_ops": []string{}}},
+		{rs, object{"key_ops": []string{"encrypt", "wrapKey"}}},
+		{rs, object{"alg": "RS384"}}, {rs, object{"alg": "RSA-OAEP"}}, {rs, object{"alg": "ES256"}},
+		{es, object{"alg": "RS256"}}, {es, object{"alg": "ES384"}}, {ed, object{"alg": "ES256"}},
+		{es, object{"alg": "HS256"}}, {rs, object{"kty": "rsa"}}, {rs, object{"kty": "EC"}},
+		{rs, object{"n": base64url(weak.N.Bytes())}}, {rs, object{"n": absent}}, {rs, object{"n": ""}},
+		{rs, object{"n": base64url(bytes.Repeat([]byte{255}, 2048))}}, {rs, object{"n": "+/+/"}},
+		{rs, object{"e": "AQ"}}, {rs, object{"e": "Ag"}}, {rs, object{"e": "AAEAAA"}},
+		{rs, object{"e": ""}}, {rs, object{"e": absent}}, {rs, object{"e": "AQAAAAE"}},
+		{es, object{"y": es["x"]}}, {es, object{"x": zeros, "y": zeros}}, {es, object{"y": absent}},
+		{es, object{"x": "AA"}}, {es, object{"crv": "P-384", "x": base64url(point[1:49]),
+			"y": base64url(point[49:])}},
+		{es, object{"x": base64url(point[1:49]), "y": base64url(point[49:])}},
+		{es, object{"crv": "secp256k1"}}, {es, object{"crv": "p-256"}}, {es, object{"crv": absent}},
+		{es, object{"x": base64url(bytes.Repeat([]byte{255}, 32))}},
+		{ed, object{"crv": "X25519"}}, {ed, object{"crv": "Ed448"}}, {ed, object{"kty": "EC"}},
+		{ed, object{"x": ed["x"].(string)[:40]}}, {ed, object{"x": absent}},
+	} {
+		kid := fmt.Sprint("wrong ", i)
+		if _, ok := key.changes["kid"]; !ok {
+			key.changes["kid"] = kid
+		}
+		set = append(set, changed(key.base, key.changes))
+	}
+	set = append(set, changed(rs, nil), changed(es, nil), changed(ed, nil))
+	p.lie(func(w http.ResponseWriter, _ *http.Request) {
+		io.WriteString(w, `{"keys":[`+strings.Join(set, ",")+"]}")
+	})
+	k := &keySet{url: p.url}
+	keys, err := k.fetch(t.Context())
+	got := slices.Sorted(maps.Keys(keys))
+	want := []string{"ES256 ec", "ES256 padded", "EdDSA ed", "EdDSA with alg", "PS256 ps only",
+		"PS256 rsa", "RS256 rs only", "RS256 rsa"}
+	if err != nil || !slices.Equal(got, want) {
+		t.Errorf("fetch: got the keys %q, %v, want %q", got, err, want)
+	}
+	for id, key := range keys {
+		_, kid, _ := strings.Cut(id, " ")
+		for _, s := range p.signers {
+			public := s.key.Public().(interface{ Equal(crypto.PublicKey) bool })
+			if kid == s.kid && !public.Equal(key) {
+				t.Errorf("%s is another key", id)
+			}
+		}
+	}
+}
+
+// TestUnusualTokenKeys checks that keys which look right, but verify nothing, make no token valid.
+func TestUnusualTokenKeys(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	rs, ed := p.signer("RS256"), p.signer("EdDSA")
+	even := new(big.Int).Lsh(big.NewInt(1), 2047)
+	odd := new(big.Int).Add(even, big.NewInt(1))
+	keys := []string{changed(rs.jwk(), object{"kid": "even", "n": base64url(even.Bytes())}),
+		changed(rs.jwk(), object{"kid": "odd", "n": base64url(odd.Bytes())}),
+		changed(ed.jwk(), object{"kid": "no point", "x": base64url(bytes.Repeat([]byte{2}, 32))})}
+	set := p.settings()
+	set.jwtIssuer, set.jwksURL = "", p.url
+	p.lie(func(w http.ResponseWriter, _ *http.Request) {
+		io.WriteString(w, `{"keys":[`+strings.Join(keys, ",")+"]}")
+	})
+	s := startWithTokens(t, set)
+	for _, by := range []signer{{"even", "RS256", rs.key}, {"even", "PS256", rs.key},
+		{"odd", "RS256", rs.key}, {"no point", "EdDSA", ed.key}} {
+		s.checkToken(by.kid, p.token(by, nil, nil), 401)
+	}
+}
+
+// TestTokenTimes checks the leeway of a minute to the second.
+func TestTokenTimes(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	synctest.Test(t, func(t *testing.T) {
+		s, _ := serveTokens(t, p.settings())
+		now := time.Now().Unix()
+		for name, test := range map[string]struct {
+			claims object
+			want   int
+		}{
+			"expired 59 s ago":  {claims: object{"exp": now - 59}, want: 200},
+			"expired 60 s ago":  {claims: object{"exp": now - 60}, want: 401},
+			"valid in 60 s":     {claims: object{"nbf": now + 60}, want: 200},
+			"valid in 61 s":     {claims: object{"nbf": now + 61}, want: 401},
+			"valid for a year":  {claims: object{"exp": now + 365*86400}, want: 200},
+			"never valid":       {claims: object{"exp": now + 10, "nbf": now + 100}, want: 401},
+			"valid for no time": {claims: object{"exp": now, "nbf": now}, want: 200},
+		} {
+			s.checkToken(name, p.token(p.signer("EdDSA"), nil, test.claims), test.want)
+		}
+		token := p.token(p.signer("EdDSA"), nil, object{"exp": now + 10, "nbf": now + 65})
+		s.checkToken("too early", token, 401)
+		time.Sleep(5 * time.Second)
+		s.checkToken("a token that was refused", token, 200)
+		time.Sleep(64 * time.Second)
+		s.checkToken("a remembered token in its leeway", token, 200)
+		time.Sleep(time.Second)
+		s.checkToken("a remembered token that has expired", token, 401)
+	})
+}
+
+// TestVerifiedTokens checks that a token which was verified is valid until it expires, also without
+// its key, with the same scopes, and that the number of remembered tokens is limited.
+func TestVerifiedTokens(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	synctest.Test(t, func(t *testing.T) {
+		s, tokens := serveTokens(t, p.settings())
+		if tokens.verified.max != maxTokens {
+			t.Errorf("%d tokens are remembered, want %d", tokens.verified.max, maxTokens)
+		}
+		old := p.signer("ES256")
+		claims := object{"exp": time.Now().Add(2 * keyInterval).Unix(), "scope": "users:read"}
+		token := p.token(old, nil, claims)
+		s.checkToken("new token", token, 200)
+		p.rotate(newSigner("next", "ES256", false))
+		time.Sleep(keyInterval)
+		synctest.Wait()
+		s.checkToken("new token without its key", p.token(old, nil, nil), 401)
+		time.Sleep(keyInterval - time.Second)
+		s.checkToken("remembered token", token, 200)
+		if a := s.do("DELETE", "/users/1", "", bearer(token)); a.status != 403 {
+			t.Errorf("DELETE with a remembered token to read: got %d, want 403", a.status)
+		}
+		s.checkToken("remembered token with another signature", token[:len(token)-4]+"AAAA", 401)
+		time.Sleep(time.Second)
+		s.checkToken("remembered token that has expired", token, 401)
+		tokens.verified.max = 10
+		for i := range 50 {
+			by := p.signer("ES256")
+			s.checkToken("one of many", p.token(by, nil, object{"sub": fmt.Sprint(i)}), 200)
+			if n := len(tokens.verified.newer) + len(tokens.verified.older); n > 10 {
+				t.Fatalf("%d tokens are remembered, want at most 10", n)
+			}
+		}
+	})
+}
+
+// TestTokenCallers checks which credentials share a rate limit and an idempotency key: those of one
+// issuer and subject, or of one API key.
+func TestTokenCallers(t *testing.T) {
+	t.Parallel()
+	p := startProvider(t)
+	key, setting := newTestKey(t, "ann", false)
+	set := p.settings()
+	set.jwtIssuer, set.jwksURL, set.apiKeys = "", p.url+"/keys", []apiKey{setting}
+	limited := set
+	limited.rateLimit = 0.01 // the burst is 1
+	rs, es := p.signer("RS256"), p.signer("ES256")
+	synctest.Test(t, func(t *testing.T) {
+		s, _ := serveTokens(t, set)
+		few, _ := serveTokens(t, limited)
+		const once = "Idempotency-Key: x"
+		for _, test := range []struct {
+			name, credentials string
+			id                float64 // of the user that the caller has created
+			known             bool    // has the caller sent a request before?
+		}{
+			{name: "subject", credentials: p.token(rs, nil, nil), id: 1},
+			{name: "other token", credentials: p.token(es, nil, object{"x": 1}), id: 1, known: true},
+			{name: "other subject", credentials: p.token(rs, nil, object{"sub": "bob"}), id: 2},
+			{name: "other issuer", credentials: p.token(rs, nil, object{"iss": "x"}), id: 3},
+			{name: "subject in upper case", credentials: p.token(rs, nil, object{"sub": "ANN"}), id: 4},
+			{name: "issuer with a space", credentials: p.token(rs, nil, object{"iss": "a b", "sub": "c"}),
+				id: 5},
+			{name: "subject with a space", credentials: p.token(rs, nil, object{"iss": "a", "sub": "b c"}),
+				id: 6},
+			{name: "API key of the same name", credentials: key, id: 7},
+			{name: "API key again", credentials: key, id: 7, known: true},
+			{name: "subject like a key", credentials: p.token(rs, nil, object{"sub": "key ann"}), id: 8},
+		} {
+			a := s.do("POST", "/users", john, bearer(test.credentials), once)
+			if a.status != 201 || a.json(t, "id") != test.id {
+				t.Errorf("%s: got %d %s, want the user %v", test.name, a.status, a.body, test.id)
+			}
+			want := map[bool]int{false: 200, true: 429}[test.known]
+			if a := few.do("GET", "/users", "", bearer(test.credentials)); a.status != want {
+				t.Errorf("%s: GET with a rate limit: got %d, want %d", test.name, a.status, want)
+			}
+		}
+		few.checkToken("invalid token", "x.y.z", 401) // counts for its address
+		if a := few.do("GET", "/docs", ""); a.status != 429 {
+			t.Errorf("GET /docs after an invalid token: got %d, want 429", a.status)
+		}
+	})
+}
+
+// acceptToken is identify for the tokens of a provider, written anew from RFC 7515, RFC 7519 and
+// RFC 9068. Its leeway is two seconds longer.
+func acceptToken(p *provider, token string) (subject string, scopes []string, valid bool) {
+	parts := strings.Split(token, ".")
+	if len(parts) != 3 {
+		return "", nil, false
+	}
+	var decoded [3][]byte
+	for i, part := range parts {
+		if again, _ := recode(base64.RawURLEncoding, part); again != part {
+			return "", nil, false
+		}
+		decoded[i], _ = base64.RawURLEncoding.DecodeString(part)
+	}
+	var header map[string]any
+	if json.Unmarshal(decoded[0], &header) != nil || header["crit"] != nil {
+		return "", nil, false
+	}
+	typ, _ := header["typ"].(string)
+	isToken := strings.EqualFold(typ, "at+jwt") || strings.EqualFold(typ, "application/at+jwt")
+	verified := false
+	digest := sha256.Sum256([]byte(parts[0] + "." + parts[1]))
+	for _, s := range p.signers {
+		verified = verified || header["kid"] == s.kid &&
+			verify(s.key.Public(), header["alg"], parts[0]+"."+parts[1], digest[:], decoded[2])
+	}
+	claims, unique := strictObject(decoded[1])
+	subject, _ = claims["sub"].(string)
+	if !isToken || !verified || !unique || claims["iss"] != p.url || subject == "" ||
+		len(subject) > 255 || strings.ContainsFunc(subject, unicode.IsControl) ||
+		strings.HasPrefix(subject, "sql:") {
+		return "", nil, false
+	}
+	audience, isList := claims["aud"].([]any)
+	if !isList {
+		audience = []any{claims["aud"]}
+	}
+	now := float64(time.Now().Unix())
+	expires, hasEnd := claims["exp"].(float64)
+	begins, hasBegin := claims["nbf"].(float64)
+	_, hasAnyBegin := claims["nbf"]
+	if !slices.Contains(audience, any("users")) || !hasEnd || expires < now-62 ||
+		hasBegin != hasAnyBegin || begins > now+62 {
+		return "", nil, false
+	}
+	scope, _ := claims["scope"].(string)
+	scopes = strings.Split(scope, " ")
+	scp, _ := claims["scp"].(string)
+	scopes = append(scopes, strings.Split(scp, " ")...)
+	list, _ := claims["scp"].([]any)
+	for _, each := range list {
+		scopes = append(scopes, fmt.Sprint(each))
+	}
+	return subject, scopes, true
+}
+
+// verify reports whether a signature is valid for an algorithm and the type of the key.
+func verify(key any, alg any, input string, digest, signature []byte) bool {
+	switch key := key.(type) {
+	case *rsa.PublicKey:
+		return alg == "RS256" && rsa.VerifyPKCS1v15(key, crypto.SHA256, digest, signature) == nil ||
+			alg == "PS256" && rsa.VerifyPSS(key, crypto.SHA256, digest, signature, nil) == nil
+	case *ecdsa.PublicKey:
+		return alg == "ES256" && len(signature) == 64 && ecdsa.Verify(key, digest,
+			new(big.Int).SetBytes(signature[:32]), new(big.Int).SetBytes(signature[32:]))
+	case ed25519.PublicKey:
+		return alg == "EdDSA" && ed25519.Verify(key, []byte(input), signature)
+	}
+	return false
+}
+
+// strictObject decodes an object in UTF-8 whose names are unique. U+FFFD in a value means that half
+// a surrogate pair was replaced, unless the text has it too.
+func strictObject(text []byte) (values object, ok bool) {
+	if json.Unmarshal(text, &values) != nil || values == nil || !utf8.Valid(text) {
+		return nil, false
+	}
+	decoder := json.NewDecoder(bytes.NewReader(text))
+	decoder.Token()
+	names := 0
+	for ; decoder.More(); names++ {
+		var value any
+		decoder.Token()
+		decoder.Decode(&value)
+	}
+	const replacement = "\ufffd"
+	isReplaced := strings.Contains(fmt.Sprint(values), replacement) &&
+		!strings.Contains(string(text), replacement) &&
+		!strings.Contains(strings.ToLower(string(text)), `\ufffd`)
+	return values, names == len(values) && !isReplaced
+}
+
+// FuzzAccessToken sends a text, and a token with a valid signature, after Bearer. It checks that
+// identify accepts nothing that acceptToken does not.
+func FuzzAccessToken(f *testing.F) {
+	p := newProvider("https://id.example")
+	a := newAccess(p.settings(), newTokens(p.settings(), slog.New(slog.DiscardHandler)))
+	set := a.tokens.keys
+	set.keys, set.began = make(map[string]crypto.PublicKey), time.Now().Add(1000*time.Hour)
+	for _, s := range p.signers {
+		var key jsonWebKey
+		if err := json.Unmarshal([]byte(changed(s.jwk(), nil)), &key); err != nil {
+			f.Fatal(err)
+		}
+		key.addTo(set.keys)
+	}
+	const validFor = 100 * 365 * 24 * time.Hour
+	for _, alg := range []string{"RS256", "PS256", "ES256", "EdDSA"} {
+		f.Add("Bearer", p.signer(alg).header(nil),
+			p.claims(object{"exp": time.Now().Add(validFor).Unix()}))
+	}
+	for _, attack := range slices.Concat(attacksOnKeys(p, "https://thief.example"),
+		attacksOnClaims(p), attacksOnForm(p)) {
+		f.Add("Bearer "+attack.token, "", "")
+		if parts := strings.Split(attack.token, "."); len(parts) == 3 {
+			header, _ := base64.RawURLEncoding.DecodeString(parts[0])
+			claims, _ := base64.RawURLEncoding.DecodeString(parts[1])
+			f.Add("Bearer", string(header), string(claims))
+		}
+	}
+	f.Fuzz(func(t *testing.T, text, header, claims string) {
+		if strings.ContainsAny(text, "\r\n") {
+			return // cannot be part of a header
+		}
+		if text == "Bearer" {
+			by := p.signer("EdDSA")
+			var named struct{ Alg string }
+			_ = json.Unmarshal([]byte(header), &named)
+			if slices.Contains([]string{"RS256", "PS256", "ES256"}, named.Alg) {
+				by = p.signer(named.Alg)
+			}
+			text = "Bearer " + compact(header, claims, by.sign)
+		}
+		r := httptest.NewRequest("GET", "/users", nil)
+		r.Header["Authorization"] = []string{text}
+		by := a.identify(r)
+		if by.kind == "" {
+			return
+		}
+		_, token, _ := strings.Cut(text, " ")
+		subject, scopes, valid := acceptToken(p, strings.TrimLeft(token, " "))
+		if !valid || by.kind != "subject" || by.name != subject {
+			t.Errorf("%q is accepted as %+v, want %q, valid: %t", text, by, subject, valid)
+		}
+		for _, scope := range by.scopes {
+			if !slices.Contains(scopes, scope) || !slices.Contains(allScopes, scope) {
+				t.Errorf("%q gives the scope %q, want one of %q", text, scope, scopes)
+			}
+		}
+	})
+}
+
+// BenchmarkIdentify measures how long it takes to know the caller of a request.
+func BenchmarkIdentify(b *testing.B) {
+	p := newProvider("https://id.example")
+	text, setting, err := newAPIKey("shop", false)
+	if err != nil {
+		b.Fatal(err)
+	}
+	key, err := parseAPIKey(setting)
+	if err != nil {
+		b.Fatal(err)
+	}
+	set := p.settings()
+	set.apiKeys = []apiKey{key}
+	a := newAccess(set, newTokens(set, slog.New(slog.DiscardHandler)))
+	a.tokens.keys.keys = map[string]crypto.PublicKey{}
+	for _, alg := range []string{"RS256", "ES256", "EdDSA"} {
+		s := p.signer(alg)
+		a.tokens.keys.keys[alg+" "+s.kid] = s.key.Public()
+	}
+	for _, test := range []struct {
+		name, credentials string
+		isNew             bool
+	}{
+		{name: "key", credentials: text},
+		{name: "remembered", credentials: p.token(p.signer("RS256"), nil, nil)},
+		{name: "RS256", credentials: p.token(p.signer("RS256"), nil, nil), isNew: true},
+		{name: "ES256", credentials: p.token(p.signer("ES256"), nil, nil), isNew: true},
+		{name: "EdDSA", credentials: p.token(p.signer("EdDSA"), nil, nil), isNew: true},
+	} {
+		r := httptest.NewRequest("GET", "/users", nil)
+		r.Header.Set("Authorization", "Bearer "+test.credentials)
+		b.Run(test.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if by := a.identify(r); by.kind == "" {
+					b.Fatal(by.refusal)
+				}
+				if test.isNew {
+					a.tokens.verified.newer, a.tokens.verified.older = nil, nil
+				}
+			}
+		})
+	}
 }

@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"math/big"
 	"net/http"
 	"slices"
@@ -93,6 +94,9 @@ func (t *tokens) identify(ctx context.Context, token string, digest [sha256.Size
 	if p, ok := errors.AsType[*problem](err); ok {
 		return caller{}, p
 	}
+	if errors.Is(err, context.Canceled) { // the client left while keyFor waited
+		return caller{}, err
+	}
 	if err != nil {
 		return caller{}, newProblem(http.StatusUnauthorized,
 			"The access token is not valid: "+explainToken(err))
@@ -151,8 +155,8 @@ func explainToken(err error) string {
 // tokenClaims are the claims of a token.
 type tokenClaims struct{ jwt.MapClaims }
 
-// UnmarshalJSON refuses what encoding/json would accept silently: a claim that is given twice, and
-// text that is not Unicode, which could make two subjects the same.
+// UnmarshalJSON refuses what encoding/json would accept silently: a claim that is given twice, text
+// that is not Unicode, which could make two subjects the same, and times that are out of range.
 func (c *tokenClaims) UnmarshalJSON(text []byte) error {
 	members, err := parseObject(text, len(text))
 	if err != nil || json.Unmarshal(text, &c.MapClaims) != nil {
@@ -163,6 +167,11 @@ func (c *tokenClaims) UnmarshalJSON(text []byte) error {
 	}
 	if !utf8.Valid(text) || hasLoneSurrogate(text) {
 		return reason("a claim is not valid Unicode")
+	}
+	for _, name := range []string{"exp", "nbf"} { // the parser would convert any number to int64
+		if seconds, _ := c.MapClaims[name].(float64); math.Abs(seconds) > 1<<53 {
+			return reason("its " + name + " is not a time")
+		}
 	}
 	return nil
 }
@@ -194,10 +203,10 @@ func (c tokenClaims) caller() (caller, error) {
 // and those of the claim scp, which some providers use, also with a list.
 func (c tokenClaims) scopes() []string {
 	scope, _ := c.MapClaims["scope"].(string)
-	scopes := strings.Fields(scope)
+	scopes := strings.Split(scope, " ")
 	switch scp := c.MapClaims["scp"].(type) {
 	case string:
-		scopes = append(scopes, strings.Fields(scp)...)
+		scopes = append(scopes, strings.Split(scp, " ")...)
 	case []any:
 		for _, each := range scp {
 			text, _ := each.(string)
@@ -239,7 +248,8 @@ func (k *keySet) run(ctx context.Context) {
 			k.log.Info("Keys of the identity provider loaded", "keys", n)
 			pause = keyInterval
 		case err != nil && !failed:
-			k.log.Warn("Keys of the identity provider are not available", "error", err)
+			k.log.Warn("Keys of the identity provider are not available",
+				"error", cut(err.Error(), maxLogged)) // which may repeat what the provider sent
 			pause = keyRetry
 		case err != nil:
 			pause = min(2*pause, maxPause)
