@@ -4,13 +4,16 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
+	"net/http"
 	"net/url"
 	"slices"
 	"strings"
@@ -1234,4 +1237,135 @@ func TestUnresponsiveBroker(t *testing.T) {
 	if err := svc.stop(); err != nil {
 		t.Error(err)
 	}
+}
+
+// TestTraceContext checks which traceparent and tracestate of a request are passed on, byte for byte.
+func TestTraceContext(t *testing.T) {
+	t.Parallel()
+	long := "a=" + strings.Repeat("x", 256)
+	for _, test := range []struct {
+		name    string
+		parents []string
+		states  []string
+		parent  string
+		state   string
+	}{
+		{name: "none"},
+		{name: "valid", parents: []string{parent1}, parent: parent1},
+		{name: "with a state", parents: []string{parent1}, states: []string{state1},
+			parent: parent1, state: state1},
+		{name: "state in lines", parents: []string{parent1}, states: []string{"b=2, c=3", "a=1"},
+			parent: parent1, state: "b=2, c=3,a=1"},
+		{name: "empty members", parents: []string{parent1}, states: []string{"a=1,, \t,b=2"},
+			parent: parent1, state: "a=1,, \t,b=2"},
+		{name: "tenant", parents: []string{parent1}, states: []string{"1a-_*/b@c=d"},
+			parent: parent1, state: "1a-_*/b@c=d"},
+		{name: "longest value", parents: []string{parent1}, states: []string{long},
+			parent: parent1, state: long},
+		{name: "value too long", parents: []string{parent1}, states: []string{long + "x"},
+			parent: parent1},
+		{name: "32 members", parents: []string{parent1},
+			states: []string{strings.Repeat("a=1,", 31) + "b=2"},
+			parent: parent1, state: strings.Repeat("a=1,", 31) + "b=2"},
+		{name: "33 members", parents: []string{parent1},
+			states: []string{strings.Repeat("a=1,", 32) + "b=2"}, parent: parent1},
+		{name: "too long", parents: []string{parent1},
+			states: []string{strings.Repeat(long+",", 7) + long}, parent: parent1},
+		{name: "no value", parents: []string{parent1}, states: []string{"a"}, parent: parent1},
+		{name: "upper case", parents: []string{parent1}, states: []string{"A=1"}, parent: parent1},
+		{name: "control character", parents: []string{parent1}, states: []string{"a=\t1\x01"},
+			parent: parent1},
+		{name: "not ASCII", parents: []string{parent1}, states: []string{"a=\xe9"}, parent: parent1},
+		{name: "state alone", states: []string{"a=1"}},
+		{name: "state of an invalid parent", parents: []string{"x"}, states: []string{"a=1"}},
+		{name: "two parents", parents: []string{parent1, parent1}, states: []string{"a=1"}},
+		{name: "later version", parents: []string{"cc" + parent1[2:] + "-x y"},
+			states: []string{"a=1"}, parent: "cc" + parent1[2:] + "-x y", state: "a=1"},
+		{name: "later version, too long",
+			parents: []string{"cc" + parent1[2:] + "-" + strings.Repeat("x", 200)}},
+		{name: "later version, not ASCII", parents: []string{"cc" + parent1[2:] + "-\xff"},
+			states: []string{"a=1"}},
+	} {
+		for _, id := range []string{"", "request-1"} {
+			h := http.Header{"Traceparent": test.parents, "Tracestate": test.states}
+			if id != "" {
+				h.Set("X-Request-Id", id)
+			}
+			got := requestTrace(h)
+			if got.parent != test.parent || got.state != test.state || id != "" && got.id != id {
+				t.Errorf("%s: %+v, want %q and %q", test.name, got, test.parent, test.state)
+			}
+		}
+	}
+}
+
+// TestEventHeaders checks the headers of a message.
+func TestEventHeaders(t *testing.T) {
+	t.Parallel()
+	e := newEvent(userDeleted, 7, 3)
+	want := map[string]any{
+		"trace_id":                "trace-1",
+		"cloudEvents:specversion": "1.0",
+		"cloudEvents:id":          e.ID,
+		"cloudEvents:source":      "/a%2Fb",
+		"cloudEvents:type":        "user.deleted",
+		"cloudEvents:subject":     "7",
+		"cloudEvents:time":        "2026-01-01T12:00:00.123456Z",
+	}
+	if got := e.headers("/a%2Fb"); !maps.Equal(got, want) {
+		t.Errorf("headers %v, want %v", got, want)
+	}
+	e.actor, e.traceParent, e.traceState = "ops", parent1, state1
+	want["actor"], want["traceparent"], want["tracestate"] = "ops", parent1, state1
+	if got := e.headers("/a%2Fb"); !maps.Equal(got, want) {
+		t.Errorf("headers %v, want %v", got, want)
+	}
+	e.traceState = strings.Repeat("x", maxEventBytes)
+	if err := e.check(); !errors.Is(err, errUnreadable) {
+		t.Errorf("check of an event with a long header: %v, want errUnreadable", err)
+	}
+}
+
+// TestActors checks that the consumer's line names who made a change, with and without RabbitMQ: a
+// client without a key, an API key, and a role of the database.
+func TestActors(t *testing.T) {
+	t.Parallel()
+	check := func(t *testing.T, set settings) {
+		set.apiKeys = []apiKey{{name: "ops", digest: sha256.Sum256([]byte("secret")), scopes: allScopes}}
+		s := startService(t, set)
+		a := s.do("POST", "/users", `{"name": "A", "surname": "B", "password": "correct horse"}`,
+			"Authorization: Bearer secret", "traceparent: "+parent1, "tracestate: "+state1)
+		if a.status != 201 {
+			t.Fatalf("POST /users: %d %s", a.status, a.body)
+		}
+		s.waitForLine("Received event user.created with user_id=1", "actor", "ops",
+			"trace_id", parent1[3:35])
+		if set.databaseURL == "" {
+			return
+		}
+		conn := connect(t, set.databaseURL)
+		execute(t, conn, "UPDATE users SET name = 'C'")
+		s.waitForLine("Received event user.updated with user_id=1", "actor",
+			"sql:"+queryValue[string](t, conn, "SELECT session_user::text"))
+	}
+	t.Run("memory", func(t *testing.T) {
+		t.Parallel()
+		check(t, memorySettings())
+	})
+	t.Run("postgres", func(t *testing.T) {
+		t.Parallel()
+		check(t, postgresSettings(t))
+	})
+	t.Run("rabbitmq", func(t *testing.T) {
+		t.Parallel()
+		s := postgresSettings(t)
+		s.rabbitURL, s.exchange = testRabbitURL, newExchange(t)
+		check(t, s)
+	})
+	t.Run("anonymous", func(t *testing.T) {
+		t.Parallel()
+		s := startService(t, memorySettings())
+		s.createUser("A", "B")
+		s.waitForLine("Received event user.created with user_id=1", "actor", "anonymous")
+	})
 }
