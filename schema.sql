@@ -152,8 +152,9 @@ END
 $$;
 
 -- idempotency_keys records the users that were created with an Idempotency-Key, with the values of
--- the request. If the request had an API key, key begins with the API key's name and a tab. Rows
--- are deleted after 24 hours.
+-- the request. If the request had an API key, key begins with the API key's name and a tab; if it
+-- had an access token, with "token", the issuer and the subject, each with a tab. Rows are deleted
+-- after 24 hours.
 CREATE TABLE IF NOT EXISTS idempotency_keys (
     key        text        PRIMARY KEY,
     user_id    bigint      NOT NULL,
