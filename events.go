@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"hash/maphash"
 	"log/slog"
+	"net/url"
 	"regexp"
 	"slices"
 	"strconv"
@@ -69,13 +70,13 @@ func (e event) check() error {
 }
 
 // headers returns the headers of the event's message: the trace, the actor, and the attributes of
-// CloudEvents (its AMQP binding, section 3.1.3.1) from a source.
-func (e event) headers(source string) map[string]any {
+// CloudEvents (its AMQP binding, section 3.1.3.1), whose source is the service.
+func (e event) headers(appName string) map[string]any {
 	h := map[string]any{
 		"trace_id":                e.TraceID,
 		"cloudEvents:specversion": "1.0",
 		"cloudEvents:id":          e.ID,
-		"cloudEvents:source":      source,
+		"cloudEvents:source":      "/" + url.PathEscape(appName),
 		"cloudEvents:type":        e.Type,
 		"cloudEvents:subject":     strconv.FormatInt(e.Data.UserID, 10),
 		"cloudEvents:time":        e.OccurredAt.String(),
@@ -327,14 +328,6 @@ func (r *relay) setAside(ctx context.Context, events []event) ([]event, error) {
 		return good, nil
 	}
 	return good, r.outbox.remove(ctx, bad)
-}
-
-// oneIf returns the value of a gauge that is 1 or 0.
-func oneIf(yes bool) float64 {
-	if yes {
-		return 1
-	}
-	return 0
 }
 
 // consumer logs each event once.

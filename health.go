@@ -171,6 +171,14 @@ func describe(text string) string {
 	return described.String()
 }
 
+// oneIf returns the value of a gauge that is 1 or 0.
+func oneIf(yes bool) float64 {
+	if yes {
+		return 1
+	}
+	return 0
+}
+
 // checkHealth asks for /healthz of the service that runs with the same settings. It is the command
 // of the image's HEALTHCHECK.
 func checkHealth(s settings) error {

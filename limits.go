@@ -8,14 +8,17 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"math"
+	"net/http"
 	"os"
 	"path"
 	"runtime"
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -368,3 +371,70 @@ func (r *recent[K, V]) put(key K, value V) {
 	}
 	r.newer[key] = value
 }
+
+const maxClients = 100_000 // whose missing tokens a limiter remembers
+
+// limiter gives each client tokens at a rate, up to a burst. It remembers every client that lacks
+// tokens: a client that it has forgotten has all of them. When maxClients lack tokens, all further
+// clients share the tokens of one.
+type limiter[K comparable] struct {
+	name  string        // of the policy, in the answer
+	every time.Duration // between two tokens of a client
+	burst int
+
+	mu           sync.Mutex
+	newer, older map[K]time.Time // when a client will have all tokens
+	rotated      time.Time       // when newer became older
+}
+
+// newLimiter returns a limiter that gives each client perSecond tokens per second, and burst tokens
+// at the start. name appears in the answers.
+func newLimiter[K comparable](name string, perSecond float64, burst int) *limiter[K] {
+	return &limiter[K]{name: name, burst: burst,
+		every: time.Duration(float64(time.Second) / perSecond)}
+}
+
+// admit takes a token of the client, or fails with a 429. It sets the headers of
+// draft-ietf-httpapi-ratelimit-headers, and Retry-After with the 429.
+func (l *limiter[K]) admit(h http.Header, client K) error {
+	lack, allowed := l.take(client, 1)
+	full := time.Duration(l.burst) * l.every
+	left := max(int((full-lack)/l.every), 0)
+	h.Add("RateLimit-Policy", fmt.Sprintf(`%q;q=%d;w=%d`, l.name, l.burst, wholeSeconds(full)))
+	h.Add("RateLimit", fmt.Sprintf(`%q;r=%d;t=%d`, l.name, left, wholeSeconds(lack)))
+	if !allowed {
+		h.Set("Retry-After", strconv.Itoa(max(wholeSeconds(lack+l.every-full), 1)))
+		return newProblem(http.StatusTooManyRequests,
+			"Too many requests; try again after Retry-After seconds")
+	}
+	return nil
+}
+
+// refund returns a token that admit took.
+func (l *limiter[K]) refund(client K) { l.take(client, -1) }
+
+// take takes n tokens of the client if it has them. lack is the time until the client will have all
+// tokens again.
+func (l *limiter[K]) take(client K, n int) (lack time.Duration, allowed bool) {
+	full := time.Duration(l.burst) * l.every
+	now := time.Now()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.newer == nil || now.Sub(l.rotated) > full { // all of older have all tokens
+		l.newer, l.older, l.rotated = make(map[K]time.Time), l.newer, now
+	}
+	known := func(k K) bool { return !l.newer[k].IsZero() || !l.older[k].IsZero() }
+	if len(l.newer)+len(l.older) >= maxClients && !known(client) {
+		client = *new(K)
+	}
+	lack = max(l.newer[client].Sub(now), l.older[client].Sub(now), 0)
+	next := max(lack+time.Duration(n)*l.every, 0)
+	if allowed = next <= full; allowed {
+		lack = next
+	}
+	l.newer[client] = now.Add(lack)
+	return lack, allowed
+}
+
+// wholeSeconds rounds up.
+func wholeSeconds(d time.Duration) int { return int(math.Ceil(d.Seconds())) }

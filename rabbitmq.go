@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/url"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -26,7 +25,6 @@ type rabbitMQ struct {
 	urls       []string     // of the hosts of a cluster, which are tried in turn
 	host       atomic.Int64 // index of the host that answered last
 	appName    string
-	source     string // of the messages, for CloudEvents
 	exchange   string
 	log        *slog.Logger
 	returned   *metrics.Counter
@@ -36,7 +34,7 @@ type rabbitMQ struct {
 
 func newRabbitMQ(s settings, log *slog.Logger, set *metrics.Set) *rabbitMQ {
 	return &rabbitMQ{urls: splitHosts(s.rabbitURL), appName: s.appName, exchange: s.exchange,
-		source: "/" + url.PathEscape(s.appName), log: log, returned: set.GetOrCreateCounter("events_returned_total")}
+		log: log, returned: set.GetOrCreateCounter("events_returned_total")}
 }
 
 func (b *rabbitMQ) queue() string              { return b.exchange + ".consumer" }
@@ -75,8 +73,7 @@ func (b *rabbitMQ) dial(ctx context.Context, purpose string) (c *rabbitConn, err
 func (b *rabbitMQ) dialHost(ctx context.Context, url, purpose string) (*rabbitConn, error) {
 	properties := amqp.NewConnectionProperties()
 	properties.SetClientConnectionName(b.appName + " " + purpose)
-	socket := &brokerSocket{}
-	unwatch := func() bool { return true }
+	socket, unwatch := &brokerSocket{}, func() bool { return true }
 	defer func() { unwatch() }()
 	conn, err := amqp.DialConfig(url, amqp.Config{
 		Heartbeat:  brokerHeartbeat,
@@ -298,7 +295,7 @@ func (p *rabbitPublisher) sendAll(ctx context.Context, events []event) (
 		confirm, err := p.channel.PublishWithDeferredConfirmWithContext(ctx, p.broker.exchange,
 			e.Type, true /* mandatory */, false, amqp.Publishing{
 				MessageId: e.ID, Type: e.Type, AppId: p.broker.appName, CorrelationId: e.TraceID,
-				Headers: e.headers(p.broker.source), Timestamp: e.OccurredAt.Time,
+				Headers: e.headers(p.broker.appName), Timestamp: e.OccurredAt.Time,
 				DeliveryMode: amqp.Persistent, ContentType: "application/json", Body: body,
 			})
 		if err != nil {

@@ -183,13 +183,6 @@ func (s settings) warnings() (texts []string) {
 	return texts
 }
 
-// isRemoteInClear reports whether a URL of one host names another machine, without TLS.
-func isRemoteInClear(text string) bool {
-	u, err := url.Parse(text)
-	return err == nil && (u.Scheme == "amqp" || u.Scheme == "http") && u.Host != "" &&
-		!isLoopback(u.Hostname())
-}
-
 // mayConnectInClear reports whether a remote host of a database URL can be reached without TLS.
 func mayConnectInClear(databaseURL string) bool {
 	config, err := pgconn.ParseConfig(databaseURL)
@@ -299,19 +292,6 @@ func checkURL(text string, schemes ...string) error {
 		return errUnusable
 	}
 	return nil
-}
-
-// parseProviderURL accepts the URL of an identity provider or of its keys.
-func parseProviderURL(text string) (string, error) {
-	u, err := url.Parse(text)
-	if err == nil && u.User != nil {
-		return "", reason("it must not have a user name or a password")
-	}
-	if err != nil || checkURL(text, "http", "https") != nil || u.Hostname() == "" ||
-		u.Fragment != "" || len(text) > maxSubject {
-		return "", errUnusable
-	}
-	return text, nil
 }
 
 // splitHosts returns one URL per host of a URL such as amqp://user:password@a:5672,b:5672/vhost.

@@ -212,8 +212,7 @@ func (a *api) deleteUser(w *response, r *http.Request, by caller) error {
 	if err != nil {
 		return err
 	}
-	err = a.store.deleteUser(r.Context(), by.actor(), id, matchVersions(r.Header))
-	if err != nil {
+	if err = a.store.deleteUser(r.Context(), by.actor(), id, matchVersions(r.Header)); err != nil {
 		return err
 	}
 	message := fmt.Sprintf("User with id %d has been deleted", id)
