@@ -142,8 +142,8 @@ func (s settings) checkTokens() error {
 	hasProvider := s.jwtIssuer != "" || s.jwksURL != ""
 	switch {
 	case hasProvider && s.jwtAudience == "":
-		return &settingError{name: "JWT_AUDIENCE", takes: "the aud of the access tokens for this " +
-			"service, because JWT_ISSUER or JWT_JWKS_URL is set"}
+		return &settingError{name: "JWT_AUDIENCE",
+			takes: "the aud of the access tokens, because JWT_ISSUER or JWT_JWKS_URL is set"}
 	case !hasProvider && s.jwtAudience != "":
 		return &settingError{name: "JWT_ISSUER", takes: "the URL of an identity provider, because " +
 			"JWT_AUDIENCE is set; or set JWT_JWKS_URL"}
@@ -172,13 +172,12 @@ func (s settings) warnings() (texts []string) {
 	if slices.ContainsFunc(splitHosts(s.rabbitURL), isRemoteInClear) {
 		texts = append(texts, "RABBITMQ_URL names a remote host and does not use TLS; use amqps://")
 	}
-	if isRemoteInClear(s.jwksURL) || s.jwksURL == "" && isRemoteInClear(s.jwtIssuer) {
+	if isRemoteInClear(cmp.Or(s.jwksURL, s.jwtIssuer)) {
 		texts = append(texts, "JWT_ISSUER or JWT_JWKS_URL names a remote host and does not use TLS, "+
 			"so that others could replace the keys; use https://")
 	}
 	if s.jwksURL != "" && s.jwtIssuer == "" {
-		texts = append(texts, "No JWT_ISSUER: tokens of every issuer are accepted whose key is at "+
-			"JWT_JWKS_URL")
+		texts = append(texts, "No JWT_ISSUER: the keys at JWT_JWKS_URL may sign for every issuer")
 	}
 	return texts
 }
