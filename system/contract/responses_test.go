@@ -133,6 +133,7 @@ func testRequests(t *testing.T, d *document, s *env.Program) {
 		{operation: "readyz", path: "/readyz", want: 200},
 		{operation: "metrics", path: "/metrics", want: 200},
 		{operation: "openapi", path: "/openapi.json", want: 200},
+		{operation: "asyncapi", path: "/asyncapi.json", want: 200},
 		{operation: "docs", path: "/docs", want: 200},
 	} {
 		o := d.operation(t, test.operation)
