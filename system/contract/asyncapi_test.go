@@ -320,7 +320,7 @@ func TestDocumentsAreServed(t *testing.T) {
 // strips a path prefix.
 func TestAsyncDocumentLink(t *testing.T) {
 	t.Parallel()
-	p := openPage(t, addPrefix(t, startService(t).URL, "/api"), "/docs")
+	p := openPage(t, addPrefix(t, startService(t, "API_KEYS=open").URL, "/api"), "/docs")
 	link := chromedp.CSS(`.info a[href$="asyncapi.json"]`)
 	p.run(chromedp.WaitVisible(link))
 	address := evaluate(p, chromedp.Evaluate[string](
