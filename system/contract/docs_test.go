@@ -30,9 +30,9 @@ import (
 // pages have more rights.
 const remoteHost = "users.test"
 
-// TestDocsInBrowser does what a newcomer does: it opens /docs, authorizes with an API key or with an
-// access token, presses Execute on each operation with the values that the page offers, and reads
-// the answer. It does so directly and behind a proxy that strips a path prefix.
+// TestDocsInBrowser does what a newcomer does: it opens /docs, authorizes with an API key or with
+// an access token, presses Execute on each operation with the values that the page offers, and
+// reads the answer. It does so directly and behind a proxy that strips a path prefix.
 func TestDocsInBrowser(t *testing.T) {
 	t.Parallel()
 	provider := startProvider(t)
