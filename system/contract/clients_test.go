@@ -4,7 +4,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"testing"
 
 	"user-service/system/env"
@@ -44,17 +43,9 @@ func TestGeneratedClients(t *testing.T) {
 			if err := os.CopyFS(dir, os.DirFS("../testdata/clients/"+test.name)); err != nil {
 				t.Fatal(err)
 			}
-			replacer := strings.NewReplacer("DOCUMENT", document, "URL", startService(t).URL)
+			url := startService(t).URL
 			for _, command := range test.commands {
-				args := strings.Fields(command)
-				for i, arg := range args {
-					args[i] = replacer.Replace(arg)
-				}
-				cmd := exec.CommandContext(t.Context(), args[0], args[1:]...)
-				cmd.Dir, cmd.Env = dir, append(os.Environ(), "GOFLAGS=", "GOWORK=off")
-				if output, err := cmd.CombinedOutput(); err != nil {
-					t.Fatalf("%s: %v\n%s", command, err, output)
-				}
+				run(t, dir, command, "DOCUMENT", document, "URL", url)
 			}
 		})
 	}

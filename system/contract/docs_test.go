@@ -30,30 +30,42 @@ import (
 // pages have more rights.
 const remoteHost = "users.test"
 
-// TestDocsInBrowser does what a newcomer does: it opens /docs, authorizes with an API key,
-// presses Execute on each operation with the values that the page offers, and reads the answer.
-// It does so directly and behind a proxy that strips a path prefix.
+// TestDocsInBrowser does what a newcomer does: it opens /docs, authorizes with an API key or with
+// an access token, presses Execute on each operation with the values that the page offers, and
+// reads the answer. It does so directly and behind a proxy that strips a path prefix.
 func TestDocsInBrowser(t *testing.T) {
 	t.Parallel()
-	for name, prefix := range map[string]string{"direct": "", "behind a prefix": "/api"} {
-		t.Run(name, func(t *testing.T) {
+	provider := startProvider(t)
+	for _, test := range []struct {
+		name        string
+		prefix      string
+		field       int // of the dialog; each way to authorize has one
+		credentials string
+	}{
+		{name: "API key", field: 1, credentials: fullKey},
+		{name: "access token", prefix: "/api", field: 2,
+			credentials: provider.token(t, "users:read users:write")},
+	} {
+		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			s := startService(t, keysSetting())
+			s := startService(t, keysSetting(), "JWT_AUDIENCE=users", "JWT_JWKS_URL="+provider.url)
 			for _, name := range []string{"John", "Zoë"} { // John is user 1 of the examples
 				s.CreateUser(name, "Doe", "Authorization: Bearer "+fullKey)
 			}
-			testDocs(t, openPage(t, addPrefix(t, s.URL, prefix), "/"))
+			p := openPage(t, addPrefix(t, s.URL, test.prefix), "/")
+			testDocs(t, p, test.field, test.credentials)
 		})
 	}
 }
 
-func testDocs(t *testing.T, p *page) {
+func testDocs(t *testing.T, p *page, field int, credentials string) {
+	form := fmt.Sprintf(".modal-ux .auth-container:nth-of-type(%d) ", field)
 	p.run(
 		chromedp.Click(chromedp.CSS(".btn.authorize")),
-		chromedp.SendKeys(chromedp.CSS(".modal-ux input"), fullKey),
-		chromedp.Click(chromedp.CSS(".modal-ux .btn.authorize")),
-		chromedp.Click(chromedp.CSS(".modal-ux .btn-done")),
-		chromedp.Navigate(p.origin+"/docs/"), // the page keeps the key
+		chromedp.SendKeys(chromedp.CSS(form+"input"), credentials),
+		chromedp.Click(chromedp.CSS(form+".btn.authorize")),
+		chromedp.Click(chromedp.CSS(form+".btn-done")),
+		chromedp.Navigate(p.origin+"/docs/"), // the page keeps the credentials
 	)
 	d := readDocument(t)
 	for id, o := range d.operations {

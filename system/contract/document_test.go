@@ -250,7 +250,7 @@ func (o *operation) check(t *testing.T, e env.Response) {
 	response := *e.Response
 	response.Body = bodyOf(e.Body)
 	bodies := o.doc.responses
-	if o.OperationId == "openapi" { // an object of any members
+	if o.OperationId == "openapi" || o.OperationId == "asyncapi" { // objects of any members
 		bodies = o.doc.validator.GetResponseBodyValidator()
 	}
 	if _, problems := bodies.ValidateResponseBodyWithPathItem(

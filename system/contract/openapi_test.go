@@ -221,16 +221,6 @@ func TestDocumentedMethods(t *testing.T) {
 	}
 }
 
-// TestOpenAPIIsServed checks that the service serves the file byte for byte.
-func TestOpenAPIIsServed(t *testing.T) {
-	t.Parallel()
-	e := startService(t).Do("GET", "/openapi.json", "")
-	if e.StatusCode != 200 || e.Body != readFile(t, "openapi.json") ||
-		e.Header.Get("Content-Type") != "application/json" {
-		t.Errorf("status %d, %v, %d bytes", e.StatusCode, e.Header, len(e.Body))
-	}
-}
-
 // TestExamplesWork sends the example of each operation to a service with one user.
 func TestExamplesWork(t *testing.T) {
 	t.Parallel()
@@ -356,36 +346,58 @@ func TestListParameters(t *testing.T) {
 	}
 }
 
-// TestEvents checks the messages that RabbitMQ gets against the webhooks of the document.
+// TestEvents checks the messages that RabbitMQ gets against the webhooks of openapi.json, and
+// against asyncapi.json, with their headers.
 func TestEvents(t *testing.T) {
 	t.Parallel()
-	d := readDocument(t)
+	d, async := readDocument(t), readAsyncDocument(t)
 	rabbitURL := newVhost(t)
-	for name, databaseURL := range map[string]func() string{
-		"memory":   func() string { return "" },
-		"postgres": func() string { return env.NewDatabase(t).URL },
+	db := env.NewDatabase(t)
+	const (
+		name   = `{"name": "Jane"}`
+		parent = "traceparent: 00-" + callerTrace + "-" + callerSpan + "-01"
+		state  = "tracestate: vendor=1"
+		bearer = "Authorization: Bearer " + fullKey
+	)
+	for _, test := range []struct {
+		name     string
+		settings []string
+		headers  []string
+		actor    string
+	}{
+		{name: "memory", actor: "anonymous"},
+		{name: "postgres", settings: []string{"DATABASE_URL=" + db.URL, keysSetting()},
+			headers: []string{bearer, parent, state}, actor: "shop"},
 	} {
-		s := startService(t, "RABBITMQ_URL="+rabbitURL, "DATABASE_URL="+databaseURL())
+		s := startService(t, append(test.settings, "RABBITMQ_URL="+rabbitURL)...)
 		messages := consume(t, rabbitURL)
-		env.Eventually(t, "RabbitMQ", func() bool {
-			return strings.Contains(s.Do("GET", "/readyz", "").Body, `"rabbitmq":"up"`)
-		})
-		s.CreateUser("John", "Doe")
-		s.Do("PATCH", "/users/1", `{"name": "Jane"}`)
-		s.Do("DELETE", "/users/1", "")
-		for _, want := range []string{"user.created", "user.updated", "user.deleted"} {
-			select {
-			case message := <-messages:
-				checkMessage(t, d, want, message)
-			case <-time.After(20 * time.Second):
-				t.Fatalf("%s: no message %s", name, want)
+		awaitRabbitMQ(t, s)
+		check := func(want, actor string) {
+			t.Helper()
+			message := receive(t, messages, "a message "+want)
+			checkMessage(t, d, want, message)
+			async.check(t, message)
+			if got := message.Headers["actor"]; got != actor {
+				t.Errorf("%s: %s: the actor is %q, want %q", test.name, want, got, actor)
 			}
+		}
+		s.CreateUser("John", "Doe", test.headers...)
+		s.Do("PATCH", "/users/1", name, test.headers...)
+		s.Do("DELETE", "/users/1", "", test.headers...)
+		for _, want := range []string{"user.created", "user.updated", "user.deleted"} {
+			check(want, test.actor)
+		}
+		if test.name == "postgres" {
+			insertUser(t, db, nil)
+			check("user.created", "sql:"+db.Name)
 		}
 		s.Stop()
 	}
 	if n := d.Webhooks.Len(); n != 3 {
 		t.Errorf("%d webhooks are documented", n)
 	}
+	async.checkExchange(t, rabbitURL)
+	async.checkSeen(t)
 }
 
 // consume returns the messages of a queue that is bound to the env.Response of the service.
