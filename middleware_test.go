@@ -2941,8 +2941,8 @@ func TestTokenAttacks(t *testing.T) {
 	if n := asked.Load(); n > 0 {
 		t.Errorf("the service asked the attacker for keys %d times", n)
 	}
-	if n := p.refreshes.Load(); n != 1 {
-		t.Errorf("the service asked the provider for keys %d times, want 1", n)
+	if n := p.refreshes.Load(); n != 2 { // at the start, and for the first unknown key
+		t.Errorf("the service asked the provider for keys %d times, want 2", n)
 	}
 	s.checkUnlogged(sent...)
 	for _, line := range s.log.lines("Request completed") {
@@ -3052,24 +3052,28 @@ func TestTokenKeysAreRefreshed(t *testing.T) {
 			callers.Wait()
 			p.checkRefreshes(t, when, want)
 		}
-		flood("at the start", 1)
+		s.checkToken("at the start", p.token(old, nil, nil), 200)
+		p.checkRefreshes(t, "at the start", 1)
+		flood("soon after the start", 2)
 		time.Sleep(keyPause - time.Second)
-		flood("within a minute", 1)
+		flood("within a minute", 2)
 		time.Sleep(time.Second)
-		flood("after a minute", 2)
-		flood("again", 2)
+		flood("after a minute", 3)
+		flood("again", 3)
 		p.rotate(next)
 		s.checkToken("new key within a minute", p.token(next, nil, nil), 401)
 		s.checkToken("old key", p.token(old, nil, nil), 200)
 		time.Sleep(keyPause)
 		s.checkToken("new key after a minute", p.token(next, nil, nil), 200)
 		s.checkToken("old key that is replaced", p.token(old, nil, object{"sub": "bob"}), 401)
-		p.checkRefreshes(t, "for a new key", 3)
+		p.checkRefreshes(t, "for a new key", 4)
 		time.Sleep(keyInterval - time.Second)
-		p.checkRefreshes(t, "within an hour", 3)
+		p.checkRefreshes(t, "within an hour", 4)
 		time.Sleep(time.Second)
 		synctest.Wait()
-		p.checkRefreshes(t, "after an hour", 4)
+		p.checkRefreshes(t, "after an hour", 5)
+		p.rotate(old)
+		s.checkToken("new key right after a refresh", p.token(old, nil, object{"sub": "eve"}), 200)
 	})
 }
 
@@ -3152,9 +3156,6 @@ func TestSlowTokenKeys(t *testing.T) {
 	t.Cleanup(func() { stop(0) })
 	s := serveInProcess(t, newHandler(d))
 	s.checkToken("token", p.token(p.signer("RS256"), nil, nil), 200) // after the first refresh
-	d.tokens.keys.mu.Lock()
-	d.tokens.keys.began = time.Now().Add(-keyPause)
-	d.tokens.keys.mu.Unlock()
 	asked, next := make(chan struct{}), newSigner("next", "RS256", true)
 	var once sync.Once
 	p.lie(func(_ http.ResponseWriter, r *http.Request) {
@@ -3632,7 +3633,7 @@ func FuzzAccessToken(f *testing.F) {
 	p := newProvider("https://id.example")
 	a := newAccess(p.settings(), newTokens(p.settings(), slog.New(slog.DiscardHandler)))
 	set := a.tokens.keys
-	set.keys, set.began = make(map[string]crypto.PublicKey), time.Now().Add(1000*time.Hour)
+	set.keys, set.asked = make(map[string]crypto.PublicKey), time.Now().Add(1000*time.Hour)
 	for _, s := range p.signers {
 		var key jsonWebKey
 		if err := json.Unmarshal([]byte(changed(s.jwk(), nil)), &key); err != nil {

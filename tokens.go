@@ -60,8 +60,9 @@ func newTokens(s settings, log *slog.Logger) *tokens {
 		options = append(options, jwt.WithIssuer(s.jwtIssuer))
 	}
 	return &tokens{
-		parser:   jwt.NewParser(options...),
-		keys:     &keySet{issuer: s.jwtIssuer, url: s.jwksURL, log: log, wanted: make(chan struct{}, 1)},
+		parser: jwt.NewParser(options...),
+		keys: &keySet{issuer: s.jwtIssuer, url: s.jwksURL, log: log,
+			wanted: make(chan struct{}, 1), done: make(chan struct{})}, // run begins with a refresh
 		verified: recent[[sha256.Size]byte, verifiedToken]{max: maxTokens},
 	}
 }
@@ -231,7 +232,7 @@ type keySet struct {
 
 	mu    sync.Mutex
 	keys  map[string]crypto.PublicKey // by "alg kid"; nil until they are known
-	began time.Time                   // when the last refresh did
+	asked time.Time                   // when a request last wanted a refresh
 	err   error                       // of the last refresh
 	done  chan struct{}               // closed after the next refresh, if one is wanted or running
 }
@@ -265,7 +266,6 @@ func (k *keySet) run(ctx context.Context) {
 // refresh replaces the keys, wakes who waits for it, and returns the number of keys.
 func (k *keySet) refresh(ctx context.Context) (int, error) {
 	k.mu.Lock()
-	k.began = time.Now()
 	if k.done == nil {
 		k.done = make(chan struct{})
 	}
@@ -294,8 +294,8 @@ func (k *keySet) find(ctx context.Context, id string) (crypto.PublicKey, error) 
 	for timeout, waited := time.After(keyWait), false; ; waited = true {
 		k.mu.Lock()
 		key, ok := k.keys[id]
-		if !ok && !waited && k.done == nil && time.Since(k.began) >= keyPause {
-			k.done = make(chan struct{})
+		if !ok && !waited && k.done == nil && time.Since(k.asked) >= keyPause {
+			k.asked, k.done = time.Now(), make(chan struct{})
 			wake(k.wanted)
 		}
 		done, err := k.done, k.err
