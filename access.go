@@ -1,7 +1,6 @@
 package main
 
-// This file owns access: callers and their rights, API keys, client addresses, other origins, and
-// rates.
+// This file owns access: callers and their rights, API keys, client addresses, and other origins.
 
 import (
 	"cmp"
