@@ -1,9 +1,9 @@
 package main
 
 // This file owns every limit of the service: how long things may take, how many may happen at the
-// same time or per second, and who goes first. Whatever depends on the machine derives from the number of cores
-// and the memory limit; times derive from the budget of one request. TestBudgets checks the
-// inequalities that the comments state.
+// same time or per second, and who goes first. Whatever depends on the machine derives from the
+// number of cores and the memory limit; times derive from the budget of one request. TestBudgets
+// checks the inequalities that the comments state.
 
 import (
 	"context"
