@@ -291,31 +291,39 @@ func (k *keySet) refresh(ctx context.Context) (int, error) {
 // find returns a key. For one that it does not have, it waits for a refresh, at most keyWait. It
 // fails with a 503 unless the provider has answered that there is no such key.
 func (k *keySet) find(ctx context.Context, id string) (crypto.PublicKey, error) {
-	for timeout, waited := time.After(keyWait), false; ; waited = true {
-		k.mu.Lock()
-		key, ok := k.keys[id]
-		if !ok && !waited && k.done == nil && time.Since(k.asked) >= keyPause {
-			k.asked, k.done = time.Now(), make(chan struct{})
-			wake(k.wanted)
-		}
-		done, err := k.done, k.err
-		k.mu.Unlock()
-		switch {
-		case ok:
-			return key, nil
-		case err != nil && (waited || done == nil):
-			return nil, errNoKeys
-		case waited || done == nil:
-			return nil, reason("the identity provider has no key with its kid and alg")
-		}
+	key, refreshed, err := k.look(id, true)
+	if key == nil && refreshed != nil {
 		select {
-		case <-done:
-		case <-timeout:
+		case <-refreshed:
+		case <-time.After(keyWait):
 			return nil, errNoKeys
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		}
+		key, _, err = k.look(id, false)
 	}
+	switch {
+	case key != nil:
+		return key, nil
+	case err != nil:
+		return nil, errNoKeys
+	}
+	return nil, reason("the identity provider has no key with its kid and alg")
+}
+
+// look returns a key, or nil. Then refreshed is closed after the next refresh, if there is one soon,
+// and err is the error of the last. If ask is set, look may start one.
+func (k *keySet) look(id string, ask bool) (key crypto.PublicKey, refreshed chan struct{}, err error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if key = k.keys[id]; key != nil {
+		return key, nil, nil
+	}
+	if ask && k.done == nil && time.Since(k.asked) >= keyPause {
+		k.asked, k.done = time.Now(), make(chan struct{})
+		wake(k.wanted)
+	}
+	return nil, k.done, k.err
 }
 
 // fetch asks the identity provider for its keys.
