@@ -48,11 +48,17 @@ func newAccess(s settings, t *tokens) *access {
 }
 
 // securityHeaders are set on every answer. /docs replaces the Content-Security-Policy.
-var securityHeaders = http.Header{
-	"Cache-Control":           {"no-store"},
-	"Content-Security-Policy": {"default-src 'none'; frame-ancestors 'none'"},
-	"Referrer-Policy":         {"no-referrer"},
-	"X-Content-Type-Options":  {"nosniff"},
+var securityHeaders = []header{
+	{"Cache-Control", []string{"no-store"}},
+	{"Content-Security-Policy", []string{"default-src 'none'; frame-ancestors 'none'"}},
+	{"Referrer-Policy", []string{"no-referrer"}},
+	{"X-Content-Type-Options", []string{"nosniff"}},
+}
+
+// header is a header of answers. All answers share values, which nobody changes.
+type header struct {
+	name   string // in canonical form
+	values []string
 }
 
 // isOpen reports whether everybody may send requests.
@@ -243,6 +249,9 @@ func (a *access) clientNetwork(r *http.Request) string {
 // follow returns the address that the last hops of a header lead to, beginning with peer. node
 // returns the address of an element of the header.
 func (a *access) follow(peer netip.Addr, lines []string, node func(string) string) netip.Addr {
+	if len(a.proxies) == 0 {
+		return peer
+	}
 	for _, hop := range slices.Backward(strings.Split(strings.Join(lines, ","), ",")) {
 		trusted := func(proxy netip.Prefix) bool { return proxy.Contains(peer) }
 		if !slices.ContainsFunc(a.proxies, trusted) {

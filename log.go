@@ -13,6 +13,7 @@ import (
 	"io"
 	"log/slog"
 	"math"
+	fast "math/rand/v2"
 	"net/http"
 	"regexp"
 	"slices"
@@ -43,11 +44,29 @@ func (h *logHandler) Enabled(_ context.Context, level slog.Level) bool {
 	return level >= h.level
 }
 
-// Handle implements slog.Handler. It does not wait until the line is written, and fails with
-// errLineDropped if it never will be.
+// Handle implements slog.Handler.
 func (h *logHandler) Handle(ctx context.Context, r slog.Record) error {
-	var room [512]byte
-	return h.out.writeLine(appendRecord(ctx, room[:0], r, h.attrs), r.Level >= slog.LevelWarn)
+	attrs := make([]slog.Attr, 0, r.NumAttrs())
+	r.Attrs(func(a slog.Attr) bool {
+		attrs = append(attrs, a)
+		return true
+	})
+	return h.log(ctx, r.Level, r.Time, r.Message, attrs)
+}
+
+// log does not wait until the line is written, and fails with errLineDropped if it never will be.
+func (h *logHandler) log(ctx context.Context, level slog.Level, at time.Time, event string,
+	attrs []slog.Attr) error {
+	return h.out.writeLine(level >= slog.LevelWarn, func(buffer []byte) []byte {
+		buffer = appendLine(buffer, traceID(ctx), level, at, event)
+		for _, a := range h.attrs {
+			buffer = appendAttr(buffer, a)
+		}
+		for _, a := range attrs {
+			buffer = appendAttr(buffer, a)
+		}
+		return append(buffer, "}\n"...)
+	})
 }
 
 // logAt logs an event at the given time. The methods of slog.Logger would look up the source line,
@@ -60,30 +79,22 @@ func logAt(ctx context.Context, log *slog.Logger, level slog.Level, at time.Time
 // tryLogAt is logAt for a caller that needs the line. It fails with errLineDropped.
 func tryLogAt(ctx context.Context, log *slog.Logger, level slog.Level, at time.Time, event string,
 	attrs ...slog.Attr) error {
-	if !log.Enabled(ctx, level) {
+	h := log.Handler().(*logHandler) // newLogger returns no other
+	if !h.Enabled(ctx, level) {
 		return nil
 	}
-	r := slog.NewRecord(at, level, event, 0)
-	r.AddAttrs(attrs...)
-	return log.Handler().Handle(ctx, r)
+	return h.log(ctx, level, at, event, attrs)
 }
 
-// appendRecord appends a line with the attributes attrs and then those of the record.
-func appendRecord(ctx context.Context, line []byte, r slog.Record, attrs []slog.Attr) []byte {
-	line = timestamp{r.Time}.appendJSON(append(line, `{"timestamp":`...))
-	line = appendJSONString(append(line, `,"level":`...), r.Level.String())
-	line = appendJSONString(append(line, `,"event":`...), r.Message)
-	if id := traceID(ctx); id != "" {
-		line = appendJSONString(append(line, `,"trace_id":`...), id)
+// appendLine appends the start of a line. Its attributes and a closing brace follow.
+func appendLine(line []byte, traceID string, level slog.Level, at time.Time, event string) []byte {
+	line = timestamp{at}.appendJSON(append(line, `{"timestamp":`...))
+	line = append(append(append(line, `,"level":"`...), level.String()...), '"')
+	line = appendJSONString(append(line, `,"event":`...), event)
+	if traceID != "" {
+		line = appendJSONString(append(line, `,"trace_id":`...), traceID)
 	}
-	for _, a := range attrs {
-		line = appendAttr(line, a)
-	}
-	r.Attrs(func(a slog.Attr) bool {
-		line = appendAttr(line, a)
-		return true
-	})
-	return append(line, "}\n"...)
+	return line
 }
 
 // appendAttr appends a comma, the key and the value. Values that are not numbers or booleans become
@@ -155,19 +166,20 @@ type logWriter struct {
 	unbuffered bool          // each line should
 }
 
-// writeLine adds a line to the buffer, to be written at once or after logDelay. It fails with
-// errLineDropped if the buffer is full. After stopBuffering it waits until the line is written, for
-// logBrief at most and, if that is not enough, never again.
-func (l *logWriter) writeLine(line []byte, atOnce bool) error {
+// writeLine adds the line that appendTo appends to the buffer, to be written at once or after
+// logDelay. It fails with errLineDropped if the buffer is full. After stopBuffering it waits until
+// the line is written, for logBrief at most and, if that is not enough, never again.
+func (l *logWriter) writeLine(atOnce bool, appendTo func(buffer []byte) []byte) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if len(l.buffer)+len(line) > logCapacity {
+	buffer := appendTo(l.buffer)
+	if len(buffer) > logCapacity {
 		l.dropped.Add(1)
 		l.lost++
 		l.schedule(true)
 		return errLineDropped
 	}
-	l.buffer = append(l.buffer, line...)
+	l.buffer = buffer
 	l.schedule(atOnce || len(l.buffer) >= logBatch)
 	if l.unbuffered && l.await(logBrief) != nil {
 		l.unbuffered = false
@@ -266,9 +278,8 @@ func (l *logWriter) take() []byte {
 	l.buffer, l.writing = l.writing, l.buffer
 	l.atOnce = false
 	if l.lost > 0 {
-		r := slog.NewRecord(time.Now(), slog.LevelWarn, "Log lines dropped", 0)
-		r.AddAttrs(slog.Int("lines", l.lost))
-		l.writing = appendRecord(context.Background(), l.writing, r, nil)
+		l.writing = appendLine(l.writing, "", slog.LevelWarn, time.Now(), "Log lines dropped")
+		l.writing = append(appendAttr(l.writing, slog.Int("lines", l.lost)), "}\n"...)
 		l.lost = 0
 	}
 	return l.writing
@@ -408,10 +419,11 @@ func parentTraceID(traceparent string) string {
 	return id
 }
 
-// newUUIDv4 returns a random UUID (RFC 9562, section 5.4).
+// newUUIDv4 returns a random UUID (RFC 9562, section 5.4), which is no secret.
 func newUUIDv4() string {
 	var b [16]byte
-	rand.Read(b[:]) // never fails, see its documentation
+	binary.NativeEndian.PutUint64(b[:8], fast.Uint64()) // #nosec G404 -- not a secret
+	binary.NativeEndian.PutUint64(b[8:], fast.Uint64()) // #nosec G404 -- not a secret
 	return formatUUID(b, 4)
 }
 

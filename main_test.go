@@ -226,7 +226,7 @@ func makeTemplate() error {
 	if err != nil {
 		return err
 	}
-	store, err := openPostgres(ctx, databaseURL(template.name), "template", slog.New(slog.DiscardHandler))
+	store, err := openPostgres(ctx, databaseURL(template.name), "template", discardLog)
 	if err != nil {
 		return err
 	}
@@ -800,7 +800,7 @@ func listenLocally(t *testing.T, h http.Handler, connections int) (*httpServer, 
 	}
 	l := testLimits
 	l.connections = connections
-	s := newHTTPServer(h, l, slog.New(slog.DiscardHandler))
+	s := newHTTPServer(h, l, discardLog)
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(limitedListener{listener, s}) }()
 	t.Cleanup(func() {
@@ -939,7 +939,7 @@ func TestShutDownBeforeServeReturns(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := newHTTPServer(http.NotFoundHandler(), testLimits, slog.New(slog.DiscardHandler))
+	s := newHTTPServer(http.NotFoundHandler(), testLimits, discardLog)
 	go s.Serve(lateListener{listener})
 	response, err := client.Get("http://" + listener.Addr().String()) // returns when Serve runs
 	if err != nil {
@@ -1607,7 +1607,7 @@ func TestCgroupMemory(t *testing.T) {
 // a later POST does not change that.
 func TestMixedTraffic(t *testing.T) {
 	t.Parallel()
-	log := slog.New(slog.DiscardHandler)
+	log := discardLog
 	server := newHandler(testDependencies(settings{}, newMemory(), log)).(*server)
 	for _, test := range []struct {
 		method string
@@ -1748,7 +1748,7 @@ func TestHashLanesAreFair(t *testing.T) {
 // TestRefundedVerification checks that an attempt that was not answered does not count.
 func TestRefundedVerification(t *testing.T) {
 	t.Parallel()
-	d := testDependencies(memorySettings(), newMemory(), slog.New(slog.DiscardHandler))
+	d := testDependencies(memorySettings(), newMemory(), discardLog)
 	a := newAPI(d, &traffic{})
 	a.verifications = newLimiter[int64]("password", 1e-6, maxVerifications)
 	s := serveInProcess(t, newServer(d, &traffic{}, newAccess(d.settings, nil), protectedRoutes(a, &health{})))
@@ -1924,11 +1924,14 @@ func FuzzLogLine(f *testing.F) {
 	})
 }
 
+// discardLog is for tests that do not look at the log.
+var discardLog = newLogger(&logWriter{w: io.Discard}, slog.LevelError+1)
+
 // fillLog adds lines until the buffer has no room for the line of an event. The writer must be blocked or
 // broken.
 func fillLog(out *logWriter) (lines int) {
 	for _, line := range []string{strings.Repeat("x", 1000) + "\n", "\n"} {
-		for out.writeLine([]byte(line), false) == nil {
+		for out.writeLine(false, func(b []byte) []byte { return append(b, line...) }) == nil {
 			lines++
 		}
 	}

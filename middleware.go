@@ -8,12 +8,12 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"maps"
 	"net/http"
 	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -38,6 +38,9 @@ type server struct {
 	bodies   *semaphore.Weighted // bytes of large bodies
 	draining *atomic.Bool        // if set, each answer is the last of its connection
 	handle   handler             // the router, in its middleware
+
+	mu       sync.Mutex
+	outcomes map[outcome]outcomeMetrics
 }
 
 // dependencies are what newHandler connects. newHandler starts nothing and closes nothing.
@@ -65,7 +68,8 @@ func newHandler(d dependencies) http.Handler {
 // request first, and its answer last.
 func newServer(d dependencies, t *traffic, a *access, routes []route) *server {
 	s := &server{log: d.log, metrics: d.metrics, access: a, limits: d.limits, traffic: t,
-		bodies: semaphore.NewWeighted(d.limits.bodies), draining: d.draining}
+		bodies: semaphore.NewWeighted(d.limits.bodies), draining: d.draining,
+		outcomes: make(map[outcome]outcomeMetrics)}
 	s.handle = newRouter(routes)
 	for _, wrap := range slices.Backward([]middleware{
 		s.countRequests,   // the others need to know how busy the service is
@@ -89,8 +93,10 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	t := requestTrace(r.Header)
 	r = r.WithContext(withTrace(r.Context(), t))
 	h := w.Header()
-	maps.Copy(h, securityHeaders)
-	h.Set("X-Trace-Id", t.id)
+	for _, always := range securityHeaders {
+		h[always.name] = always.values
+	}
+	h["X-Trace-Id"] = []string{t.id}
 	if s.draining.Load() || len(r.TransferEncoding) > 0 {
 		// After a chunked body, which may have had a Content-Length too, a proxy and net/http might
 		// disagree where the next request begins (RFC 9112, section 6.3).
@@ -160,7 +166,7 @@ func (s *server) logRequests(next handler) handler {
 			attrs = append(attrs, slog.String(by.kind, by.name))
 		}
 		logAt(r.Context(), s.log, level, end, "Request completed", attrs...)
-		s.observe(r.Pattern, w.status, elapsed)
+		s.observe(outcome{r.Pattern, w.status}, elapsed)
 		if answered {
 			return nil
 		}
@@ -168,14 +174,34 @@ func (s *server) logRequests(next handler) handler {
 	}
 }
 
-// observe counts an answer in the metrics of its route. Requests without a route share the pattern
+// outcome is what the metrics distinguish requests by. Requests without a route share the pattern
 // "/".
-func (s *server) observe(pattern string, status int, elapsed time.Duration) {
-	route := `{route="` + pattern + `"`
-	s.metrics.GetOrCreateCounter("http_requests_total" + route +
-		`,status="` + strconv.Itoa(status) + `"}`).Inc()
-	s.metrics.GetOrCreatePrometheusHistogram(
-		"http_request_duration_seconds" + route + "}").Update(elapsed.Seconds())
+type outcome struct {
+	pattern string
+	status  int
+}
+
+// outcomeMetrics are the metrics of an outcome. All outcomes of a route share the histogram.
+type outcomeMetrics struct {
+	count    *metrics.Counter
+	duration *metrics.PrometheusHistogram
+}
+
+// observe counts an answer in the metrics of its outcome.
+func (s *server) observe(o outcome, elapsed time.Duration) {
+	s.mu.Lock()
+	m, ok := s.outcomes[o]
+	if !ok {
+		route := `{route="` + o.pattern + `"`
+		m.count = s.metrics.GetOrCreateCounter("http_requests_total" + route +
+			`,status="` + strconv.Itoa(o.status) + `"}`)
+		m.duration = s.metrics.GetOrCreatePrometheusHistogram(
+			"http_request_duration_seconds" + route + "}")
+		s.outcomes[o] = m
+	}
+	s.mu.Unlock()
+	m.count.Inc()
+	m.duration.Update(elapsed.Seconds())
 }
 
 // answerError writes the problem document for err, and logs an internal error. It returns false if

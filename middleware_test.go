@@ -615,7 +615,7 @@ func TestLocalHosts(t *testing.T) {
 			{settings{host: "127.0.0.1", apiKeys: []apiKey{key}}, false},
 			{settings{host: "0.0.0.0"}, false},
 		} {
-			log := slog.New(slog.DiscardHandler)
+			log := discardLog
 			r := httptest.NewRequest("GET", "/docs", nil)
 			r.Host = host
 			w := httptest.NewRecorder()
@@ -631,7 +631,7 @@ func TestLocalHosts(t *testing.T) {
 // bodies are not.
 func TestBodiesShareMemory(t *testing.T) {
 	t.Parallel()
-	d := testDependencies(memorySettings(), newMemory(), slog.New(slog.DiscardHandler))
+	d := testDependencies(memorySettings(), newMemory(), discardLog)
 	d.limits.bodies = 3 * maxBodyBytes
 	server := newHandler(d)
 	large := john[:len(john)-1] + strings.Repeat(" ", maxBodyBytes-len(john)) + "}"
@@ -731,7 +731,7 @@ func BenchmarkRefusal(b *testing.B) {
 		"name":        `{"` + strings.Repeat("é", 32_000) + `":0}`,
 		"plain":       `{"name":"` + strings.Repeat("x", 65_000) + `"}`,
 	} {
-		server := newHandler(testDependencies(memorySettings(), newMemory(), slog.New(slog.DiscardHandler)))
+		server := newHandler(testDependencies(memorySettings(), newMemory(), discardLog))
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
@@ -746,7 +746,7 @@ func BenchmarkRefusal(b *testing.B) {
 // TestOverload checks that only probes are answered while too many requests are in progress.
 func TestOverload(t *testing.T) {
 	t.Parallel()
-	d := testDependencies(settings{}, newMemory(), slog.New(slog.DiscardHandler))
+	d := testDependencies(settings{}, newMemory(), discardLog)
 	server := newHandler(d).(*server)
 	s := serveInProcess(t, server)
 	server.traffic.requests.Store(int64(d.limits.requests))
@@ -904,7 +904,7 @@ func TestRateLimit(t *testing.T) {
 	set.rateLimit, set.apiKeys = 0.01, []apiKey{setting}
 	set.trustedProxies = []netip.Prefix{netip.MustParsePrefix("192.0.2.1/32")}
 	synctest.Test(t, func(t *testing.T) {
-		log := slog.New(slog.DiscardHandler)
+		log := discardLog
 		s := serveInProcess(t, newHandler(testDependencies(set, newMemory(), log)))
 		for i, test := range []struct {
 			path   string
@@ -1224,7 +1224,7 @@ func TestReadiness(t *testing.T) {
 // newFaultyServer returns the routes of the service over a store that fails. A request with the
 // idempotency key "running" is in progress.
 func newFaultyServer(store faultyStore, draining bool) http.Handler {
-	d := testDependencies(memorySettings(), store, slog.New(slog.DiscardHandler))
+	d := testDependencies(memorySettings(), store, discardLog)
 	d.draining.Store(draining)
 	a := newAPI(d, &traffic{})
 	a.creating.Store("running", true)
@@ -2976,7 +2976,7 @@ func TestLargeTokens(t *testing.T) {
 	for i := range 2000 {
 		many[fmt.Sprint(i)] = i
 	}
-	d := testDependencies(p.settings(), newMemory(), slog.New(slog.DiscardHandler))
+	d := testDependencies(p.settings(), newMemory(), discardLog)
 	d.tokens = newTokens(d.settings, d.log)
 	if _, err := d.tokens.keys.refresh(t.Context()); err != nil {
 		t.Fatal(err)
@@ -3150,7 +3150,7 @@ func TestTokenKeysAtStart(t *testing.T) {
 func TestSlowTokenKeys(t *testing.T) {
 	t.Parallel()
 	p := startProvider(t)
-	d := testDependencies(p.settings(), newMemory(), slog.New(slog.DiscardHandler))
+	d := testDependencies(p.settings(), newMemory(), discardLog)
 	d.tokens = newTokens(d.settings, d.log)
 	stop := start(d.tokens.run)
 	t.Cleanup(func() { stop(0) })
@@ -3631,7 +3631,7 @@ func strictObject(text []byte) (values object, ok bool) {
 // identify accepts nothing that acceptToken does not.
 func FuzzAccessToken(f *testing.F) {
 	p := newProvider("https://id.example")
-	a := newAccess(p.settings(), newTokens(p.settings(), slog.New(slog.DiscardHandler)))
+	a := newAccess(p.settings(), newTokens(p.settings(), discardLog))
 	set := a.tokens.keys
 	set.keys, set.asked = make(map[string]crypto.PublicKey), time.Now().Add(1000*time.Hour)
 	for _, s := range p.signers {
@@ -3700,7 +3700,7 @@ func BenchmarkIdentify(b *testing.B) {
 	}
 	set := p.settings()
 	set.apiKeys = []apiKey{key}
-	a := newAccess(set, newTokens(set, slog.New(slog.DiscardHandler)))
+	a := newAccess(set, newTokens(set, discardLog))
 	a.tokens.keys.keys = map[string]crypto.PublicKey{}
 	for _, alg := range []string{"RS256", "ES256", "EdDSA"} {
 		s := p.signer(alg)

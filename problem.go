@@ -153,6 +153,9 @@ type jsonAppender interface {
 	appendJSON(b []byte) []byte
 }
 
+// contentJSON is the Content-Type that all answers share. Nobody changes it.
+var contentJSON = []string{"application/json"}
+
 // writeJSON answers with v and a line feed. The Content-Type is application/json unless one is set.
 // It fails, without having written anything, only if v cannot be encoded.
 func writeJSON(w http.ResponseWriter, status int, v any) error {
@@ -165,10 +168,10 @@ func writeJSON(w http.ResponseWriter, status int, v any) error {
 	}
 	body = append(body, '\n')
 	h := w.Header()
-	if h.Get("Content-Type") == "" {
-		h.Set("Content-Type", "application/json")
+	if h["Content-Type"] == nil {
+		h["Content-Type"] = contentJSON
 	}
-	h.Set("Content-Length", strconv.Itoa(len(body)))
+	h["Content-Length"] = []string{strconv.Itoa(len(body))}
 	w.WriteHeader(status)
 	_, _ = w.Write(body) // #nosec G705 -- never HTML; response records a failure
 	return nil

@@ -13,7 +13,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"maps"
 	"math"
 	"math/rand/v2"
@@ -774,7 +773,7 @@ func TestSearchManyUsers(t *testing.T) {
 func checkCappedPages(t *testing.T, users store) {
 	t.Helper()
 	type targets = map[string]string
-	d := testDependencies(memorySettings(), users, slog.New(slog.DiscardHandler))
+	d := testDependencies(memorySettings(), users, discardLog)
 	server := httptest.NewServer(newServer(d, &traffic{}, newAccess(d.settings, nil),
 		protectedRoutes(newAPI(d, &traffic{}), &health{})))
 	defer server.Close()
@@ -829,7 +828,7 @@ func explainedPostgres(t *testing.T, url string, plan func(string)) *postgres {
 		t.Fatal(err)
 	}
 	t.Cleanup(pool.Close)
-	return newPostgres(pool, false, slog.New(slog.DiscardHandler))
+	return newPostgres(pool, false, discardLog)
 }
 
 // TestSearchPlans checks which indexes the statements of a search use, with many users.

@@ -9,7 +9,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"log/slog"
 	"maps"
 	"math"
 	"math/big"
@@ -316,7 +315,7 @@ func TestVerifyPassword(t *testing.T) {
 // attempt becomes available during the test.
 func TestVerificationLimit(t *testing.T) {
 	t.Parallel()
-	d := testDependencies(memorySettings(), newMemory(), slog.New(slog.DiscardHandler))
+	d := testDependencies(memorySettings(), newMemory(), discardLog)
 	a := newAPI(d, &traffic{})
 	limit := a.verifications
 	if limit.burst != 10 || limit.every != 6*time.Second {
@@ -346,7 +345,7 @@ func TestVerificationLimit(t *testing.T) {
 // full.
 func TestVerifyPasswordOfMissingUser(t *testing.T) {
 	t.Parallel()
-	d := testDependencies(memorySettings(), newMemory(), slog.New(slog.DiscardHandler))
+	d := testDependencies(memorySettings(), newMemory(), discardLog)
 	a := newAPI(d, &traffic{})
 	s := serveInProcess(t, newServer(d, &traffic{}, newAccess(d.settings, nil), protectedRoutes(a, &health{})))
 	a.hasher.lanes.clients = newQueues[string](1, 0)
@@ -431,7 +430,7 @@ var foreignHashes = []string{
 func TestForeignHash(t *testing.T) {
 	t.Parallel()
 	eachStoreAlone(t, func(t *testing.T, users store) {
-		d := testDependencies(memorySettings(), users, slog.New(slog.DiscardHandler))
+		d := testDependencies(memorySettings(), users, discardLog)
 		a := newAPI(d, &traffic{})
 		s := serveInProcess(t,
 			newServer(d, &traffic{}, newAccess(d.settings, nil), protectedRoutes(a, &health{})))
@@ -1269,7 +1268,7 @@ func FuzzReadUser(f *testing.F) {
 		if creates {
 			required = []string{"name", "surname", "password"}
 		}
-		log := slog.New(slog.DiscardHandler)
+		log := discardLog
 		a := newAPI(testDependencies(memorySettings(), nil, log), &traffic{})
 		read := func(body []byte) (userInput, error) {
 			r := httptest.NewRequest("POST", "/users", bytes.NewReader(body))
