@@ -139,11 +139,12 @@ const (
 	indexPause     = time.Minute // after an attempt to build an index that failed
 )
 
-// Concurrent statements of each Group. One read batch at a time is fastest. Writes need two, so
-// that one forms while the other commits; three are smaller, and slower in total.
+// Concurrent statements of each Group. One batch at a time is the cheapest: while it runs, half of
+// the calls join the next one. With two, batches are half as large, and several replicas would wait
+// for each other at the database.
 const (
 	readsAlone, readBatches   = 4, 1
-	writesAlone, writeBatches = 2, 2
+	writesAlone, writeBatches = 1, 1
 )
 
 // What one of each takes, in bytes.
