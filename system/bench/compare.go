@@ -5,21 +5,17 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
 	"log"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"golang.org/x/crypto/argon2"
 )
 
 const (
@@ -62,56 +58,35 @@ type results map[string]map[string][]measurement
 
 // compare measures the subjects in turn, round after round, so that other work of the machine
 // affects all of them.
-func compare(s *servers, o options) error {
-	r, err := s.newRig("compare", o.users, service, plain, noDatabase)
+func compare(s *servers, o options) (string, error) {
+	r, err := s.rig()
 	if err != nil {
-		return err
+		return "", err
 	}
 	m := &meter{rig: r, time: o.time}
-	if m.argon, err = r.argonParameters(); err != nil {
-		return err
+	if m.subjects, err = r.startPeers(service, plain, noDatabase); err != nil {
+		return "", err
 	}
-	version, err := s.postgres.Version(context.Background())
-	if err != nil {
-		return err
-	}
-	all, latency := make(results), make(map[string][]measurement)
+	all := make(results)
 	for round := range o.rounds {
 		log.Printf("round %d of %d", round+1, o.rounds)
 		if err := m.round(round, all); err != nil {
-			return err
-		}
-		tenth := all[workloads[0].name][service][0].Rate / 10
-		for _, name := range []string{service, plain} {
-			paced, err := m.paced(r.subjects[name].url, tenth)
-			if err != nil {
-				return err
-			}
-			latency[name] = append(latency[name], paced)
+			return "", err
 		}
 	}
-	resident, err := m.resident()
-	if err != nil {
-		return err
+	text := report(all) + fmt.Sprintf("\n%d users, %d connections, %d rounds of %v.\n",
+		o.users, connections, o.rounds, o.time)
+	if err := o.draw("bench.svg", drawing(all)); err != nil {
+		return "", err
 	}
-	if err := r.check(); err != nil {
-		return err
-	}
-	if err := r.stop(); err != nil {
-		return err
-	}
-	fmt.Fprint(o.out, report(all, latency))
-	fmt.Fprintf(o.out, "The service had %.0f MB at most.\n\n%s, PostgreSQL %s, %d users, %d connections, "+
-		"%d rounds of %v, %s, %d cores\n", resident, time.Now().UTC().Format(time.DateOnly),
-		version, o.users, connections, o.rounds, o.time, runtime.Version(), runtime.NumCPU())
-	return os.WriteFile(o.svg, drawing(all), 0o644)
+	return text, r.finish()
 }
 
 // meter measures the subjects of a rig.
 type meter struct {
 	*rig
-	time  time.Duration
-	argon argonParameters
+	subjects map[string]*subject
+	time     time.Duration
 }
 
 // round measures every subject of every workload once. Each round begins with another subject.
@@ -137,11 +112,11 @@ func (m *meter) round(round int, all results) error {
 }
 
 func (m *meter) measure(w workload, name string) (got measurement, err error) {
-	pid := 0
+	pid, database := 0, m.database
 	if s := m.subjects[name]; s != nil {
-		pid = s.PID()
+		pid, database = s.PID(), s.database
 	}
-	serverCPU, postgresCPU := m.processorTime(pid)
+	serverCPU, postgresCPU := processorTime(pid, database)
 	switch name {
 	case pgbench:
 		got, err = m.pgbench(w)
@@ -150,7 +125,7 @@ func (m *meter) measure(w workload, name string) (got measurement, err error) {
 	default:
 		got, err = m.wrk(w, m.subjects[name].url)
 	}
-	serverEnd, postgresEnd := m.processorTime(pid)
+	serverEnd, postgresEnd := processorTime(pid, database)
 	requests := got.Rate * m.time.Seconds()
 	got.cpu = float64((serverEnd - serverCPU).Microseconds()) / requests
 	got.postgres = float64((postgresEnd - postgresCPU).Microseconds()) / requests
@@ -221,26 +196,42 @@ func (m *meter) pgbench(w workload) (best measurement, err error) {
 	return best, nil
 }
 
-// argonParameters are the cost of a hash.
-type argonParameters struct {
-	memory, time uint32
-	threads      uint8
+// startPeers starts the service and other servers, which hash with the service's parameters.
+func (r *rig) startPeers(names ...string) (map[string]*subject, error) {
+	subjects, err := r.startAll(service)
+	if err != nil {
+		return nil, err
+	}
+	if r.argon.memory == 0 {
+		if err := r.readArgon(subjects[service].url); err != nil {
+			return nil, err
+		}
+	}
+	for _, name := range names {
+		if name != service {
+			if subjects[name], err = r.start(name, "ARGON2="+r.argon.String()); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return subjects, nil
 }
 
-// argonParameters returns the cost of the service's hashes, as a hash in the database states it.
-func (r *rig) argonParameters() (p argonParameters, err error) {
-	err = send(http.MethodPost, r.subjects[service].url+"/users",
+// readArgon learns the cost of the service's hashes from one in the database.
+func (r *rig) readArgon(url string) error {
+	err := send(http.MethodPost, url+"/users",
 		`{"name": "John", "surname": "Doe", "password": "correct horse"}`)
 	if err != nil {
-		return p, err
+		return err
 	}
 	var hash string
 	err = r.db.QueryRow(context.Background(),
 		"SELECT password FROM users ORDER BY id DESC LIMIT 1").Scan(&hash)
 	if err == nil {
-		_, err = fmt.Sscanf(hash, "$argon2id$v=19$m=%d,t=%d,p=%d$", &p.memory, &p.time, &p.threads)
+		_, err = fmt.Sscanf(hash, "$argon2id$v=19$"+argonFormat+"$",
+			&r.argon.memory, &r.argon.time, &r.argon.threads)
 	}
-	return p, err
+	return err
 }
 
 // argonRate returns how many passwords all cores hash per second without any other work.
@@ -251,8 +242,7 @@ func (m *meter) argonRate() float64 {
 	for range runtime.NumCPU() {
 		hashing.Go(func() {
 			for time.Since(begin) < m.time {
-				argon2.IDKey([]byte("correct horse"), make([]byte, 16),
-					m.argon.time, m.argon.memory, m.argon.threads, 32)
+				m.argon.hash("correct horse", make([]byte, 16))
 				n.Add(1)
 			}
 		})
@@ -261,51 +251,9 @@ func (m *meter) argonRate() float64 {
 	return float64(n.Load()) / time.Since(begin).Seconds()
 }
 
-// paced sends GET requests at a fixed rate, whether or not earlier ones were answered.
-func (m *meter) paced(url string, rate float64) (measurement, error) {
-	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: connections}}
-	defer client.CloseIdleConnections()
-	var mu sync.Mutex
-	var took []float64 // ms
-	var failure error
-	var requests sync.WaitGroup
-	tick := time.NewTicker(time.Duration(float64(time.Second) / rate))
-	defer tick.Stop()
-	for begin := time.Now(); time.Since(begin) < m.time; {
-		<-tick.C
-		requests.Go(func() {
-			begin := time.Now()
-			response, err := client.Get(fmt.Sprintf("%s/users/%d", url,
-				1+begin.UnixNano()%int64(m.users)))
-			if err == nil {
-				err = drain(response)
-			}
-			mu.Lock()
-			defer mu.Unlock()
-			took = append(took, float64(time.Since(begin).Microseconds())/1000)
-			if err != nil {
-				failure = err
-			}
-		})
-	}
-	requests.Wait()
-	slices.Sort(took)
-	return measurement{Rate: rate, P50: took[len(took)/2], P99: took[len(took)*99/100]}, failure
-}
-
-// drain reads and closes the body, and returns an error if the status is not 2xx.
-func drain(response *http.Response) error {
-	defer response.Body.Close()
-	_, err := io.Copy(io.Discard, response.Body)
-	if err == nil && response.StatusCode/100 != 2 {
-		err = fmt.Errorf("%s %s: %s", response.Request.Method, response.Request.URL, response.Status)
-	}
-	return err
-}
-
 // processorTime returns the processor time of a process, and of PostgreSQL's processes that are
-// connected to the rig's database.
-func (r *rig) processorTime(pid int) (server, postgres time.Duration) {
+// connected to a database.
+func processorTime(pid int, database string) (server, postgres time.Duration) {
 	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
 	for _, path := range stats {
 		stat, err := os.ReadFile(path)
@@ -319,22 +267,9 @@ func (r *rig) processorTime(pid int) (server, postgres time.Duration) {
 		used := time.Duration(user+system) * 10 * time.Millisecond
 		if path == fmt.Sprintf("/proc/%d/stat", pid) {
 			server = used
-		} else if bytes.HasPrefix(commandLine, []byte("postgres: bench "+r.database+" ")) {
+		} else if bytes.HasPrefix(commandLine, []byte("postgres: bench "+database+" ")) {
 			postgres += used
 		}
 	}
 	return server, postgres
-}
-
-// resident returns the peak resident memory of the service in MB.
-func (r *rig) resident() (float64, error) {
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", r.subjects[service].PID()))
-	if err != nil {
-		return 0, err
-	}
-	var kB float64
-	for line := range strings.Lines(string(status)) {
-		fmt.Sscanf(line, "VmHWM: %f kB", &kB)
-	}
-	return kB / 1024, nil
 }

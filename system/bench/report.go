@@ -35,7 +35,7 @@ func p50(m measurement) float64 { return m.P50 }
 func p99(m measurement) float64 { return m.P99 }
 
 // report returns the results as Markdown.
-func report(all results, latency map[string][]measurement) string {
+func report(all results) string {
 	var b strings.Builder
 	b.WriteString("\n| request | subject | per second | this service has | p50 ms | p99 ms " +
 		"| CPU us | PostgreSQL us |\n|:--|:--|--:|--:|--:|--:|--:|--:|\n")
@@ -50,10 +50,6 @@ func report(all results, latency map[string][]measurement) string {
 				median(got, func(m measurement) float64 { return m.postgres }))
 		}
 	}
-	fmt.Fprintf(&b, "\nAt a tenth of the service's rate of %s, p50 is %.2f ms and p99 %.2f ms; "+
-		"those of %s are %.2f ms and %.2f ms.\n", workloads[0].name,
-		median(latency[service], p50), median(latency[service], p99), plain,
-		median(latency[plain], p50), median(latency[plain], p99))
 	return b.String()
 }
 

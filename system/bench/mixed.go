@@ -1,0 +1,52 @@
+package main
+
+import (
+	"fmt"
+	"log"
+	"strings"
+	"time"
+)
+
+const (
+	mixedTime  = 15 * time.Second // of the open loop
+	searchTime = 5 * time.Second  // of the closed loop that finds the highest load
+)
+
+// mixedLoad finds the highest rate of mixed requests, and offers 70 % of it.
+func mixedLoad(s *servers, o options) (string, error) {
+	r, err := s.rig()
+	if err != nil {
+		return "", err
+	}
+	subjects, err := r.startPeers(service, plain)
+	if err != nil {
+		return "", err
+	}
+	var b strings.Builder
+	b.WriteString("\n| subject | highest rate | offered | GET p50 ms | p99 | PUT p50 ms | p99 " +
+		"| POST p50 ms | p99 | refused GET | PUT | POST | failed |\n" +
+		"|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n")
+	for _, name := range []string{service, plain} {
+		l := r.load(subjects[name], mixed)
+		full := l.closedLoop(connections, o.short(searchTime))
+		highest := full.where(answered).rate()
+		log.Printf("mixed, %s: at most %.0f/s, statuses %s", name, highest, full.statuses())
+		time.Sleep(time.Second) // for events and writes that are still under way
+		got := l.openLoop(0.7*highest, o.short(mixedTime))
+		time.Sleep(time.Second)
+		fmt.Fprintf(&b, "| %s | %.0f | %.0f |", name, highest, got.rate())
+		for _, k := range []kind{get, put, post} {
+			p := got.of(k).percentiles(50, 99)
+			fmt.Fprintf(&b, " %.2f | %.2f |", p[0], p[1])
+		}
+		for _, k := range []kind{get, put, post} {
+			fmt.Fprintf(&b, " %d |", len(got.of(k).where(refused).samples))
+		}
+		bad := got.where(failed)
+		fmt.Fprintf(&b, " %d |\n", len(bad.samples))
+		if len(bad.samples) > 0 {
+			log.Printf("mixed, %s: failures by status: %s", name, bad.statuses())
+		}
+	}
+	return b.String(), r.finish()
+}
