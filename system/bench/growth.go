@@ -13,7 +13,7 @@ func growth(s *servers, o options) (string, error) {
 	var urls []string
 	var b strings.Builder
 	for i, size := range sizes {
-		r, err := s.newRig(fmt.Sprint("growth_", i), size, false)
+		r, err := s.newRig(fmt.Sprint("growth_", i), size)
 		if err != nil {
 			return "", err
 		}

@@ -55,21 +55,31 @@ func (m mix) pick(r *rand.Rand) kind {
 // load is what a generator sends: requests for random users with ids up to half of users. A DELETE
 // takes the highest id that none has taken, so that the user exists.
 type load struct {
-	address string
-	mix     mix
-	users   int
-	deleted *atomic.Int64
+	address      string
+	mix          mix
+	users        int
+	deleted      *atomic.Int64
+	acknowledged *atomic.Int64 // counts successful PUT requests; may be nil
+	puts         *putTimes     // may be nil
+}
+
+// id returns the id of a user for a request.
+func (l load) id(k kind, due time.Time, r *rand.Rand) int {
+	switch {
+	case k == del:
+		return l.users - int(l.deleted.Add(1)) + 1
+	case k == put && l.puts != nil:
+		return l.puts.next(due)
+	}
+	return 1 + r.IntN(max(l.users/2, 1))
 }
 
 // appendRequest appends a request as HTTP/1.1 to b.
-func (l load) appendRequest(b []byte, k kind, r *rand.Rand) []byte {
-	id := 1 + r.IntN(max(l.users/2, 1))
+func (l load) appendRequest(b []byte, k kind, id int, r *rand.Rand) []byte {
 	method, body := [kinds]string{"GET", "GET", "POST", "PUT", "DELETE"}[k], ""
 	switch k {
 	case post:
 		body = `{"name": "John", "surname": "Doe", "password": "correct horse"}`
-	case del:
-		id = l.users - int(l.deleted.Add(1)) + 1
 	case put:
 		body = `{"name": "N` + strconv.Itoa(r.IntN(1e9)) + `"}`
 	}
@@ -123,7 +133,7 @@ func (c *connection) send(k kind, due time.Time) {
 		return
 	}
 	status := int16(0)
-	if err := c.exchange(k, deadline); err == nil {
+	if err := c.exchange(k, due, deadline); err == nil {
 		status = int16(c.response.StatusCode())
 	}
 	if c.conn != nil && (status == 0 || c.response.ConnectionClose()) {
@@ -132,7 +142,7 @@ func (c *connection) send(k kind, due time.Time) {
 	c.samples = append(c.samples, sample{k, status, time.Since(due)})
 }
 
-func (c *connection) exchange(k kind, deadline time.Time) (err error) {
+func (c *connection) exchange(k kind, due, deadline time.Time) (err error) {
 	if c.conn == nil {
 		dialer := net.Dialer{Deadline: deadline}
 		if c.conn, err = dialer.Dial("tcp", c.load.address); err != nil {
@@ -143,7 +153,7 @@ func (c *connection) exchange(k kind, deadline time.Time) (err error) {
 	if err := c.conn.SetDeadline(deadline); err != nil {
 		return err
 	}
-	c.out = c.load.appendRequest(c.out[:0], k, c.random)
+	c.out = c.load.appendRequest(c.out[:0], k, c.load.id(k, due, c.random), c.random)
 	if _, err := c.conn.Write(c.out); err != nil {
 		return err
 	}
@@ -177,13 +187,16 @@ func (l load) closedLoop(n int, d time.Duration) outcome {
 		})
 	}
 	sending.Wait()
-	return gather(connections, d)
+	return l.gather(connections, d)
 }
 
-func gather(connections []*connection, elapsed time.Duration) (o outcome) {
+func (l load) gather(connections []*connection, elapsed time.Duration) (o outcome) {
 	o.elapsed = elapsed
 	for _, c := range connections {
 		o.samples = append(o.samples, c.samples...)
+	}
+	if l.acknowledged != nil {
+		l.acknowledged.Add(int64(len(o.of(put).where(answered).samples)))
 	}
 	return o
 }
@@ -241,7 +254,7 @@ func (l load) openLoop(rate float64, d time.Duration) outcome {
 	for _, c := range p.all {
 		c.close()
 	}
-	return gather(p.all, elapsed)
+	return l.gather(p.all, elapsed)
 }
 
 func (p *pool) arrive(a arrival) {
@@ -277,18 +290,15 @@ func (p *pool) next(c *connection) (a arrival, ok bool) {
 	return a, true
 }
 
-// of returns the samples of some kinds of request.
-func (o outcome) of(wanted ...kind) outcome {
-	o.samples = slices.DeleteFunc(slices.Clone(o.samples), func(s sample) bool {
-		return !slices.Contains(wanted, s.kind)
-	})
-	return o
-}
-
 // where returns the samples for which keep returns true.
 func (o outcome) where(keep func(sample) bool) outcome {
 	o.samples = slices.DeleteFunc(slices.Clone(o.samples), func(s sample) bool { return !keep(s) })
 	return o
+}
+
+// of returns the samples of a kind of request.
+func (o outcome) of(k kind) outcome {
+	return o.where(func(s sample) bool { return s.kind == k })
 }
 
 func answered(s sample) bool { return s.status/100 == 2 }
@@ -312,11 +322,12 @@ func (o outcome) percentiles(ps ...float64) []float64 {
 	return values
 }
 
-// statuses counts the failed samples by status, for messages.
-func (o outcome) statuses() string {
-	counts := make(map[int16]int)
+// unexpected returns an error if a server answered with anything but success or a refusal.
+func (o outcome) unexpected() error {
 	for _, s := range o.samples {
-		counts[s.status]++
+		if s.status > 0 && !answered(s) && !refused(s) {
+			return fmt.Errorf("unexpected answers with status %d", s.status)
+		}
 	}
-	return fmt.Sprint(counts)
+	return nil
 }

@@ -47,6 +47,7 @@ type section struct {
 
 var sections = []section{
 	{"compare", compare},
+	{"latency", latency},
 	{"mixed", mixedLoad},
 	{"growth", growth},
 }

@@ -18,22 +18,24 @@ func mixedLoad(s *servers, o options) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	subjects, err := r.startPeers(service, plain)
+	names := []string{service, plain}
+	subjects, err := r.startAll(names)
 	if err != nil {
 		return "", err
 	}
 	var b strings.Builder
 	b.WriteString("\n| subject | highest rate | offered | GET p50 ms | p99 | PUT p50 ms | p99 " +
-		"| POST p50 ms | p99 | refused GET | PUT | POST | failed |\n" +
+		"| POST p50 ms | p99 | GET 503 | PUT 503 | POST 503 | no answer |\n" +
 		"|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n")
-	for _, name := range []string{service, plain} {
+	for _, name := range names {
 		l := r.load(subjects[name], mixed)
 		full := l.closedLoop(connections, o.short(searchTime))
 		highest := full.where(answered).rate()
-		log.Printf("mixed, %s: at most %.0f/s, statuses %s", name, highest, full.statuses())
-		time.Sleep(time.Second) // for events and writes that are still under way
+		log.Printf("mixed, %s: at most %.0f/s", name, highest)
+		if err := r.settle(); err != nil {
+			return "", err
+		}
 		got := l.openLoop(0.7*highest, o.short(mixedTime))
-		time.Sleep(time.Second)
 		fmt.Fprintf(&b, "| %s | %.0f | %.0f |", name, highest, got.rate())
 		for _, k := range []kind{get, put, post} {
 			p := got.of(k).percentiles(50, 99)
@@ -42,10 +44,9 @@ func mixedLoad(s *servers, o options) (string, error) {
 		for _, k := range []kind{get, put, post} {
 			fmt.Fprintf(&b, " %d |", len(got.of(k).where(refused).samples))
 		}
-		bad := got.where(failed)
-		fmt.Fprintf(&b, " %d |\n", len(bad.samples))
-		if len(bad.samples) > 0 {
-			log.Printf("mixed, %s: failures by status: %s", name, bad.statuses())
+		fmt.Fprintf(&b, " %d |\n", len(got.where(failed).samples))
+		if err := got.unexpected(); err != nil {
+			return "", fmt.Errorf("%s: %w", name, err)
 		}
 	}
 	return b.String(), r.finish()

@@ -13,6 +13,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
+	amqp "github.com/rabbitmq/amqp091-go"
 	"golang.org/x/crypto/argon2"
 )
 
@@ -32,8 +33,9 @@ func scanUser(row pgx.CollectableRow) (u user, err error) {
 }
 
 // serve is a peer of the service: the shortest server that answers its requests, with net/http and
-// one statement of pgx per request. Of the kind noDatabase, it answers without a statement. It
-// listens on PORT, uses DATABASE_URL and the cost of a hash in ARGON2, and returns only an error.
+// one statement of pgx per request. Of the kind noDatabase, it answers without a statement; of the
+// kind withRedis, from Redis; of the kind publishing, it also publishes an event of each PUT. It
+// listens on PORT, hashes at the cost of ARGON2, and returns only an error.
 func serve(kind string) error {
 	pool, err := pgxpool.New(context.Background(), os.Getenv("DATABASE_URL"))
 	if err != nil {
@@ -42,12 +44,20 @@ func serve(kind string) error {
 	p := &peer{pool: pool}
 	fmt.Sscanf(os.Getenv("ARGON2"), argonFormat, &p.argon.memory, &p.argon.time, &p.argon.threads)
 	http.HandleFunc("GET /healthz", func(http.ResponseWriter, *http.Request) {})
-	if kind == noDatabase {
+	switch kind {
+	case noDatabase:
 		http.HandleFunc("GET /users/{id}", func(w http.ResponseWriter, r *http.Request) {
 			id, err := strconv.ParseInt(r.PathValue("id"), 10, 64)
 			answer(w, http.StatusOK, user{ID: id, Name: "John", Surname: "Doe"}, err)
 		})
-	} else {
+	case withRedis:
+		http.HandleFunc("GET /users/{id}", redisHandler())
+	case publishing:
+		if p.events, err = openChannel(os.Getenv("RABBITMQ_URL")); err != nil {
+			return err
+		}
+		fallthrough
+	default:
 		http.HandleFunc("GET /users/{id}", p.get)
 		http.HandleFunc("GET /users", p.list)
 		http.HandleFunc("POST /users", p.post)
@@ -58,8 +68,9 @@ func serve(kind string) error {
 }
 
 type peer struct {
-	pool  *pgxpool.Pool
-	argon argonParameters
+	pool   *pgxpool.Pool
+	argon  argonParameters
+	events *amqp.Channel // nil: none are published
 }
 
 func answer(w http.ResponseWriter, status int, v any, err error) {
@@ -119,6 +130,9 @@ func (p *peer) put(w http.ResponseWriter, r *http.Request) {
 	rows, _ := p.pool.Query(r.Context(), "UPDATE users SET name = $1, updated_at = now() "+
 		"WHERE id = $2 RETURNING "+userColumns, in.Name, r.PathValue("id"))
 	u, err := pgx.CollectExactlyOneRow(rows, scanUser)
+	if err == nil && p.events != nil {
+		err = publish(p.events, u)
+	}
 	answer(w, http.StatusOK, u, err)
 }
 
