@@ -256,23 +256,25 @@ var updateArguments = []string{"ARRAY[:id]::bigint[]",
 
 var parameter = regexp.MustCompile(`\$\d+`)
 
-// updateStatement returns the statement that the service runs for a PUT, for pgbench.
+// updateStatement returns the statement that the service runs for a PUT, for pgbench. The session
+// that ran it may soon run another one, so it looks while requests are sent.
 func (r *rig) updateStatement(s *subject) (string, error) {
-	if err := send("PUT", s.url+"/users/1", `{"name": "John 0"}`); err != nil {
-		return "", err
-	}
+	l := r.load(s, onlyPut)
+	var sending sync.WaitGroup
+	sending.Go(func() { l.closedLoop(4, time.Second) })
+	defer sending.Wait()
 	var sql string
-	err := r.db.QueryRow(context.Background(), `
-		SELECT query FROM pg_stat_activity
-		WHERE datname = $1 AND usename = 'bench' AND query LIKE '%UPDATE users SET%'
-		ORDER BY query_start DESC LIMIT 1`, r.database).Scan(&sql)
-	if errors.Is(err, pgx.ErrNoRows) {
-		err = errors.New("no connection of the service shows its UPDATE of users")
+	err := pgx.ErrNoRows
+	for range 50 {
+		if err = r.db.QueryRow(context.Background(), `
+			SELECT query FROM pg_stat_activity
+			WHERE datname = $1 AND usename = 'bench' AND query LIKE '%UPDATE users SET%'
+			ORDER BY query_start DESC LIMIT 1`, r.database).Scan(&sql); err == nil {
+			return pgbenchStatement(sql)
+		}
+		time.Sleep(10 * time.Millisecond)
 	}
-	if err != nil {
-		return "", err
-	}
-	return pgbenchStatement(sql)
+	return "", fmt.Errorf("no session of the service shows its UPDATE users SET: %w", err)
 }
 
 // pgbenchStatement replaces the parameters of the service's UPDATE.

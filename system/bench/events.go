@@ -1,7 +1,11 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
+	"log"
 	"sync"
 	"time"
 
@@ -77,4 +81,88 @@ func (s *servers) listen(vhost string, handle func(event, time.Time)) (stop func
 		ch.Close()
 		handling.Wait()
 	}, nil
+}
+
+const (
+	outboxUsers    = 10_000
+	outboxVersions = 20 // of each user
+)
+
+// received checks the events that a relay delivers.
+type received struct {
+	mu       sync.Mutex
+	first    time.Time
+	events   int
+	newest   map[int64]int64 // versions, by user
+	disorder int             // versions that did not follow the one before
+}
+
+func (c *received) event(e event, at time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.events == 0 {
+		c.first = at
+	}
+	last, known := c.newest[e.Data.UserID]
+	switch {
+	case known && e.Data.Version <= last: // sent twice
+		return
+	case known && e.Data.Version != last+1:
+		c.disorder++
+	}
+	c.newest[e.Data.UserID] = e.Data.Version
+	c.events++
+}
+
+// relayRate measures how fast the service delivers a full outbox.
+func relayRate(s *servers, o options) (string, error) {
+	r, err := s.rig()
+	if err != nil {
+		return "", err
+	}
+	ctx := context.Background()
+	for range outboxVersions { // no service runs
+		_, err := r.db.Exec(ctx, "UPDATE users SET surname = surname || 'e' WHERE id <= $1", outboxUsers)
+		if err != nil {
+			return "", err
+		}
+	}
+	c := &received{newest: make(map[int64]int64)}
+	stop, err := s.listen(r.database, c.event)
+	if err != nil {
+		return "", err
+	}
+	running, err := r.start(service)
+	if err != nil {
+		return "", err
+	}
+	consumed := running.consumed()
+	ended, err := r.emptied(ctx)
+	if err != nil {
+		return "", err
+	}
+	rate := outboxUsers * outboxVersions / ended.Sub(c.first).Seconds()
+	if err := r.finish(); err != nil {
+		return "", err
+	}
+	stop()
+	log.Printf("%d events delivered, %d consumed before the outbox was seen", c.events, consumed)
+	if c.events != outboxUsers*outboxVersions || c.disorder > 0 {
+		return "", fmt.Errorf("%d events arrived, and %d were not in order", c.events, c.disorder)
+	}
+	return fmt.Sprintf("\nOf %d events, the relay delivered %s per second.\n",
+		outboxUsers*outboxVersions, digits(rate)), nil
+}
+
+// emptied returns when the outbox is empty. Counting it more often would slow the relay down.
+func (r *rig) emptied(ctx context.Context) (time.Time, error) {
+	for deadline := time.Now().Add(2 * time.Minute); time.Now().Before(deadline); {
+		var empty bool
+		err := r.db.QueryRow(ctx, "SELECT NOT EXISTS (SELECT FROM outbox)").Scan(&empty)
+		if empty || err != nil {
+			return time.Now(), err
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	return time.Time{}, errors.New("the outbox is not empty after 2 minutes")
 }

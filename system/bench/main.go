@@ -49,6 +49,9 @@ var sections = []section{
 	{"compare", compare},
 	{"latency", latency},
 	{"mixed", mixedLoad},
+	{"overload", overload},
+	{"replicas", replicas},
+	{"events", relayRate},
 	{"growth", growth},
 }
 

@@ -194,7 +194,6 @@ func (r *rig) readArgon() error {
 	if err != nil {
 		return err
 	}
-	defer r.stop(s)
 	if err := send(http.MethodPost, s.url+"/users", newUser); err != nil {
 		return err
 	}
@@ -205,7 +204,10 @@ func (r *rig) readArgon() error {
 		_, err = fmt.Sscanf(hash, "$argon2id$v=19$"+argonFormat+"$",
 			&r.argon.memory, &r.argon.time, &r.argon.threads)
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	return r.finish()
 }
 
 // settleTime is how long settle and check wait.
