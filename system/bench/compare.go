@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -186,15 +187,15 @@ end
 // of the last server.
 func (r *rig) wrk(script string, n int, d time.Duration, servers ...*subject) (
 	sum measurement, err error) {
-	path := filepath.Join(r.Dir, "wrk.lua")
-	text := fmt.Sprintf(wrkScript, time.Now().UnixNano()%1e9, r.users/2, script)
-	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-		return sum, err
-	}
 	outputs := make([]bytes.Buffer, len(servers))
 	errs := make([]error, len(servers))
 	var running sync.WaitGroup
 	for i, s := range servers {
+		path := filepath.Join(r.Dir, fmt.Sprintf("wrk_%d.lua", i))
+		text := fmt.Sprintf(wrkScript, rand.IntN(1e9), r.users/2, script)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			return sum, err
+		}
 		running.Go(func() {
 			cmd := exec.Command("wrk", "-t1", "--timeout", "20s", fmt.Sprintf("-c%d", n/len(servers)),
 				fmt.Sprintf("-d%ds", int(d.Seconds())), "-s", path, s.url)

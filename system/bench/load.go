@@ -100,9 +100,16 @@ func (l load) appendRequest(b []byte, k kind, id int, r *rand.Rand) []byte {
 // due to the answer.
 type sample struct {
 	kind   kind
-	status int16 // 0: none came, or the connection failed; -1: no connection was free in time
+	status int16 // of the answer, or one of the values below
 	took   time.Duration
 }
+
+// The statuses of requests without an answer.
+const (
+	broken   = 0  // the connection failed
+	timedOut = -1 // no answer came in time
+	unsent   = -2 // no connection was free in time
+)
 
 // outcome is the result of a load.
 type outcome struct {
@@ -129,14 +136,16 @@ func newConnection(l load) *connection {
 func (c *connection) send(k kind, due time.Time) {
 	deadline := due.Add(requestTimeout)
 	if time.Now().After(deadline) {
-		c.samples = append(c.samples, sample{k, -1, requestTimeout})
+		c.samples = append(c.samples, sample{k, unsent, requestTimeout})
 		return
 	}
-	status := int16(0)
+	status := int16(broken)
 	if err := c.exchange(k, due, deadline); err == nil {
 		status = int16(c.response.StatusCode())
+	} else if time.Now().After(deadline) {
+		status = timedOut
 	}
-	if c.conn != nil && (status == 0 || c.response.ConnectionClose()) {
+	if c.conn != nil && (status <= 0 || c.response.ConnectionClose()) {
 		c.close()
 	}
 	c.samples = append(c.samples, sample{k, status, time.Since(due)})
@@ -304,7 +313,9 @@ func (o outcome) of(k kind) outcome {
 func answered(s sample) bool { return s.status/100 == 2 }
 func inTime(s sample) bool   { return answered(s) && s.took <= time.Second }
 func refused(s sample) bool  { return s.status == 503 || s.status == 429 }
-func failed(s sample) bool   { return !answered(s) && !refused(s) }
+func failed(s sample) bool   { return s.status == broken }
+func late(s sample) bool     { return s.status == timedOut || s.status == unsent }
+func sent(s sample) bool     { return s.status != unsent }
 
 // rate returns the number of samples per second.
 func (o outcome) rate() float64 { return float64(len(o.samples)) / o.elapsed.Seconds() }

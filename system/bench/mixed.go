@@ -44,7 +44,7 @@ func mixedLoad(s *servers, o options) (string, error) {
 		for _, k := range []kind{get, put, post} {
 			fmt.Fprintf(&b, " %d |", len(got.of(k).where(refused).samples))
 		}
-		fmt.Fprintf(&b, " %d |\n", len(got.where(failed).samples))
+		fmt.Fprintf(&b, " %d |\n", len(got.where(failed).samples)+len(got.where(late).samples))
 		if err := got.unexpected(); err != nil {
 			return "", fmt.Errorf("%s: %w", name, err)
 		}

@@ -19,8 +19,9 @@ var goMemoryLimit = fmt.Sprintf("GOMEMLIMIT=%dMiB", podMemory*7/8)
 // point is the result of one load on one subject. Rates are per second.
 type point struct {
 	traffic, subject, load string
-	offered, good          float64 // good: answered 2xx within a second
-	refused, failed        float64
+	offered, sent          float64
+	good                   float64 // answered 2xx within a second
+	refused, failed, late  float64
 	p50, p99               float64 // ms, of what was answered 2xx
 	peak                   float64 // MiB
 }
@@ -92,8 +93,9 @@ func (r *rig) point(s *subject, load string, run func() outcome) (p point, err e
 		return p, err
 	}
 	got := run()
-	p = point{subject: s.name, load: load, offered: got.rate(), good: got.where(inTime).rate(),
-		refused: got.where(refused).rate(), failed: got.where(failed).rate()}
+	p = point{subject: s.name, load: load, offered: got.rate(), sent: got.where(sent).rate(),
+		good: got.where(inTime).rate(), refused: got.where(refused).rate(),
+		failed: got.where(failed).rate(), late: got.where(late).rate()}
 	times := got.percentiles(50, 99)
 	p.p50, p.p99 = times[0], times[1]
 	if p.peak, err = s.peak(); err != nil {
@@ -109,12 +111,15 @@ func (r *rig) point(s *subject, load string, run func() outcome) (p point, err e
 
 func overloadTable(points []point) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "\n| requests | subject | load | offered/s | good/s | refused/s | failed/s "+
-		"| p50 ms | p99 ms | MiB of %d |\n|:--|:--|:--|--:|--:|--:|--:|--:|--:|--:|\n", podMemory)
+	fmt.Fprintf(&b, "\n| requests | subject | load | offered/s | sent/s | good/s "+
+		"| refused/s | broken/s | timeouts/s | p50 ms | p99 ms | MiB of %d |\n"+
+		"|:--|:--|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n", podMemory)
 	for _, p := range points {
-		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s | %s | %s | %s | %s | %.0f |\n", p.traffic, p.subject,
-			p.load, digits(p.offered), digits(p.good), digits(p.refused), digits(p.failed),
-			digits(p.p50), digits(p.p99), p.peak)
+		fmt.Fprintf(&b, "| %s | %s | %s |", p.traffic, p.subject, p.load)
+		for _, x := range []float64{p.offered, p.sent, p.good, p.refused, p.failed, p.late} {
+			b.WriteString(" " + whole(x) + " |")
+		}
+		fmt.Fprintf(&b, " %s | %s | %.0f |\n", digits(p.p50), digits(p.p99), p.peak)
 	}
 	return b.String()
 }
@@ -169,7 +174,7 @@ func (p *svg) panel(points []point, v panel) {
 	p.text(v.x.from, v.y.to-10, "start", `font-weight="bold"`, "%s: %s", v.traffic, v.title)
 	for _, t := range v.y.ticks() {
 		p.path("#ddd", "", "M%.1f %.1fH%.1f", v.x.from, v.y.at(t), v.x.to)
-		p.text(v.x.from-6, v.y.at(t)+5, "end", "", "%s", plainNumber(t))
+		p.text(v.x.from-6, v.y.at(t)+5, "end", "", "%s", whole(t))
 	}
 	for _, t := range v.x.ticks() {
 		for _, n := range []float64{t / 5, t / 2, t} {
@@ -177,7 +182,7 @@ func (p *svg) panel(points []point, v panel) {
 				continue
 			}
 			p.path("#ddd", "", "M%.1f %.1fV%.1f", v.x.at(n), v.y.from, v.y.to)
-			p.text(v.x.at(n), v.y.from+18, "middle", `font-size="12"`, "%s", plainNumber(n))
+			p.text(v.x.at(n), v.y.from+18, "middle", `font-size="12"`, "%s", whole(n))
 		}
 	}
 	p.text((v.x.from+v.x.to)/2, v.y.from+38, "middle", "", "requests offered per second (logarithmic)")
@@ -194,12 +199,4 @@ func (p *svg) panel(points []point, v panel) {
 		}
 		p.path(colorOf(name), `stroke-width="2"`, "%s", line)
 	}
-}
-
-// plainNumber formats a round value of an axis.
-func plainNumber(x float64) string {
-	if x >= 1000 {
-		return fmt.Sprintf("%d,%03d", int(x)/1000, int(x)%1000)
-	}
-	return fmt.Sprintf("%g", x)
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 )
@@ -94,11 +95,18 @@ func digits(x float64) string {
 	case x < 100:
 		return fmt.Sprintf("%.1f", x)
 	case x < 1000:
-		return fmt.Sprintf("%.0f", x)
+		return whole(x)
 	case x < 10_000:
-		n := int(x+5) / 10 * 10
-		return fmt.Sprintf("%d,%03d", n/1000, n%1000)
+		return whole(math.Round(x/10) * 10)
 	}
-	n := int(x+50) / 100 * 100
-	return fmt.Sprintf("%d,%03d", n/1000, n%1000)
+	return whole(math.Round(x/100) * 100)
+}
+
+// whole formats a rounded value with commas between thousands.
+func whole(x float64) string {
+	text := fmt.Sprintf("%.0f", x)
+	for i := len(text) - 3; i > 0; i -= 3 {
+		text = text[:i] + "," + text[i:]
+	}
+	return text
 }
