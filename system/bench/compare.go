@@ -4,22 +4,21 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
-	"io"
 	"log"
-	"net/http"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
-	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/crypto/argon2"
+	"github.com/jackc/pgx/v5"
 )
 
 const (
@@ -27,34 +26,49 @@ const (
 	creators    = 16 // connections that create users; with more, requests would wait too long
 )
 
-// workload is a kind of request, and the subjects that receive it. Its script is one of wrk.
+// The names of the subjects.
+const (
+	service    = "this service"
+	plain      = "net/http + pgx"
+	publishing = "net/http + pgx + RabbitMQ"
+	withRedis  = "net/http + Redis"
+	noDatabase = "net/http without database"
+	pgbench    = "pgbench"
+	onlyArgon  = "argon2id alone"
+)
+
+// workload is a kind of request, and the subjects that receive it. Its script is one of wrk; without
+// a script, the requests are mixed.
 type workload struct {
 	name     string
 	script   string
 	subjects []string
 }
 
+const putScript = `wrk.format("PUT", "/users/" .. math.random(1, users), header,
+	'{"name": "N' .. math.random(1, 1e9) .. '"}')`
+
 var workloads = []workload{
 	{"GET /users/{id}", `wrk.format("GET", "/users/" .. math.random(1, users))`,
-		[]string{service, plain, noDatabase, pgbench}},
+		[]string{service, plain, withRedis, noDatabase, pgbench}},
 	{"GET /users", `wrk.format("GET", "/users")`, []string{service, plain}},
 	{"GET /users?after=", `wrk.format("GET", "/users?after=" .. math.random(1, users))`,
 		[]string{service, plain}},
-	{"PUT /users/{id}", `wrk.format("PUT", "/users/" .. math.random(1, users), header,
-		'{"name": "N' .. math.random(1, 1e9) .. '"}')`, []string{service, plain, pgbench}},
-	{"POST /users", `wrk.format("POST", "/users", header,
-		'{"name": "John", "surname": "Doe", "password": "correct horse"}')`,
+	{"PUT /users/{id}", putScript, []string{service, plain, pgbench}},
+	{"POST /users", `wrk.format("POST", "/users", header, '` + newUser + `')`,
 		[]string{service, onlyArgon}},
+	{"mixed", "", []string{service, plain}},
 }
 
 // measurement is the result of one subject in one round.
 type measurement struct {
-	Rate     float64 `json:"rate"` // per second
-	P50      float64 `json:"p50"`  // ms
-	P99      float64 `json:"p99"`  // ms
-	Bad      int     `json:"bad"`  // answers other than 2xx, and requests without an answer
-	cpu      float64 // us of the server per request
-	postgres float64 // us of PostgreSQL per request
+	Rate     float64 `json:"rate"`     // per second
+	P50      float64 `json:"p50"`      // ms
+	P99      float64 `json:"p99"`      // ms
+	Requests int     `json:"requests"` // with an answer of 2xx
+	Bad      int     `json:"bad"`      // other answers, and requests without an answer
+	server   float64 // us of the server per request
+	database float64 // us of the database per request
 }
 
 // results are the measurements of all rounds, by workload and subject.
@@ -62,56 +76,40 @@ type results map[string]map[string][]measurement
 
 // compare measures the subjects in turn, round after round, so that other work of the machine
 // affects all of them.
-func compare(s *servers, o options) error {
-	r, err := s.newRig("compare", o.users, service, plain, noDatabase)
+func compare(s *servers, o options) (string, error) {
+	r, err := s.rig()
 	if err != nil {
-		return err
+		return "", err
 	}
 	m := &meter{rig: r, time: o.time}
-	if m.argon, err = r.argonParameters(); err != nil {
-		return err
+	m.subjects, err = r.startAll([]string{service, plain, noDatabase})
+	if err == nil {
+		m.subjects[withRedis], err = r.startRedis()
 	}
-	version, err := s.postgres.Version(context.Background())
-	if err != nil {
-		return err
+	if err == nil {
+		m.update, err = r.updateStatement(m.subjects[service])
 	}
-	all, latency := make(results), make(map[string][]measurement)
-	for round := range o.rounds {
+	all := make(results)
+	for round := 0; round < o.rounds && err == nil; round++ {
 		log.Printf("round %d of %d", round+1, o.rounds)
-		if err := m.round(round, all); err != nil {
-			return err
-		}
-		tenth := all[workloads[0].name][service][0].Rate / 10
-		for _, name := range []string{service, plain} {
-			paced, err := m.paced(r.subjects[name].url, tenth)
-			if err != nil {
-				return err
-			}
-			latency[name] = append(latency[name], paced)
-		}
+		err = m.round(round, all)
 	}
-	resident, err := m.resident()
+	if err == nil {
+		err = o.draw("bench.svg", bars(all))
+	}
 	if err != nil {
-		return err
+		return "", err
 	}
-	if err := r.check(); err != nil {
-		return err
-	}
-	if err := r.stop(); err != nil {
-		return err
-	}
-	fmt.Fprint(o.out, report(all, latency))
-	fmt.Fprintf(o.out, "The service had %.0f MB at most.\n\n%s, PostgreSQL %s, %d users, %d connections, "+
-		"%d rounds of %v, %s, %d cores\n", resident, time.Now().UTC().Format(time.DateOnly),
-		version, o.users, connections, o.rounds, o.time, runtime.Version(), runtime.NumCPU())
-	return os.WriteFile(o.svg, drawing(all), 0o644)
+	return compareTable(all) + fmt.Sprintf("\n%d users, %d connections, %d rounds of %v.\n",
+		o.users, connections, o.rounds, o.time), r.finish()
 }
 
 // meter measures the subjects of a rig.
 type meter struct {
 	*rig
-	time  time.Duration
-	argon argonParameters
+	subjects map[string]*subject
+	time     time.Duration
+	update   string // the service's statement, for pgbench
 }
 
 // round measures every subject of every workload once. Each round begins with another subject.
@@ -137,25 +135,38 @@ func (m *meter) round(round int, all results) error {
 }
 
 func (m *meter) measure(w workload, name string) (got measurement, err error) {
-	pid := 0
+	var servers []*subject
 	if s := m.subjects[name]; s != nil {
-		pid = s.PID()
+		servers = append(servers, s)
 	}
-	serverCPU, postgresCPU := m.processorTime(pid)
-	switch name {
-	case pgbench:
+	before := m.processorTime(servers...)
+	switch {
+	case name == pgbench:
 		got, err = m.pgbench(w)
-	case onlyArgon:
+	case name == onlyArgon:
 		got.Rate = m.argonRate()
+	case w.script == "":
+		got, err = m.mixed(servers[0])
+	case w.name == "POST /users":
+		got, err = m.wrk(w.script, creators, m.time, servers...)
 	default:
-		got, err = m.wrk(w, m.subjects[name].url)
+		got, err = m.wrk(w.script, connections, m.time, servers...)
 	}
-	serverEnd, postgresEnd := m.processorTime(pid)
-	requests := got.Rate * m.time.Seconds()
-	got.cpu = float64((serverEnd - serverCPU).Microseconds()) / requests
-	got.postgres = float64((postgresEnd - postgresCPU).Microseconds()) / requests
-	time.Sleep(time.Second) // for events and writes that are still under way
-	return got, err
+	got.server, got.database = m.processorTime(servers...).sub(before, got.Rate*m.time.Seconds())
+	if name == service && strings.HasPrefix(w.name, "PUT") {
+		m.acknowledged.Add(int64(got.Requests))
+	}
+	if err != nil {
+		return got, err
+	}
+	return got, m.settle()
+}
+
+// mixed sends mixed requests. The service may refuse to hash passwords.
+func (m *meter) mixed(s *subject) (measurement, error) {
+	got := m.load(s, mixed).closedLoop(connections, m.time)
+	p := got.percentiles(50, 99)
+	return measurement{Rate: got.where(answered).rate(), P50: p[0], P99: p[1]}, got.unexpected()
 }
 
 const wrkScript = `
@@ -164,52 +175,69 @@ users, header = %d, {["Content-Type"] = "application/json"}
 request = function() return %s end
 done = function(summary, latency)
 	local e = summary.errors
-	io.write(string.format('\n{"rate": %%f, "p50": %%f, "p99": %%f, "bad": %%d}\n',
+	io.write(string.format(
+		'\n{"rate": %%f, "p50": %%f, "p99": %%f, "requests": %%d, "bad": %%d}\n',
 		summary.requests / summary.duration * 1e6, latency:percentile(50) / 1000,
-		latency:percentile(99) / 1000, e.status + e.timeout + e.read + e.write + e.connect))
+		latency:percentile(99) / 1000, summary.requests - e.status,
+		e.status + e.timeout + e.read + e.write + e.connect))
 end
 `
 
-func (m *meter) wrk(w workload, url string) (got measurement, err error) {
-	script := filepath.Join(m.Dir, "wrk.lua")
-	text := fmt.Sprintf(wrkScript, time.Now().UnixNano()%1e9, m.users, w.script)
-	if err := os.WriteFile(script, []byte(text), 0o600); err != nil {
-		return got, err
+// wrk sends requests over n connections, which are divided among servers. The percentiles are those
+// of the last server.
+func (r *rig) wrk(script string, n int, d time.Duration, servers ...*subject) (
+	sum measurement, err error) {
+	outputs := make([]bytes.Buffer, len(servers))
+	errs := make([]error, len(servers))
+	var running sync.WaitGroup
+	for i, s := range servers {
+		path := filepath.Join(r.Dir, fmt.Sprintf("wrk_%d.lua", i))
+		text := fmt.Sprintf(wrkScript, rand.IntN(1e9), r.users/2, script)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			return sum, err
+		}
+		running.Go(func() {
+			cmd := exec.Command("wrk", "-t1", "--timeout", "20s", fmt.Sprintf("-c%d", n/len(servers)),
+				fmt.Sprintf("-d%ds", int(d.Seconds())), "-s", path, s.url)
+			cmd.Stdout = &outputs[i]
+			errs[i] = cmd.Run()
+		})
 	}
-	n := connections
-	if strings.HasPrefix(w.name, "POST") {
-		n = creators
+	running.Wait()
+	for i := range servers {
+		lines := bytes.Split(bytes.TrimSpace(outputs[i].Bytes()), []byte("\n"))
+		var got measurement
+		errs[i] = errors.Join(errs[i], json.Unmarshal(lines[len(lines)-1], &got))
+		got.Rate, got.Requests, got.Bad = got.Rate+sum.Rate, got.Requests+sum.Requests,
+			got.Bad+sum.Bad
+		sum = got
 	}
-	output, err := exec.Command("wrk", "-t1", "--timeout", "20s", fmt.Sprintf("-c%d", n),
-		fmt.Sprintf("-d%ds", int(m.time.Seconds())), "-s", script, url).Output()
-	if err != nil {
-		return got, err
-	}
-	lines := bytes.Split(bytes.TrimSpace(output), []byte("\n"))
-	return got, json.Unmarshal(lines[len(lines)-1], &got)
+	return sum, errors.Join(errs...)
 }
 
 // pgbench runs the statement that a request needs. For reads, it returns the best of several
 // numbers of clients.
 func (m *meter) pgbench(w workload) (best measurement, err error) {
-	sql, clients := "SELECT "+userColumns+" FROM users WHERE id = :id;", []int{8, 16}
+	sql, clients := "SELECT "+userColumns+" FROM users WHERE id = :id", []int{8, 16}
 	if strings.HasPrefix(w.name, "PUT") {
-		sql = "UPDATE users SET name = 'N' || :n WHERE id = :id RETURNING " + userColumns + ";"
-		clients = []int{connections}
+		sql, clients = m.update, []int{connections}
 	}
 	script := filepath.Join(m.Dir, "pgbench.sql")
-	text := fmt.Sprintf("\\set id random(1, %d)\n\\set n random(1, 1000000000)\n%s\n", m.users, sql)
+	text := fmt.Sprintf("\\set id random(1, %d)\n\\set n random(1, 1000000000)\n%s;\n", m.users/2, sql)
 	if err := os.WriteFile(script, []byte(text), 0o600); err != nil {
 		return best, err
 	}
 	for _, n := range clients {
-		output, err := exec.Command("pgbench", "--no-vacuum", "--protocol=prepared", "--jobs=2",
+		cmd := exec.Command("pgbench", "--no-vacuum", "--protocol=prepared", "--jobs=2",
 			fmt.Sprintf("--client=%d", n), fmt.Sprintf("--time=%d", int(m.time.Seconds())),
-			"--file="+script, m.rig.postgres.URL("bench", m.database)).Output()
-		if err != nil {
-			return best, err
-		}
+			"--file="+script, m.rig.postgres.URL("bench", m.database))
+		cmd.Env = append(os.Environ(), // as openSession of the service sets
+			"PGOPTIONS=-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c jit=off")
 		var got measurement
+		output, err := cmd.CombinedOutput()
+		if err != nil {
+			return best, fmt.Errorf("%w: %s", err, output)
+		}
 		for line := range strings.Lines(string(output)) {
 			fmt.Sscanf(line, "tps = %f", &got.Rate)
 			fmt.Sscanf(line, "latency average = %f ms", &got.P50)
@@ -221,26 +249,52 @@ func (m *meter) pgbench(w workload) (best measurement, err error) {
 	return best, nil
 }
 
-// argonParameters are the cost of a hash.
-type argonParameters struct {
-	memory, time uint32
-	threads      uint8
+// updateArguments are the parameters of the service's UPDATE for one change, in pgbench's language:
+// ids, origins, accepted versions, names, surnames and passwords.
+var updateArguments = []string{"ARRAY[:id]::bigint[]",
+	"ARRAY[repeat('f', 32) || chr(10) || 'anonymous' || chr(10) || chr(10)]::text[]",
+	"ARRAY[NULL]::text[]", "ARRAY['N' || :n]::text[]", "ARRAY[NULL]::text[]", "ARRAY[NULL]::text[]"}
+
+var parameter = regexp.MustCompile(`\$\d+`)
+
+// updateStatement returns the statement that the service runs for a PUT, for pgbench. The session
+// that ran it may soon run another one, so it looks while requests are sent.
+func (r *rig) updateStatement(s *subject) (string, error) {
+	l := r.load(s, onlyPut)
+	var sending sync.WaitGroup
+	sending.Go(func() { l.closedLoop(4, time.Second) })
+	defer sending.Wait()
+	var sql string
+	err := pgx.ErrNoRows
+	for range 50 {
+		if err = r.db.QueryRow(context.Background(), `
+			SELECT query FROM pg_stat_activity
+			WHERE datname = $1 AND usename = 'bench' AND query LIKE '%UPDATE users SET%'
+			ORDER BY query_start DESC LIMIT 1`, r.database).Scan(&sql); err == nil {
+			return pgbenchStatement(sql)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return "", fmt.Errorf("no session of the service shows its UPDATE users SET: %w", err)
 }
 
-// argonParameters returns the cost of the service's hashes, as a hash in the database states it.
-func (r *rig) argonParameters() (p argonParameters, err error) {
-	err = send(http.MethodPost, r.subjects[service].url+"/users",
-		`{"name": "John", "surname": "Doe", "password": "correct horse"}`)
-	if err != nil {
-		return p, err
+// pgbenchStatement replaces the parameters of the service's UPDATE.
+func pgbenchStatement(sql string) (string, error) {
+	for _, p := range parameter.FindAllString(sql, -1) {
+		var n int
+		fmt.Sscanf(p, "$%d", &n)
+		if n < 1 || n > len(updateArguments) {
+			return "", fmt.Errorf("the service's UPDATE has an unknown parameter %s:\n%s", p, sql)
+		}
 	}
-	var hash string
-	err = r.db.QueryRow(context.Background(),
-		"SELECT password FROM users ORDER BY id DESC LIMIT 1").Scan(&hash)
-	if err == nil {
-		_, err = fmt.Sscanf(hash, "$argon2id$v=19$m=%d,t=%d,p=%d$", &p.memory, &p.time, &p.threads)
+	for i, argument := range updateArguments {
+		p := fmt.Sprint("$", i+1)
+		if !strings.Contains(sql, p) {
+			return "", fmt.Errorf("the service's UPDATE has no parameter %s:\n%s", p, sql)
+		}
+		sql = strings.ReplaceAll(sql, p, argument)
 	}
-	return p, err
+	return sql, nil
 }
 
 // argonRate returns how many passwords all cores hash per second without any other work.
@@ -251,90 +305,11 @@ func (m *meter) argonRate() float64 {
 	for range runtime.NumCPU() {
 		hashing.Go(func() {
 			for time.Since(begin) < m.time {
-				argon2.IDKey([]byte("correct horse"), make([]byte, 16),
-					m.argon.time, m.argon.memory, m.argon.threads, 32)
+				m.argon.hash("correct horse", make([]byte, 16))
 				n.Add(1)
 			}
 		})
 	}
 	hashing.Wait()
 	return float64(n.Load()) / time.Since(begin).Seconds()
-}
-
-// paced sends GET requests at a fixed rate, whether or not earlier ones were answered.
-func (m *meter) paced(url string, rate float64) (measurement, error) {
-	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: connections}}
-	defer client.CloseIdleConnections()
-	var mu sync.Mutex
-	var took []float64 // ms
-	var failure error
-	var requests sync.WaitGroup
-	tick := time.NewTicker(time.Duration(float64(time.Second) / rate))
-	defer tick.Stop()
-	for begin := time.Now(); time.Since(begin) < m.time; {
-		<-tick.C
-		requests.Go(func() {
-			begin := time.Now()
-			response, err := client.Get(fmt.Sprintf("%s/users/%d", url,
-				1+begin.UnixNano()%int64(m.users)))
-			if err == nil {
-				err = drain(response)
-			}
-			mu.Lock()
-			defer mu.Unlock()
-			took = append(took, float64(time.Since(begin).Microseconds())/1000)
-			if err != nil {
-				failure = err
-			}
-		})
-	}
-	requests.Wait()
-	slices.Sort(took)
-	return measurement{Rate: rate, P50: took[len(took)/2], P99: took[len(took)*99/100]}, failure
-}
-
-// drain reads and closes the body, and returns an error if the status is not 2xx.
-func drain(response *http.Response) error {
-	defer response.Body.Close()
-	_, err := io.Copy(io.Discard, response.Body)
-	if err == nil && response.StatusCode/100 != 2 {
-		err = fmt.Errorf("%s %s: %s", response.Request.Method, response.Request.URL, response.Status)
-	}
-	return err
-}
-
-// processorTime returns the processor time of a process, and of PostgreSQL's processes that are
-// connected to the rig's database.
-func (r *rig) processorTime(pid int) (server, postgres time.Duration) {
-	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
-	for _, path := range stats {
-		stat, err := os.ReadFile(path)
-		if err != nil {
-			continue // it has ended
-		}
-		commandLine, _ := os.ReadFile(filepath.Join(filepath.Dir(path), "cmdline"))
-		fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
-		user, _ := strconv.Atoi(fields[11])
-		system, _ := strconv.Atoi(fields[12])
-		used := time.Duration(user+system) * 10 * time.Millisecond
-		if path == fmt.Sprintf("/proc/%d/stat", pid) {
-			server = used
-		} else if bytes.HasPrefix(commandLine, []byte("postgres: bench "+r.database+" ")) {
-			postgres += used
-		}
-	}
-	return server, postgres
-}
-
-// resident returns the peak resident memory of the service in MB.
-func (r *rig) resident() (float64, error) {
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", r.subjects[service].PID()))
-	if err != nil {
-		return 0, err
-	}
-	var kB float64
-	for line := range strings.Lines(string(status)) {
-		fmt.Sscanf(line, "VmHWM: %f kB", &kB)
-	}
-	return kB / 1024, nil
 }

@@ -8,17 +8,22 @@ import (
 )
 
 // growth measures the requests of a single client on a small and a large database, in turn.
-func growth(s *servers, o options) error {
+func growth(s *servers, o options) (string, error) {
 	sizes := []int{1000, o.large}
 	var urls []string
+	var b strings.Builder
 	for i, size := range sizes {
-		r, err := s.newRig(fmt.Sprint("growth_", i), size, service)
+		r, err := s.newRig(fmt.Sprint("growth_", i), size)
 		if err != nil {
-			return err
+			return "", err
 		}
-		urls = append(urls, r.subjects[service].url)
+		running, err := r.start(service)
+		if err != nil {
+			return "", err
+		}
+		urls = append(urls, running.url)
 	}
-	fmt.Fprintf(o.out, "\n| request | p50 ms, %d users | p50 ms, %d users | ratio |\n|:--|--:|--:|--:|\n",
+	fmt.Fprintf(&b, "\n| request | p50 ms, %d users | p50 ms, %d users | ratio |\n|:--|--:|--:|--:|\n",
 		sizes[0], sizes[1])
 	for _, request := range []struct {
 		method, path, body string // %d is an id or a random number
@@ -41,17 +46,17 @@ func growth(s *servers, o options) error {
 			body := withNumber(request.body, rand.Int())
 			start := time.Now()
 			if err := send(request.method, urls[i]+path, body); err != nil {
-				return err
+				return "", err
 			}
 			elapsed[i] = append(elapsed[i], time.Since(start).Seconds()*1000)
 		}
 		first, _, _ := spread(elapsed[0])
 		second, _, _ := spread(elapsed[1])
 		name := strings.Replace(request.method+" "+request.path, "/%d", "/{id}", 1)
-		fmt.Fprintf(o.out, "| %s | %.3f | %.3f | %.2f |\n", strings.Replace(name, "%d", "N", 1), first,
+		fmt.Fprintf(&b, "| %s | %.3f | %.3f | %.2f |\n", strings.Replace(name, "%d", "N", 1), first,
 			second, second/first)
 	}
-	return nil
+	return b.String(), nil
 }
 
 func withNumber(text string, n int) string {

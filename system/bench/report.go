@@ -1,8 +1,8 @@
 package main
 
 import (
-	"bytes"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 )
@@ -31,65 +31,82 @@ func median(measurements []measurement, value func(measurement) float64) float64
 	return middle
 }
 
-func p50(m measurement) float64 { return m.P50 }
-func p99(m measurement) float64 { return m.P99 }
+// columns are those of the table of compare, after the ratio.
+var columns = []struct {
+	title string
+	value func(measurement) float64
+	of    func(subject string) bool // whether the subject has the value
+}{
+	{"p50 ms", func(m measurement) float64 { return m.P50 },
+		func(s string) bool { return s != pgbench && s != onlyArgon }},
+	{"p99 ms", func(m measurement) float64 { return m.P99 },
+		func(s string) bool { return s != pgbench && s != onlyArgon }},
+	{"server us", func(m measurement) float64 { return m.server },
+		func(s string) bool { return s != pgbench && s != onlyArgon }},
+	{"database us", func(m measurement) float64 { return m.database },
+		func(s string) bool { return s != noDatabase && s != onlyArgon }},
+}
 
-// report returns the results as Markdown.
-func report(all results, latency map[string][]measurement) string {
+// compareTable returns the results as Markdown.
+func compareTable(all results) string {
 	var b strings.Builder
-	b.WriteString("\n| request | subject | per second | this service has | p50 ms | p99 ms " +
-		"| CPU us | PostgreSQL us |\n|:--|:--|--:|--:|--:|--:|--:|--:|\n")
+	b.WriteString("\n| request | subject | per second | this service has | range |")
+	for _, c := range columns {
+		b.WriteString(" " + c.title + " |")
+	}
+	b.WriteString("\n|:--|:--|--:|--:|:--|--:|--:|--:|--:|\n")
 	for _, w := range workloads {
 		for _, name := range w.subjects {
 			got := all[w.name][name]
-			middle, least, most := spread(ratios(all[w.name], name))
-			fmt.Fprintf(&b, "| %s | %s | %.0f | %.2f (%.2f to %.2f) | %.2f | %.2f | %.0f | %.0f |\n",
-				w.name, name, median(got, func(m measurement) float64 { return m.Rate }),
-				middle, least, most, median(got, p50), median(got, p99),
-				median(got, func(m measurement) float64 { return m.cpu }),
-				median(got, func(m measurement) float64 { return m.postgres }))
+			ratio, spreading := "", ""
+			if name != service {
+				middle, least, most := spread(ratios(all[w.name], name))
+				ratio = digits(middle) + " x"
+				spreading = digits(least) + " to " + digits(most)
+			}
+			fmt.Fprintf(&b, "| %s | %s | %s | %s | %s |", code(w.name), name,
+				digits(median(got, func(m measurement) float64 { return m.Rate })), ratio, spreading)
+			for _, c := range columns {
+				value := ""
+				if c.of(name) {
+					value = digits(median(got, c.value))
+				}
+				b.WriteString(" " + value + " |")
+			}
+			b.WriteString("\n")
 		}
 	}
-	fmt.Fprintf(&b, "\nAt a tenth of the service's rate of %s, p50 is %.2f ms and p99 %.2f ms; "+
-		"those of %s are %.2f ms and %.2f ms.\n", workloads[0].name,
-		median(latency[service], p50), median(latency[service], p99), plain,
-		median(latency[plain], p50), median(latency[plain], p99))
 	return b.String()
 }
 
-// drawing returns an SVG of the service's rates as multiples of the other subjects'.
-func drawing(all results) []byte {
-	const row, left, width = 26, 330, 330
-	scale := func(ratio float64) float64 { return min(ratio, 4) / 4 * width }
-	var bars strings.Builder
-	y := 40
-	for _, w := range workloads {
-		for _, name := range w.subjects {
-			if name == service {
-				continue
-			}
-			middle, least, most := spread(ratios(all[w.name], name))
-			color := "#8a93a0"
-			if middle >= 1 {
-				color = "#2a7d4f"
-			}
-			fmt.Fprintf(&bars, `<text x="%d" y="%d" text-anchor="end">%s vs %s</text>`,
-				left-8, y+13, w.name, name)
-			fmt.Fprintf(&bars, `<rect x="%d" y="%d" width="%.1f" height="16" fill="%s"/>`,
-				left, y, scale(middle), color)
-			fmt.Fprintf(&bars, `<path d="M%.1f %dH%.1f" stroke="#111" stroke-width="1.5"/>`,
-				left+scale(least), y+8, left+scale(most))
-			fmt.Fprintf(&bars, `<text x="%d" y="%d">%.2f</text>`+"\n", left+width+8, y+13, middle)
-			y += row
-		}
+// code formats the name of a request.
+func code(name string) string {
+	if strings.Contains(name, "/") {
+		return "`" + name + "`"
 	}
-	var b bytes.Buffer
-	fmt.Fprintf(&b, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 730 %d" `+
-		`font-family="sans-serif" font-size="13"><rect width="730" height="%d" fill="#fff"/>`+
-		`<text x="20" y="24" font-weight="bold">Requests per second, as a multiple of the other's `+
-		"(line: all rounds; bars end at 4)</text>\n", y+10, y+10)
-	b.WriteString(bars.String())
-	fmt.Fprintf(&b, `<path d="M%.1f 34V%d" stroke="#c33" stroke-dasharray="3 3"/></svg>`+"\n",
-		left+scale(1), y)
-	return b.Bytes()
+	return name
+}
+
+// digits formats a value with about three significant digits, and commas between thousands.
+func digits(x float64) string {
+	switch {
+	case x < 10:
+		return fmt.Sprintf("%.2f", x)
+	case x < 100:
+		return fmt.Sprintf("%.1f", x)
+	case x < 1000:
+		return whole(x)
+	case x < 10_000:
+		return whole(math.Round(x/10) * 10)
+	}
+	return whole(math.Round(x/100) * 100)
+}
+
+// whole formats a rounded value with commas between thousands.
+func whole(x float64) string {
+	text := fmt.Sprintf("%.0f", x)
+	for i := len(text) - 3; i > 0; i -= 3 {
+		text = text[:i] + "," + text[i:]
+	}
+	return text
 }

@@ -7,14 +7,13 @@ import (
 	"strings"
 )
 
-// The lines of a document between which WriteResults writes.
-const (
-	beginResults = "<!-- begin results -->\n"
-	endResults   = "<!-- end results -->"
-)
+// WriteResults replaces the block "results" in a Markdown document.
+func WriteResults(path, results string) error { return WriteBlock(path, "results", results) }
 
-// WriteResults replaces the results in a Markdown document. The path is relative to the repository.
-func WriteResults(path, results string) error {
+// WriteBlock replaces a named block in a Markdown document: what is between the lines
+// <!-- begin NAME --> and <!-- end NAME -->. The path is relative to the repository.
+func WriteBlock(path, name, results string) error {
+	begin, end := "<!-- begin "+name+" -->\n", "<!-- end "+name+" -->"
 	root, err := Root()
 	if err != nil {
 		return err
@@ -24,11 +23,11 @@ func WriteResults(path, results string) error {
 	if err != nil {
 		return err
 	}
-	before, rest, ok := strings.Cut(string(content), beginResults)
-	_, after, ok2 := strings.Cut(rest, endResults)
+	before, rest, ok := strings.Cut(string(content), begin)
+	_, after, ok2 := strings.Cut(rest, end)
 	if !ok || !ok2 {
-		return fmt.Errorf("%s has no place for results", path)
+		return fmt.Errorf("%s has no place for %s", path, name)
 	}
-	text := before + beginResults + "\n" + strings.TrimSpace(results) + "\n\n" + endResults + after
+	text := before + begin + "\n" + strings.TrimSpace(results) + "\n\n" + end + after
 	return os.WriteFile(path, []byte(text), 0o644)
 }
