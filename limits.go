@@ -37,7 +37,7 @@ const (
 	connectBudget   = requestBudget * 2 / 5  // connecting to one database host
 	allHostsBudget  = requestBudget * 3 / 5  // connecting to one of several hosts
 	readyBudget     = requestBudget * 2 / 5  // a check of the database
-	hashWait        = requestBudget / 5      // a password's wait for its turn
+	hashWait        = requestBudget * 2 / 5  // a password's wait for its turn
 	cancelBudget    = requestBudget / 10     // the answer to a cancel request
 )
 
@@ -47,6 +47,7 @@ const (
 	readTimeout       = 2 * requestBudget           // a slow client may send for this long
 	writeTimeout      = readTimeout + requestBudget // and then its budget
 	idleTimeout       = 90 * time.Second            // load balancers keep connections for 60 s
+	fullPause         = time.Second                 // before idle connections are closed again
 	maxHeaderBytes    = 8 << 10
 	maxBodyBytes      = 64 << 10
 )
@@ -150,8 +151,8 @@ const (
 // What one of each takes, in bytes.
 const (
 	hashMemory       = 7168 << 10 // a password that is being hashed
-	connectionMemory = 32 << 10
-	requestMemory    = 32 << 10
+	connectionMemory = 16 << 10
+	requestMemory    = 16 << 10
 	smallBody        = 4 << 10  // counts as part of the request
 	sendBuffer       = 32 << 10 // of a connection, which Linux doubles
 )
@@ -181,7 +182,7 @@ func newLimits(cores int, memory int64) limits {
 		requests:    int(min(4096, max(memory/4/requestMemory, 64))),
 		bodies:      min(16<<20, max(memory/8, maxBodyBytes)),
 		hashes:      hashes,
-		hashQueue:   hashes * 64,
+		hashQueue:   hashes * 128,
 		hash:        newHashCost,
 	}
 }
@@ -304,17 +305,20 @@ type hashLanes struct {
 	traffic      *traffic
 	clients      *queues[string]
 	queued       atomic.Int64 // passwords that wait or are being hashed
+	patient      int64        // up to how many of them one core stays reserved
 	alone, mixed lane
 }
 
 // newHashLanes lets all cores hash, but one less in mixed traffic: of cores * (cores-1) shares, a
-// password takes cores-1, and in mixed traffic cores.
+// password takes cores-1, and in mixed traffic cores. If so many passwords wait that the last ones
+// would be refused, all cores hash in mixed traffic too.
 func newHashLanes(l limits, t *traffic) *hashLanes {
 	n := int64(l.hashes)
 	cores := semaphore.NewWeighted(max(n*(n-1), 1))
 	return &hashLanes{
 		traffic: t,
 		clients: newQueues[string](l.hashes, l.hashQueue),
+		patient: int64(l.hashQueue / 8),
 		alone:   lane{{cores, max(n-1, 1)}},
 		mixed:   lane{{cores, max(min(n, n*(n-1)), 1)}},
 	}
@@ -328,7 +332,7 @@ func (h *hashLanes) enter(ctx context.Context, client string) (leave func(), err
 	h.queued.Add(1)
 	leaveQueue, err := h.clients.enter(ctx, client)
 	turn := h.alone
-	if h.traffic.isMixed() {
+	if h.traffic.isMixed() && h.queued.Load() <= h.patient {
 		turn = h.mixed
 	}
 	if err == nil {

@@ -399,15 +399,16 @@ type limitedListener struct {
 	server *httpServer
 }
 
-// Accept closes the idle connections if there are too many, and then waits until requests end. The
-// kernel holds at most twice sendBuffer of an answer that its client does not read.
+// Accept closes the idle connections if there are too many, and then waits until others end. While
+// all of them are in use, they stay open: to connect again costs more than a request. The kernel
+// holds at most twice sendBuffer of an answer that its client does not read.
 func (l limitedListener) Accept() (net.Conn, error) {
-	if l.server.isFull() {
-		l.server.SetKeepAlivesEnabled(false)
-		for l.server.isFull() {
+	for l.server.isFull() {
+		l.server.SetKeepAlivesEnabled(false) // closes the idle ones
+		l.server.SetKeepAlivesEnabled(true)
+		for end := time.Now().Add(fullPause); l.server.isFull() && time.Now().Before(end); {
 			time.Sleep(10 * time.Millisecond)
 		}
-		l.server.SetKeepAlivesEnabled(true)
 	}
 	conn, err := l.Listener.Accept()
 	if tcp, ok := conn.(*net.TCPConn); ok {

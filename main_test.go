@@ -1548,17 +1548,17 @@ func TestNewLimits(t *testing.T) {
 		want   limits
 	}{
 		{1, math.MaxInt64, limits{connections: 8192, requests: 4096, bodies: 16 * mib,
-			hashes: 1, hashQueue: 64}},
+			hashes: 1, hashQueue: 128}},
 		{2, math.MaxInt64, limits{connections: 8192, requests: 4096, bodies: 16 * mib,
-			hashes: 2, hashQueue: 128}},
+			hashes: 2, hashQueue: 256}},
 		{64, math.MaxInt64, limits{connections: 8192, requests: 4096, bodies: 16 * mib,
-			hashes: 64, hashQueue: 4096}},
-		{64, 512 * mib, limits{connections: 4096, requests: 4096, bodies: 16 * mib,
-			hashes: 18, hashQueue: 1152}},
-		{2, 56 * mib, limits{connections: 448, requests: 448, bodies: 7 * mib,
-			hashes: 2, hashQueue: 128}},
-		{2, 8 * mib, limits{connections: 256, requests: 64, bodies: mib,
-			hashes: 1, hashQueue: 64}},
+			hashes: 64, hashQueue: 8192}},
+		{64, 512 * mib, limits{connections: 8192, requests: 4096, bodies: 16 * mib,
+			hashes: 18, hashQueue: 2304}},
+		{2, 56 * mib, limits{connections: 896, requests: 896, bodies: 7 * mib,
+			hashes: 2, hashQueue: 256}},
+		{2, 8 * mib, limits{connections: 256, requests: 128, bodies: mib,
+			hashes: 1, hashQueue: 128}},
 	} {
 		test.want.cores, test.want.memory, test.want.hash = test.cores, test.memory, newHashCost
 		if got := newLimits(test.cores, test.memory); got != test.want {
