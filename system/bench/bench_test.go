@@ -52,8 +52,8 @@ func TestSchedule(t *testing.T) {
 	}
 }
 
-// TestOpenLoop sends requests to a server that does not answer the first one for a while. The others
-// must be sent nevertheless.
+// TestOpenLoop sends requests to a server that does not answer the first one for a while. The
+// others must be sent nevertheless.
 func TestOpenLoop(t *testing.T) {
 	var served atomic.Int64
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -48,8 +48,8 @@ func publish(ch *amqp.Channel, u user) error {
 }
 
 // listen passes every event of a vhost to handle, one at a time, with the time of its arrival. Its
-// queue is exclusive, and messages are acknowledged automatically. stop returns when handle does not
-// run any more.
+// queue is exclusive, and messages are acknowledged automatically. stop returns when handle does
+// not run any more.
 func (s *servers) listen(vhost string, handle func(event, time.Time)) (stop func(), err error) {
 	ch, err := openChannel(s.rabbit.URL() + vhost)
 	if err != nil {
