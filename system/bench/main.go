@@ -1,6 +1,6 @@
 // Command bench measures the service and other programs on the same machine, in turn. It consists
-// of sections, each with its own table. It prints the tables, writes them to docs/performance.md, and
-// draws pictures beside it.
+// of sections, each with its own table. It prints the tables, writes them to docs/performance.md,
+// and draws pictures beside it.
 //
 //	go run ./bench [-only NAME,NAME] [-quick] [-users N] [-large N] [-rounds N] [-time D] [-dir DIR]
 //
