@@ -37,8 +37,8 @@ const (
 	onlyArgon  = "argon2id alone"
 )
 
-// workload is a kind of request, and the subjects that receive it. Its script is one of wrk; without
-// a script, the requests are mixed.
+// workload is a kind of request, and the subjects that receive it. Its script is one of wrk;
+// without a script, the requests are mixed.
 type workload struct {
 	name     string
 	script   string

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"log"
 	"sync"
 	"time"
 
@@ -49,8 +48,8 @@ func publish(ch *amqp.Channel, u user) error {
 }
 
 // listen passes every event of a vhost to handle, one at a time, with the time of its arrival. Its
-// queue is exclusive, and messages are acknowledged automatically. stop returns when handle does not
-// run any more.
+// queue is exclusive, and messages are acknowledged automatically. stop returns when handle does
+// not run any more.
 func (s *servers) listen(vhost string, handle func(event, time.Time)) (stop func(), err error) {
 	ch, err := openChannel(s.rabbit.URL() + vhost)
 	if err != nil {
@@ -132,11 +131,9 @@ func relayRate(s *servers, o options) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	running, err := r.start(service)
-	if err != nil {
+	if _, err := r.start(service); err != nil {
 		return "", err
 	}
-	consumed := running.consumed()
 	ended, err := r.emptied(ctx)
 	if err != nil {
 		return "", err
@@ -146,7 +143,6 @@ func relayRate(s *servers, o options) (string, error) {
 		return "", err
 	}
 	stop()
-	log.Printf("%d events delivered, %d consumed before the outbox was seen", c.events, consumed)
 	if c.events != outboxUsers*outboxVersions || c.disorder > 0 {
 		return "", fmt.Errorf("%d events arrived, and %d were not in order", c.events, c.disorder)
 	}

@@ -127,8 +127,8 @@ func latencyTable(all map[cell]outcome) string {
 			fmt.Sprintf("%5d %s %s", b.rate, b.what, a.subject)
 	})
 	var b strings.Builder
-	b.WriteString("\n| requests/s | time of | subject | p50 ms | p99 ms | p99.9 ms | not answered 2xx |\n" +
-		"|--:|:--|:--|--:|--:|--:|--:|\n")
+	b.WriteString("\n| requests/s | time of | subject | p50 ms | p99 ms | p99.9 ms " +
+		"| not answered 2xx |\n|--:|:--|:--|--:|--:|--:|--:|\n")
 	for _, c := range cells {
 		p := all[c].percentiles(50, 99, 99.9)
 		bad := len(all[c].samples) - len(all[c].where(answered).samples)

@@ -1,13 +1,13 @@
-// Command bench measures the service and other programs on the same machine, in turn. It consists of
-// sections, each with its own table. It prints the tables, writes them to docs/performance.md, and
-// draws pictures beside it.
+// Command bench measures the service and other programs on the same machine, in turn. It consists
+// of sections, each with its own table. It prints the tables, writes them to docs/performance.md,
+// and draws pictures beside it.
 //
 //	go run ./bench [-only NAME,NAME] [-quick] [-users N] [-large N] [-rounds N] [-time D] [-dir DIR]
 //
 // With -only it runs some of the sections, prints their tables, and draws into -dir.
 //
-// It needs wrk, pgbench and redis-server, and starts a PostgreSQL, a RabbitMQ and a Redis of its own
-// in TMPDIR, which has to be on a disk: on a file system in memory, fsync costs nothing.
+// It needs wrk, pgbench and redis-server, and starts a PostgreSQL, a RabbitMQ and a Redis of its
+// own in TMPDIR, which has to be on a disk: on a file system in memory, fsync costs nothing.
 package main
 
 import (
@@ -122,7 +122,8 @@ func run(o options) error {
 	return runSections(s, o)
 }
 
-// runSections writes the document after each section, so that an error in a later one loses nothing.
+// runSections writes the document after each section, so that an error in a later one loses
+// nothing.
 func runSections(s *servers, o options) error {
 	version, err := s.postgres.Version(context.Background())
 	if err != nil {

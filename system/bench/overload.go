@@ -176,8 +176,8 @@ func (p *svg) panel(points []point, v panel) {
 		p.path("#ddd", "", "M%.1f %.1fH%.1f", v.x.from, v.y.at(t), v.x.to)
 		p.text(v.x.from-6, v.y.at(t)+5, "end", "", "%s", whole(t))
 	}
-	for _, t := range v.x.ticks() {
-		for _, n := range []float64{t / 5, t / 2, t} {
+	for t := math.Pow(10, math.Floor(math.Log10(v.x.low))); t < v.x.high; t *= 10 {
+		for _, n := range []float64{t, 2 * t, 5 * t} {
 			if n < v.x.low || n > v.x.high {
 				continue
 			}

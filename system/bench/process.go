@@ -50,8 +50,8 @@ func (r *rig) processorTime(subjects ...*subject) (t processorTime) {
 	return t
 }
 
-// ticks returns the sum of some fields of a process's stat, which count times. The first field after
-// the name has the number 0.
+// ticks returns the sum of some fields of a process's stat, which count times. The first field
+// after the name has the number 0.
 func ticks(pid int, fields ...int) (sum time.Duration) {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {

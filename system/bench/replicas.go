@@ -52,7 +52,8 @@ func (r *rig) replicate(n int, d time.Duration) (got replication, err error) {
 		subjects = append(subjects, s)
 	}
 	var leader *subject
-	for deadline := time.Now().Add(20 * time.Second); leader == nil; time.Sleep(100 * time.Millisecond) {
+	deadline := time.Now().Add(20 * time.Second)
+	for ; leader == nil; time.Sleep(100 * time.Millisecond) {
 		for _, s := range subjects {
 			if s.metric("relay_leader") == 1 {
 				leader = s
@@ -103,8 +104,8 @@ func (r *rig) databaseCounters() (commits, wal int64, err error) {
 
 func replicaTable(counts []int, all map[int][]replication) string {
 	var b strings.Builder
-	b.WriteString("\n| replicas | PUT/s | relative to 1 | range | server us | of which relaying replica " +
-		"| PostgreSQL us | PUT per commit | WAL bytes |\n|--:|--:|--:|:--|--:|--:|--:|--:|--:|\n")
+	b.WriteString("\n| replicas | PUT/s | relative to 1 | range | server us " +
+		"| of which relaying replica | PostgreSQL us | PUT per commit | WAL bytes |\n|--:|--:|--:|:--|--:|--:|--:|--:|--:|\n")
 	for _, n := range counts {
 		middle := func(value func(replication) float64) float64 {
 			var values []float64
