@@ -46,12 +46,7 @@ func (h *logHandler) Enabled(_ context.Context, level slog.Level) bool {
 
 // Handle implements slog.Handler.
 func (h *logHandler) Handle(ctx context.Context, r slog.Record) error {
-	attrs := make([]slog.Attr, 0, r.NumAttrs())
-	r.Attrs(func(a slog.Attr) bool {
-		attrs = append(attrs, a)
-		return true
-	})
-	return h.log(ctx, r.Level, r.Time, r.Message, attrs)
+	return h.log(ctx, r.Level, r.Time, r.Message, slices.Collect(r.Attrs))
 }
 
 // log does not wait until the line is written, and fails with errLineDropped if it never will be.

@@ -30,7 +30,7 @@ import (
 )
 
 // release is the version of this source. CHANGELOG.md and openapi.json name the same.
-const release = "1.4.0"
+const release = "1.4.1"
 
 // main runs a command until it ends, or until SIGINT or SIGTERM. A second signal ends the process
 // at once.
