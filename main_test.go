@@ -869,6 +869,39 @@ func TestConnectionLimit(t *testing.T) {
 	}
 }
 
+// TestBusyConnectionsStayOpen checks that the server does not close connections because it has too
+// many: clients that are busy would have to connect for every request.
+func TestBusyConnectionsStayOpen(t *testing.T) {
+	t.Parallel()
+	var full atomic.Bool
+	var busy atomic.Int64
+	release := make(chan struct{})
+	s, address := listenLocally(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		if full.Load() {
+			busy.Add(1)
+			<-release
+		}
+	}), 2)
+	first, _ := get(t, address)
+	full.Store(true)
+	fmt.Fprint(first, "GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+	eventually(t, "a busy connection", func() bool { return busy.Load() == 1 })
+	second := make(chan struct{})
+	go func() {
+		defer close(second)
+		get(t, address)
+	}()
+	eventually(t, "another one", func() bool { return busy.Load() == 2 && s.open.Load() == 2 })
+	time.Sleep(50 * time.Millisecond) // until Accept has closed the idle ones
+	close(release)
+	answer, err := http.ReadResponse(bufio.NewReader(first), nil)
+	if err != nil || answer.Close {
+		t.Errorf("a busy connection: error %v, closed %t, want it to stay open", err,
+			err == nil && answer.Close)
+	}
+	<-second
+}
+
 // TestUnreadAnswer checks that a client that does not read its answer takes little memory of the
 // kernel.
 func TestUnreadAnswer(t *testing.T) {
@@ -1707,6 +1740,47 @@ func TestHashLanesWait(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestHashLanesUnderPressure checks that all cores hash in mixed traffic while many passwords wait,
+// and that one core is reserved again when few do.
+func TestHashLanesUnderPressure(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		const hash = 10 * time.Millisecond
+		traffic := &traffic{}
+		h := newHashLanes(newLimits(2, math.MaxInt64), traffic)
+		var working, most atomic.Int64
+		call := func(client string) {
+			leave, err := h.enter(t.Context(), client)
+			if err != nil {
+				t.Errorf("client %s: %v", client, err)
+				return
+			}
+			most.Store(max(most.Load(), working.Add(1)))
+			time.Sleep(hash)
+			working.Add(-1)
+			leave()
+		}
+		for _, test := range []struct {
+			passwords int
+			want      int64
+		}{{20, 1}, {100, 2}, {20, 1}} {
+			most.Store(0)
+			for i := range test.passwords {
+				traffic.otherDone.Store(time.Now().UnixNano())
+				go call(strconv.Itoa(i % 4))
+			}
+			synctest.Wait()
+			for h.queued.Load() > 0 || working.Load() > 0 {
+				traffic.otherDone.Store(time.Now().UnixNano())
+				time.Sleep(hash)
+			}
+			if got := most.Load(); got != test.want {
+				t.Errorf("%d passwords: %d at the same time, want %d", test.passwords, got, test.want)
+			}
+		}
+	})
 }
 
 // TestHashLanesAreFair checks that a client that sends many passwords does not delay others: a call

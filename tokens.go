@@ -373,9 +373,10 @@ func getJSON(ctx context.Context, url string, into any) error {
 		return err
 	}
 	request.Close = true // the next request comes in an hour
-	client := http.Client{CheckRedirect: func(*http.Request, []*http.Request) error {
-		return http.ErrUseLastResponse
-	}}
+	client := http.Client{
+		Transport:     http.DefaultTransport.(*http.Transport).Clone(), // that others do not close
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
 	answer, err := client.Do(request)
 	if err != nil {
 		return err
