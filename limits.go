@@ -47,7 +47,7 @@ const (
 	readTimeout       = 2 * requestBudget           // a slow client may send for this long
 	writeTimeout      = readTimeout + requestBudget // and then its budget
 	idleTimeout       = 90 * time.Second            // load balancers keep connections for 60 s
-	fullPause         = time.Second                 // before idle connections are closed again
+	fullPause         = time.Second                 // between two closings of idle connections
 	maxHeaderBytes    = 8 << 10
 	maxBodyBytes      = 64 << 10
 )

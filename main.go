@@ -225,7 +225,6 @@ func run(ctx context.Context, s settings, machine limits, out *logWriter) error 
 	tokens := newTokens(s, log)
 	handler := newHandler(dependencies{s, machine, store, broker, log, set, tokens, draining})
 	server := newHTTPServer(handler, machine, log)
-
 	listener, err := listen(s)
 	if err != nil {
 		return err
@@ -287,7 +286,6 @@ func publicRoutes(h *health) []route {
 		{"GET", "/docs/{$}", redirectToDocs},
 		{"GET", "/schema", redirectToDocs},
 		{"GET", "/{$}", redirectToDocs},
-
 		{"GET", "/healthz", h.live},
 		{"GET", "/readyz", h.ready},
 	}
@@ -345,9 +343,10 @@ func newMetrics() *metrics.Set {
 // httpServer is an http.Server that limits its connections.
 type httpServer struct {
 	http.Server
-	most     int64
-	open     atomic.Int64
-	stopping atomic.Bool
+	most       int64
+	open       atomic.Int64
+	stopping   atomic.Bool
+	closedIdle time.Time // when Accept last closed the idle connections
 }
 
 // newHTTPServer returns a server with timeouts, for which zero would mean no limit.
@@ -399,16 +398,17 @@ type limitedListener struct {
 	server *httpServer
 }
 
-// Accept closes the idle connections if there are too many, and then waits until others end. While
-// all of them are in use, they stay open: to connect again costs more than a request. The kernel
+// Accept closes the idle connections if there are too many, once per fullPause, and waits until one
+// ends. Clients that send much keep theirs: to connect again costs more than a request. The kernel
 // holds at most twice sendBuffer of an answer that its client does not read.
 func (l limitedListener) Accept() (net.Conn, error) {
 	for l.server.isFull() {
-		l.server.SetKeepAlivesEnabled(false) // closes the idle ones
-		l.server.SetKeepAlivesEnabled(true)
-		for end := time.Now().Add(fullPause); l.server.isFull() && time.Now().Before(end); {
-			time.Sleep(10 * time.Millisecond)
+		if time.Since(l.server.closedIdle) > fullPause {
+			l.server.closedIdle = time.Now()
+			l.server.SetKeepAlivesEnabled(false) // closes the idle ones
+			l.server.SetKeepAlivesEnabled(true)
 		}
+		time.Sleep(10 * time.Millisecond)
 	}
 	conn, err := l.Listener.Accept()
 	if tcp, ok := conn.(*net.TCPConn); ok {

@@ -105,7 +105,8 @@ func (r *rig) databaseCounters() (commits, wal int64, err error) {
 func replicaTable(counts []int, all map[int][]replication) string {
 	var b strings.Builder
 	b.WriteString("\n| replicas | PUT/s | relative to 1 | range | server us " +
-		"| of which relaying replica | PostgreSQL us | PUT per commit | WAL bytes |\n|--:|--:|--:|:--|--:|--:|--:|--:|--:|\n")
+		"| of which relaying replica | PostgreSQL us | PUT per commit | WAL bytes |\n" +
+		"|--:|--:|--:|:--|--:|--:|--:|--:|--:|\n")
 	for _, n := range counts {
 		middle := func(value func(replication) float64) float64 {
 			var values []float64
