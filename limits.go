@@ -310,8 +310,8 @@ type hashLanes struct {
 }
 
 // newHashLanes lets all cores hash, but one less in mixed traffic: of cores * (cores-1) shares, a
-// password takes cores-1, and in mixed traffic cores. If so many passwords wait that the last ones
-// would be refused, all cores hash in mixed traffic too.
+// password takes cores-1, and in mixed traffic cores. While more passwords wait than patient, all
+// cores hash in mixed traffic too, so that fewer are refused.
 func newHashLanes(l limits, t *traffic) *hashLanes {
 	n := int64(l.hashes)
 	cores := semaphore.NewWeighted(max(n*(n-1), 1))
