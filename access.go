@@ -47,18 +47,13 @@ func newAccess(s settings, t *tokens) *access {
 	return a
 }
 
-// securityHeaders are set on every answer. /docs replaces the Content-Security-Policy.
-var securityHeaders = []header{
-	{"Cache-Control", []string{"no-store"}},
-	{"Content-Security-Policy", []string{"default-src 'none'; frame-ancestors 'none'"}},
-	{"Referrer-Policy", []string{"no-referrer"}},
-	{"X-Content-Type-Options", []string{"nosniff"}},
-}
-
-// header is a header of answers. All answers share values, which nobody changes.
-type header struct {
-	name   string // in canonical form
-	values []string
+// securityHeaders are set on every answer. All answers share the values, which nobody changes. /docs
+// replaces the Content-Security-Policy.
+var securityHeaders = http.Header{
+	"Cache-Control":           {"no-store"},
+	"Content-Security-Policy": {"default-src 'none'; frame-ancestors 'none'"},
+	"Referrer-Policy":         {"no-referrer"},
+	"X-Content-Type-Options":  {"nosniff"},
 }
 
 // isOpen reports whether everybody may send requests.
@@ -83,14 +78,6 @@ const (
 )
 
 var allScopes = []string{scopeRead, scopeWrite}
-
-// limitRate takes a token of the caller. It fails with a 429.
-func (a *access) limitRate(h http.Header, by caller) error {
-	if a.rates == nil {
-		return nil
-	}
-	return a.rates.admit(h, by.client)
-}
 
 // apiKey is an entry of API_KEYS. The key itself is not known, only its digest.
 type apiKey struct {
@@ -332,15 +319,15 @@ const (
 )
 
 // allowOrigin lets pages of origin read the answer, if it is one of CORS_ORIGINS.
-func (a *access) allowOrigin(h http.Header, origin string) {
-	if len(a.origins) == 0 {
-		return
+func (a *access) allowOrigin(h http.Header, origin string) (allowed bool) {
+	if len(a.origins) > 0 {
+		h.Add("Vary", "Origin")
 	}
-	h.Add("Vary", "Origin")
-	if slices.Contains(a.origins, origin) {
+	if allowed = slices.Contains(a.origins, origin); allowed {
 		h.Set("Access-Control-Allow-Origin", origin)
 		h.Set("Access-Control-Expose-Headers", corsExposed)
 	}
+	return allowed
 }
 
 // isPreflight reports whether a browser asks if a page may send a request (Fetch Standard, section

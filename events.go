@@ -131,8 +131,8 @@ type broker interface {
 
 // publisher is a connection that publishes. It is not safe for concurrent use.
 type publisher interface {
-	// publish returns how many events, from the first one on, the broker has confirmed. After an
-	// error the publisher can only be closed.
+	// publish takes up to relayWindow events, and returns how many, from the first one on, the
+	// broker has confirmed. After an error the publisher can only be closed.
 	publish(ctx context.Context, events []event) (int, error)
 	// closed reports whether the connection has ended.
 	closed() bool
@@ -378,7 +378,7 @@ func (c *consumer) handle(ctx context.Context, messages []message) (
 		e.actor = m.actor
 		if err != nil {
 			unreadable = append(unreadable, i)
-			err = tryLogAt(ctx, c.log, slog.LevelWarn, time.Now(), "Rejected message",
+			err = logAt(ctx, c.log, slog.LevelWarn, time.Now(), "Rejected message",
 				slog.Any("error", err), slog.Int("bytes", len(m.body)))
 		} else {
 			err = c.logEvent(withTraceID(ctx, e.TraceID), e)
@@ -411,7 +411,7 @@ func (c *consumer) logEvent(ctx context.Context, e event) error {
 		level = slog.LevelWarn
 		message = "Conflicting event: the database was restored or lost changes in a failover"
 	}
-	err := tryLogAt(ctx, c.log, level, time.Now(), message,
+	err := logAt(ctx, c.log, level, time.Now(), message,
 		slog.String("event_type", e.Type),
 		slog.Int64("user_id", e.Data.UserID),
 		slog.Int64("version", e.Data.Version),

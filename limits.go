@@ -339,18 +339,15 @@ func (h *hashLanes) enter(ctx context.Context, client string) (leave func(), err
 		err = turn.enter(ctx)
 	}
 	if err != nil {
-		turn = nil
+		leaveQueue()
+		h.queued.Add(-1)
+		return nil, err
 	}
-	leave = func() {
+	return func() {
 		turn.leave()
 		leaveQueue()
 		h.queued.Add(-1)
-	}
-	if err != nil {
-		leave()
-		return nil, err
-	}
-	return leave, nil
+	}, nil
 }
 
 // recent is a map that keeps the entries put last: at least max/2 of them, and at most max. It is

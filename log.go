@@ -65,14 +65,8 @@ func (h *logHandler) log(ctx context.Context, level slog.Level, at time.Time, ev
 }
 
 // logAt logs an event at the given time. The methods of slog.Logger would look up the source line,
-// which is never shown.
+// which is never shown. It fails with errLineDropped.
 func logAt(ctx context.Context, log *slog.Logger, level slog.Level, at time.Time, event string,
-	attrs ...slog.Attr) {
-	_ = tryLogAt(ctx, log, level, at, event, attrs...)
-}
-
-// tryLogAt is logAt for a caller that needs the line. It fails with errLineDropped.
-func tryLogAt(ctx context.Context, log *slog.Logger, level slog.Level, at time.Time, event string,
 	attrs ...slog.Attr) error {
 	h := log.Handler().(*logHandler) // newLogger returns no other
 	if !h.Enabled(ctx, level) {

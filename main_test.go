@@ -2179,7 +2179,7 @@ func TestLogConcurrent(t *testing.T) {
 		group.Go(func() {
 			for i := range lines {
 				level := []slog.Level{slog.LevelInfo, slog.LevelWarn}[i%2]
-				logAt(t.Context(), logger, level, time.Now(), "Line", slog.Int("c", c), slog.Int("i", i))
+				_ = logAt(t.Context(), logger, level, time.Now(), "Line", slog.Int("c", c), slog.Int("i", i))
 				if i%100 == 0 {
 					out.flush()
 				}

@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"net/http"
 	"runtime/debug"
 	"slices"
@@ -76,8 +77,7 @@ func newServer(d dependencies, t *traffic, a *access, routes []route) *server {
 		s.identifyCallers, // by API key, access token or address
 		s.logRequests,     // with the final status: errors become answers here
 		s.recoverPanics,   // panics become errors
-		s.shareAnswers,    // CORS headers, on refusals too
-		s.answerPreflight, // OPTIONS of a browser; any other OPTIONS is 405
+		s.shareAnswers,    // CORS: headers, on refusals too, and preflight requests
 		s.limitRequests,   // 429 and 503
 		s.limitBodies,     // 503
 		s.refuseHosts,     // 403 to a page that poses as this machine
@@ -93,9 +93,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	t := requestTrace(r.Header)
 	r = r.WithContext(withTrace(r.Context(), t))
 	h := w.Header()
-	for _, always := range securityHeaders {
-		h[always.name] = always.values
-	}
+	maps.Copy(h, securityHeaders)
 	h["X-Trace-Id"] = []string{t.id}
 	if s.draining.Load() || len(r.TransferEncoding) > 0 {
 		// After a chunked body, which may have had a Content-Length too, a proxy and net/http might
@@ -147,7 +145,7 @@ func (s *server) logRequests(next handler) handler {
 		if isProbe(r) {
 			level = slog.LevelDebug
 		}
-		logAt(r.Context(), s.log, level, start, "Request started", method, path)
+		_ = logAt(r.Context(), s.log, level, start, "Request started", method, path)
 		err := next(w, r, by)
 		answered := err == nil || s.answerError(w, r, err)
 
@@ -165,7 +163,7 @@ func (s *server) logRequests(next handler) handler {
 		if by.kind != "" {
 			attrs = append(attrs, slog.String(by.kind, by.name))
 		}
-		logAt(r.Context(), s.log, level, end, "Request completed", attrs...)
+		_ = logAt(r.Context(), s.log, level, end, "Request completed", attrs...)
 		s.observe(outcome{r.Pattern, w.status}, elapsed)
 		if answered {
 			return nil
@@ -235,10 +233,15 @@ func (s *server) recoverPanics(next handler) handler {
 	}
 }
 
-// shareAnswers lets pages of the allowed origins read the answer.
+// shareAnswers lets pages of the allowed origins read the answer, and answers their preflight
+// requests. Any other OPTIONS is 405.
 func (s *server) shareAnswers(next handler) handler {
 	return func(w *response, r *http.Request, by caller) error {
-		s.access.allowOrigin(w.Header(), r.Header.Get("Origin"))
+		allowed := s.access.allowOrigin(w.Header(), r.Header.Get("Origin"))
+		if allowed && isPreflight(r) {
+			allowPreflight(w)
+			return nil
+		}
 		return next(w, r, by)
 	}
 }
@@ -250,8 +253,10 @@ func (s *server) limitRequests(next handler) handler {
 		if r.URL.Path == "/healthz" || r.URL.Path == "/readyz" {
 			return next(w, r, by)
 		}
-		if err := s.access.limitRate(w.Header(), by); err != nil {
-			return err
+		if rates := s.access.rates; rates != nil {
+			if err := rates.admit(w.Header(), by.client); err != nil {
+				return err
+			}
 		}
 		if s.traffic.requests.Load() > int64(s.limits.requests) {
 			return errOverloaded
@@ -297,17 +302,6 @@ func (s *server) refuseOrigins(next handler) handler {
 	return func(w *response, r *http.Request, by caller) error {
 		if err := s.access.crossOrigin.Check(r); err != nil {
 			return newProblem(http.StatusForbidden, "Pages of this origin must not send this")
-		}
-		return next(w, r, by)
-	}
-}
-
-// answerPreflight answers preflight requests of the allowed origins. Others reach the router.
-func (s *server) answerPreflight(next handler) handler {
-	return func(w *response, r *http.Request, by caller) error {
-		if isPreflight(r) && w.Header().Get("Access-Control-Allow-Origin") != "" {
-			allowPreflight(w)
-			return nil
 		}
 		return next(w, r, by)
 	}
