@@ -23,13 +23,12 @@ func (t processorTime) sub(earlier processorTime, n float64) (server, database f
 }
 
 // processorTime returns what servers have used, and their databases. PostgreSQL's time is that of
-// the sessions in the database of the first server. Without servers, it is that of the service's
-// database and of all sessions that have ended, such as pgbench's.
+// the sessions in the database of the first server, without servers in that of the service, and of
+// all sessions and workers that have ended: pgx closes the connection of a request whose client has
+// gone, as at the end of a measurement.
 func (r *rig) processorTime(subjects ...*subject) (t processorTime) {
 	database := r.database
-	if len(subjects) == 0 {
-		t.database = ticks(r.postgres.PID(), 13, 14)
-	} else {
+	if len(subjects) > 0 {
 		database = subjects[0].database
 	}
 	for _, s := range subjects {
@@ -39,6 +38,7 @@ func (r *rig) processorTime(subjects ...*subject) (t processorTime) {
 		t.database = ticks(subjects[0].store, 11, 12)
 		return t
 	}
+	t.database = ticks(r.postgres.PID(), 13, 14)
 	stats, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 	for _, path := range stats {
 		commandLine, _ := os.ReadFile(path)
