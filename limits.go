@@ -87,9 +87,9 @@ const (
 	leadInterval = leaseTime / 6     // between two renewals, or two attempts to take the lease
 	publishWait  = leaseTime * 2 / 3 // for the confirms of one window
 	relayPoll    = 100 * time.Millisecond
-	relayPause   = 10 * time.Millisecond // between two reads, so that events share their cost
-	relayRead    = 5000                  // events of one read, which has to skip dead rows
-	relayWindow  = 500                   // events in flight to the broker
+	relayPause   = 5 * time.Millisecond // between two reads, so that events share their cost
+	relayRead    = 5000                 // events of one read, which has to skip dead rows
+	relayWindow  = 500                  // events in flight to the broker
 )
 
 // RabbitMQ. A heartbeat shows a frozen broker after one and a half intervals. RabbitMQ takes
