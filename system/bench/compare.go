@@ -77,12 +77,8 @@ type results map[string]map[string][]measurement
 // compare measures the subjects in turn, round after round, so that other work of the machine
 // affects all of them.
 func compare(s *servers, o options) (string, error) {
-	r, err := s.rig()
-	if err != nil {
-		return "", err
-	}
-	m := &meter{rig: r, time: o.time}
-	m.subjects, err = r.startAll([]string{service, plain, noDatabase})
+	r, subjects, err := s.startAll([]string{service, plain, noDatabase})
+	m := &meter{rig: r, time: o.time, subjects: subjects}
 	if err == nil {
 		m.subjects[withRedis], err = r.startRedis()
 	}

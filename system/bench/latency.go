@@ -58,12 +58,8 @@ type cell struct {
 
 // latency measures how long requests and events take at fixed rates.
 func latency(s *servers, o options) (string, error) {
-	r, err := s.rig()
-	if err != nil {
-		return "", err
-	}
 	names := []string{service, publishing}
-	subjects, err := r.startAll(names)
+	r, subjects, err := s.startAll(names)
 	if err != nil {
 		return "", err
 	}

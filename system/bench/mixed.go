@@ -14,12 +14,8 @@ const (
 
 // mixedLoad finds the highest rate of mixed requests, and offers 70 % of it.
 func mixedLoad(s *servers, o options) (string, error) {
-	r, err := s.rig()
-	if err != nil {
-		return "", err
-	}
 	names := []string{service, plain}
-	subjects, err := r.startAll(names)
+	r, subjects, err := s.startAll(names)
 	if err != nil {
 		return "", err
 	}

@@ -28,12 +28,8 @@ type point struct {
 
 // overload measures what subjects do with more requests than they can answer.
 func overload(s *servers, o options) (string, error) {
-	r, err := s.rig()
-	if err != nil {
-		return "", err
-	}
 	names := []string{service, plain}
-	subjects, err := r.startAll(names, goMemoryLimit)
+	r, subjects, err := s.startAll(names, goMemoryLimit)
 	if err != nil {
 		return "", err
 	}

@@ -155,17 +155,18 @@ func (r *rig) start(name string, variables ...string) (*subject, error) {
 	return s, s.Start()
 }
 
-// startAll starts servers by name.
-func (r *rig) startAll(names []string, variables ...string) (map[string]*subject, error) {
-	subjects := make(map[string]*subject)
+// startAll starts servers of the shared rig by name.
+func (s *servers) startAll(names []string, variables ...string) (r *rig,
+	subjects map[string]*subject, err error) {
+	r, err = s.rig()
+	subjects = make(map[string]*subject)
 	for _, name := range names {
-		s, err := r.start(name, variables...)
 		if err != nil {
-			return nil, err
+			break
 		}
-		subjects[name] = s
+		subjects[name], err = r.start(name, variables...)
 	}
-	return subjects, nil
+	return r, subjects, err
 }
 
 // stop ends servers.
