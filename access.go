@@ -47,8 +47,8 @@ func newAccess(s settings, t *tokens) *access {
 	return a
 }
 
-// securityHeaders are set on every answer. All answers share the values, which nobody changes. /docs
-// replaces the Content-Security-Policy.
+// securityHeaders are set on every answer. /docs replaces the Content-Security-Policy. All answers
+// share the values, which nobody changes.
 var securityHeaders = http.Header{
 	"Cache-Control":           {"no-store"},
 	"Content-Security-Policy": {"default-src 'none'; frame-ancestors 'none'"},

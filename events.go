@@ -102,16 +102,14 @@ func logSetAside(ctx context.Context, log *slog.Logger, e event, err error) {
 
 // outbox holds the events of committed changes until they are removed. An event in it is pending.
 type outbox interface {
-	// lead takes or renews the lease of this process, and reports whether it holds the lease.
-	// Events that pending returned before must not be published until lead succeeds: after that, no
-	// failover of the database can lose them.
-	lead(ctx context.Context) (bool, error)
+	// next removes done, which were delivered or never can be, and returns up to limit events, and
+	// those of each user in the order of versions. If renew, it takes or renews the lease of this
+	// process, and reports whether it holds the lease. Only events of a call that does so may be
+	// published: after that, no failover of the database can lose them.
+	next(ctx context.Context, done []event, limit int, renew bool) (events []event, leads bool,
+		err error)
 	// resign gives up the lease, so that another process can take it at once.
 	resign(ctx context.Context) error
-	// pending returns up to limit events, and those of each user in the order of versions.
-	pending(ctx context.Context, limit int) ([]event, error)
-	// remove deletes events that have been delivered.
-	remove(ctx context.Context, events []event) error
 	// size returns the number of pending events, and the age of the oldest.
 	size(ctx context.Context) (pending int64, oldest time.Duration, err error)
 	// changed returns a channel that receives soon after this process has committed a change.
@@ -172,6 +170,8 @@ type relay struct {
 	leads     *metrics.Gauge
 	published *metrics.Counter
 	renewed   time.Time // when the lease was last taken or renewed; zero: not held
+	busy      bool      // the last read found events
+	done      []event   // published or set aside, and not removed yet
 }
 
 func newRelay(o outbox, b broker, log *slog.Logger, set *metrics.Set) *relay {
@@ -230,8 +230,9 @@ func (r *relay) wait(ctx context.Context, leads bool, published int) {
 	if !leads {
 		changed, pause = nil, leadInterval
 	}
-	if published > 0 {
+	if published > 0 { // the next call removes them
 		sleep(ctx, relayPause)
+		return
 	}
 	select {
 	case <-ctx.Done():
@@ -240,94 +241,81 @@ func (r *relay) wait(ctx context.Context, leads bool, published int) {
 	}
 }
 
-// relayOnce publishes the oldest events and returns how many. It reads them first and then renews
-// the lease: that commit waits for the synchronous standbys, so that after it no failover can lose
-// what was read.
+// relayOnce publishes the oldest events and returns how many. The next call removes them.
 func (r *relay) relayOnce(ctx context.Context, p publisher, led bool) (
 	leads bool, n int, err error) {
+	limit := relayRead
 	if !led {
-		leads, err = r.acquireLeadership(ctx)
+		limit = 0
+	}
+	events, leads, err := r.next(ctx, limit)
+	if err != nil || !leads {
 		return leads, 0, err
 	}
-	events, err := r.outbox.pending(ctx, relayRead)
-	if err != nil {
-		return false, 0, err
-	}
-	if len(events) == 0 {
-		leads, err = r.keepLeadership(ctx)
-		return leads, 0, err
-	}
-	if leads, err = r.acquireLeadership(ctx); err != nil || !leads {
-		return leads, 0, err
-	}
-	good, err := r.setAside(ctx, events)
-	if err != nil {
-		return true, 0, err
-	}
-	for window := range slices.Chunk(good, relayWindow) {
-		if leads, err = r.keepLeadership(ctx); err != nil || !leads {
-			return leads, 0, err
+	for window := range slices.Chunk(r.setAside(ctx, events), relayWindow) {
+		if time.Since(r.renewed) >= leadInterval {
+			if _, leads, err = r.next(ctx, 0); err != nil || !leads {
+				return leads, 0, err
+			}
 		}
-		if err := r.publishWindow(ctx, p, window); err != nil {
+		confirmed, err := p.publish(ctx, window)
+		r.published.Add(confirmed)
+		r.done = append(r.done, window[:confirmed]...)
+		if err != nil {
 			return true, 0, err
 		}
 	}
 	return true, len(events), nil
 }
 
-// acquireLeadership takes or renews the lease.
-func (r *relay) acquireLeadership(ctx context.Context) (leads bool, err error) {
-	r.renewed = time.Time{}
-	began := time.Now()
-	if leads, err = r.outbox.lead(ctx); leads {
-		r.renewed = began
+// next removes what is done. If this process leads, it returns the oldest events. The
+// transaction that reads them renews the lease, and its commit waits for the synchronous standbys,
+// so that after it no failover can lose what was read. Without events, the lease is renewed every
+// leadInterval.
+func (r *relay) next(ctx context.Context, limit int) (events []event, leads bool, err error) {
+	for renew := r.busy || time.Since(r.renewed) >= leadInterval; ; renew = true {
+		began := time.Now()
+		events, leads, err = r.outbox.next(ctx, r.done, limit, renew)
+		if err != nil {
+			return nil, false, err
+		}
+		r.done, r.busy = nil, len(events) > 0
+		switch {
+		case renew && leads:
+			r.renewed = began
+			return events, true, nil
+		case renew:
+			r.renewed = time.Time{}
+			return nil, false, nil
+		case !r.busy:
+			return nil, true, nil
+		}
 	}
-	return leads, err
 }
 
-// keepLeadership renews the lease unless that was done within leadInterval.
-func (r *relay) keepLeadership(ctx context.Context) (leads bool, err error) {
-	if time.Since(r.renewed) < leadInterval {
-		return true, nil
-	}
-	return r.acquireLeadership(ctx)
-}
-
-// resign lets another replica lead at once. If it fails, the lease expires.
+// resign removes what is done, and lets another replica lead at once. If it fails, the lease
+// expires.
 func (r *relay) resign(ctx context.Context) {
 	r.leads.Set(0)
+	r.renewed = time.Time{}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), resignWait)
 	defer cancel()
+	if _, _, err := r.outbox.next(ctx, r.done, 0, false); err == nil {
+		r.done = nil
+	}
 	_ = r.outbox.resign(ctx)
 }
 
-// publishWindow publishes events and removes those that the broker has confirmed: the longest run
-// from the first event on, so that none is skipped.
-func (r *relay) publishWindow(ctx context.Context, p publisher, events []event) error {
-	n, publishErr := p.publish(ctx, events)
-	r.published.Add(n)
-	var err error
-	if n > 0 {
-		err = r.outbox.remove(ctx, events[:n])
-	}
-	return errors.Join(publishErr, err)
-}
-
-// setAside removes and logs the events that no broker could deliver, and returns the others.
-func (r *relay) setAside(ctx context.Context, events []event) ([]event, error) {
-	var bad []event
-	good := slices.DeleteFunc(events, func(e event) bool {
+// setAside logs the events that no broker could deliver, and returns the others.
+func (r *relay) setAside(ctx context.Context, events []event) []event {
+	return slices.DeleteFunc(events, func(e event) bool {
 		err := e.check()
 		if err != nil {
 			logSetAside(ctx, r.log, e, err)
-			bad = append(bad, e)
+			r.done = append(r.done, e)
 		}
 		return err != nil
 	})
-	if len(bad) == 0 {
-		return good, nil
-	}
-	return good, r.outbox.remove(ctx, bad)
 }
 
 // consumer logs each event once.

@@ -570,7 +570,11 @@ func TestUnreadableEvents(t *testing.T) {
 // alwaysLeads is a store whose relay always holds the lease.
 type alwaysLeads struct{ *postgres }
 
-func (alwaysLeads) lead(context.Context) (bool, error) { return true, nil }
+func (s alwaysLeads) next(ctx context.Context, done []event, limit int, renew bool) (
+	[]event, bool, error) {
+	events, _, err := s.postgres.next(ctx, done, limit, renew)
+	return events, true, err
+}
 
 // slowBroker waits for a random time before it publishes, so that relays overtake each other.
 type slowBroker struct{ *rabbitMQ }

@@ -269,24 +269,15 @@ func (m *memory) size(context.Context) (int64, time.Duration, error) {
 
 func (m *memory) changed() <-chan struct{} { return m.wake }
 
-// lead always succeeds: there is no other replica.
-func (m *memory) lead(context.Context) (bool, error) { return true, nil }
-
 func (m *memory) resign(context.Context) error { return nil }
 
-// pending implements outbox.
-func (m *memory) pending(_ context.Context, limit int) ([]event, error) {
-	m.mu.RLock()
-	defer m.mu.RUnlock()
-	return slices.Clone(m.events[:min(limit, len(m.events))]), nil
-}
-
-// remove requires the first events that pending returned; no event of this store is set aside.
-func (m *memory) remove(_ context.Context, events []event) error {
+// next implements outbox. Events are done in their order, because none of this store is set aside.
+// It always leads: there is no other replica.
+func (m *memory) next(_ context.Context, done []event, limit int, _ bool) ([]event, bool, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.events = m.events[len(events):]
-	return nil
+	m.events = m.events[len(done):]
+	return slices.Clone(m.events[:min(limit, len(m.events))]), true, nil
 }
 
 // inProcess is the broker of a service without RabbitMQ. It passes events directly to the handler.

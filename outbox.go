@@ -25,17 +25,24 @@ func (s *postgres) size(ctx context.Context) (pending int64, oldest time.Duratio
 	return pending, time.Duration(seconds * float64(time.Second)), err
 }
 
-// lead takes or renews the lease unless another replica holds it. After a restore, relay_lease may
+// These statements work on the outbox and on the lease.
+//
+// Events are read in the order of outbox ids, which for each user is the order of versions. A time
+// outside the range of JSON becomes the nearest one inside.
+//
+// A replica takes or renews the lease unless another one holds it. After a restore, relay_lease may
 // have several rows. The leader holds all of them: one valid row of another holder is enough to
 // stop it. A row that ends too far in the future is not valid: the clock of the database was set
-// back.
-//
-// The commit waits for the synchronous standbys, whatever the session's settings are. So every
-// event that was read before is on each standby that may become the primary.
-func (s *postgres) lead(ctx context.Context) (leads bool, err error) {
-	once := s.relay
-	once.idempotent = false // a commit that did not wait for the standbys is a failure
-	err = s.row(ctx, "taking the lease", once, []any{&leads}, `
+// back. The commit waits for the synchronous standbys, whatever the session's settings are. So
+// every event that was read before is on each standby that may become the primary.
+const (
+	removeEvents = "DELETE FROM outbox WHERE id = ANY ($1::bigint[])"
+	selectEvents = `
+		SELECT id, event_id::text, event_type, user_id, version, trace_id,
+			least(greatest(occurred_at, '0001-01-01 00:00Z'), '9999-12-31 23:59:59.999999Z'),
+			actor, traceparent, tracestate
+		FROM outbox ORDER BY id LIMIT $1`
+	takeLease = `
 		WITH lease AS (
 			SELECT $1::text AS holder, clock_timestamp() + length AS until, length
 			FROM make_interval(secs => $2) AS length
@@ -58,44 +65,44 @@ func (s *postgres) lead(ctx context.Context) (leads bool, err error) {
 		)
 		SELECT EXISTS (SELECT FROM first) OR EXISTS (SELECT FROM next)
 		FROM set_config('synchronous_commit', 'on', true) AS waits,
-			set_config('client_min_messages', 'warning', true) AS warns`,
-		s.holder, leaseTime.Seconds())
-	return leads && err == nil, err
+			set_config('client_min_messages', 'warning', true) AS warns`
+)
+
+// next implements outbox with one round trip, which is one transaction.
+func (s *postgres) next(ctx context.Context, done []event, limit int, renew bool) (
+	events []event, leads bool, err error) {
+	ids := make([]int64, len(done))
+	for i, e := range done {
+		ids[i] = e.outboxID
+	}
+	once := s.relay
+	once.idempotent = false // a commit that did not wait for the standbys is a failure
+	err = s.do(ctx, "selecting events", once, func(ctx context.Context, db querier) error {
+		batch := &pgx.Batch{}
+		if len(ids) > 0 {
+			batch.Queue(removeEvents, ids)
+		}
+		batch.Queue(selectEvents, limit).Query(func(rows pgx.Rows) error {
+			events, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (e event, err error) {
+				return e, row.Scan(&e.outboxID, &e.ID, &e.Type, &e.Data.UserID, &e.Data.Version,
+					&e.TraceID, &e.OccurredAt.Time, &e.actor, &e.traceParent, &e.traceState)
+			})
+			return err
+		})
+		if renew {
+			batch.Queue(takeLease, s.holder, leaseTime.Seconds()).QueryRow(func(row pgx.Row) error {
+				return row.Scan(&leads)
+			})
+		}
+		return db.SendBatch(ctx, batch).Close()
+	})
+	return events, leads && err == nil, err
 }
 
 // resign ends the lease of this replica, if it holds it.
 func (s *postgres) resign(ctx context.Context) error {
 	return s.exec(ctx, "giving up the lease", s.relay,
 		"UPDATE relay_lease SET until = '-infinity' WHERE holder = $1", s.holder)
-}
-
-// pending reads in the order of outbox ids, which for each user is the order of versions. A time
-// outside the range of JSON becomes the nearest one inside.
-func (s *postgres) pending(ctx context.Context, limit int) (events []event, err error) {
-	err = s.do(ctx, "selecting events", s.relay, func(ctx context.Context, db querier) error {
-		rows, _ := db.Query(ctx, `
-			SELECT id, event_id::text, event_type, user_id, version, trace_id,
-				least(greatest(occurred_at, '0001-01-01 00:00Z'), '9999-12-31 23:59:59.999999Z'),
-				actor, traceparent, tracestate
-			FROM outbox ORDER BY id LIMIT $1`, limit)
-		events, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (e event, err error) {
-			return e, row.Scan(&e.outboxID, &e.ID, &e.Type, &e.Data.UserID, &e.Data.Version,
-				&e.TraceID, &e.OccurredAt.Time, &e.actor, &e.traceParent, &e.traceState)
-		})
-		return err
-	})
-	return events, err
-}
-
-// remove does not wait for the disk: if a deletion is lost, an event is sent twice.
-func (s *postgres) remove(ctx context.Context, events []event) error {
-	ids := make([]int64, len(events))
-	for i, e := range events {
-		ids[i] = e.outboxID
-	}
-	return s.exec(ctx, "deleting events", s.relay, `
-		DELETE FROM outbox USING set_config('synchronous_commit', 'off', true)
-		WHERE id = ANY ($1)`, ids)
 }
 
 // ready returns what watch saw last.

@@ -94,7 +94,7 @@ func mustCreate(t *testing.T, s store, name string) User {
 // allPending returns all events of the outbox. It does not need the lease.
 func allPending(t *testing.T, s store) []event {
 	t.Helper()
-	events, err := s.pending(t.Context(), 1_000_000)
+	events, _, err := s.next(t.Context(), nil, 1_000_000, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -2147,7 +2147,7 @@ func TestOneLeader(t *testing.T) {
 	first, second := openTestPostgres(t, url), openTestPostgres(t, url)
 	conn := connect(t, url)
 	leads := func(s *postgres) bool {
-		leads, err := s.lead(t.Context())
+		_, leads, err := s.next(t.Context(), nil, 0, true)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -2194,8 +2194,9 @@ func TestLeadNeedsWrites(t *testing.T) {
 	execute(t, conn, "ALTER DATABASE "+conn.Config().Database+
 		" SET default_transaction_read_only = on")
 	s.pool.Reset()
-	if leads, err := s.lead(t.Context()); leads || !errors.Is(err, errUnavailable) {
-		t.Errorf("lead: %t, %v, want false, errUnavailable", leads, err)
+	_, leads, err := s.next(t.Context(), nil, 0, true)
+	if leads || !errors.Is(err, errUnavailable) {
+		t.Errorf("next: %t, %v, want false, errUnavailable", leads, err)
 	}
 }
 
