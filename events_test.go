@@ -219,6 +219,72 @@ func TestRelayDrains(t *testing.T) {
 	})
 }
 
+// leasedMemory is a store whose lease another replica may hold. It returns events in any case, because
+// the relay must not rely on the contrary.
+type leasedMemory struct {
+	*memory
+	leads    func() bool
+	renewals int
+}
+
+func (m *leasedMemory) next(ctx context.Context, done []event, limit int, renew bool) (
+	[]event, bool, error) {
+	events, _, err := m.memory.next(ctx, done, limit, renew)
+	if !renew {
+		return events, false, err
+	}
+	m.renewals++
+	return events, m.leads(), err
+}
+
+// TestRelayNeedsLease checks that a relay that loses the lease while it publishes stops after the window
+// in progress, removes what it has published, and publishes the rest when it leads again. Without
+// events, it renews the lease every leadInterval, not with every poll.
+func TestRelayNeedsLease(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		lost := func() bool { // from the first second to the tenth
+			return time.Since(start) >= time.Second && time.Since(start) < 10*time.Second
+		}
+		m := &leasedMemory{memory: newMemory(), leads: func() bool { return !lost() }}
+		for range 3 * relayWindow {
+			mustCreate(t, m, "John")
+		}
+		b := &fakeBroker{}
+		b.verdict = func(sent int) (int, error) {
+			if lost() {
+				t.Errorf("events were published after %v without the lease", time.Since(start))
+			}
+			time.Sleep(2 * time.Second)
+			return sent, nil
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		go newRelay(m, b, newLogger(&logWriter{w: t.Output()}, 0), metrics.NewSet()).run(ctx)
+		time.Sleep(9 * time.Second)
+		synctest.Wait()
+		if len(b.published) != relayWindow || len(m.events) != 2*relayWindow {
+			t.Errorf("after the lease was lost: got %d published and %d pending, want %d and %d",
+				len(b.published), len(m.events), relayWindow, 2*relayWindow)
+		}
+		time.Sleep(11 * time.Second)
+		synctest.Wait()
+		if len(b.published) != 3*relayWindow || len(m.events) != 0 {
+			t.Errorf("after the lease was taken again: got %d published and %d pending, want %d and none",
+				len(b.published), len(m.events), 3*relayWindow)
+		}
+		m.renewals = 0
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if most := int(time.Minute/leadInterval) + 1; m.renewals < most/2 || m.renewals > most {
+			t.Errorf("renewals in a minute without events: got %d, want %d to %d", m.renewals, most/2,
+				most)
+		}
+		cancel()
+		synctest.Wait()
+	})
+}
+
 func newTestConsumer(log *logBuffer) *consumer {
 	out := &logWriter{w: log}
 	return newConsumer(newLogger(out, slog.LevelDebug), out, metrics.NewSet())
