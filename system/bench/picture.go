@@ -82,7 +82,7 @@ func bars(all results) []byte {
 	p := newSVG(left+width+70, int(bottom)+60)
 	p.text(20, 28, "start", `font-weight="bold" font-size="16"`,
 		"Requests per second of this service, as a multiple of an alternative's")
-	x := scale{0.1, 1000, left, left + width, true}
+	x := scale{0.1, 10_000, left, left + width, true}
 	for _, name := range x.ticks() {
 		p.path("#ddd", "", "M%.1f %dV%.1f", x.at(name), top-8, bottom)
 		p.text(x.at(name), bottom+18, "middle", "", "%g", name)
