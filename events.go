@@ -102,10 +102,10 @@ func logSetAside(ctx context.Context, log *slog.Logger, e event, err error) {
 
 // outbox holds the events of committed changes until they are removed. An event in it is pending.
 type outbox interface {
-	// next removes done, which were delivered or never can be, and returns up to limit events, and
-	// those of each user in the order of versions. If renew, it takes or renews the lease of this
-	// process, and reports whether it holds the lease. Only events of a call that does so may be
-	// published: after that, no failover of the database can lose them.
+	// next removes the events in done, which were delivered or never can be. Then it returns up to
+	// limit events, and those of each user in the order of versions. If renew is true, it takes or
+	// renews the lease of this process, and leads reports whether it holds the lease. Only events of
+	// such a call may be published: after it, no failover of the database can lose them.
 	next(ctx context.Context, done []event, limit int, renew bool) (events []event, leads bool,
 		err error)
 	// resign gives up the lease, so that another process can take it at once.
@@ -241,7 +241,8 @@ func (r *relay) wait(ctx context.Context, leads bool, published int) {
 	}
 }
 
-// relayOnce publishes the oldest events and returns how many. The next call removes them.
+// relayOnce publishes the oldest events and returns how many. The next call removes them from the
+// outbox. A relay that does not lead only tries to, and reads no events.
 func (r *relay) relayOnce(ctx context.Context, p publisher, led bool) (
 	leads bool, n int, err error) {
 	limit := relayRead
@@ -268,10 +269,10 @@ func (r *relay) relayOnce(ctx context.Context, p publisher, led bool) (
 	return true, len(events), nil
 }
 
-// next removes what is done. If this process leads, it returns the oldest events. The
-// transaction that reads them renews the lease, and its commit waits for the synchronous standbys,
-// so that after it no failover can lose what was read. Without events, the lease is renewed every
-// leadInterval.
+// next removes the events that are done. If this process leads, it returns the oldest of the
+// others. The transaction that reads events also renews the lease, and its commit waits for the
+// synchronous standbys, so that after it no failover can lose what was read. While there are no
+// events, the lease is renewed every leadInterval only.
 func (r *relay) next(ctx context.Context, limit int) (events []event, leads bool, err error) {
 	for renew := r.busy || time.Since(r.renewed) >= leadInterval; ; renew = true {
 		began := time.Now()
@@ -293,8 +294,8 @@ func (r *relay) next(ctx context.Context, limit int) (events []event, leads bool
 	}
 }
 
-// resign removes what is done, and lets another replica lead at once. If it fails, the lease
-// expires.
+// resign removes the events that are done, and lets another replica lead at once. If it fails, the
+// lease expires.
 func (r *relay) resign(ctx context.Context) {
 	r.leads.Set(0)
 	r.renewed = time.Time{}

@@ -68,7 +68,7 @@ const (
 			set_config('client_min_messages', 'warning', true) AS warns`
 )
 
-// next implements outbox with one round trip, which is one transaction.
+// next implements outbox in one transaction. Its statements share a round trip.
 func (s *postgres) next(ctx context.Context, done []event, limit int, renew bool) (
 	events []event, leads bool, err error) {
 	ids := make([]int64, len(done))

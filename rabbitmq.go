@@ -248,15 +248,15 @@ func (b *rabbitMQ) publisher(ctx context.Context) (publisher, error) {
 		conn.disconnect()
 		return nil, err
 	}
-	p.returns = p.channel.NotifyReturn(make(chan amqp.Return, relayWindow)) // room for all
+	p.returns = p.channel.NotifyReturn(make(chan amqp.Return, relayWindow)) // one for each event
 	return p, nil
 }
 
 func (p *rabbitPublisher) closed() bool { return p.channel.IsClosed() }
 func (p *rabbitPublisher) close()       { p.conn.disconnect() }
 
-// publish sends all events and then waits for their confirms. If no queue takes an event, and one is
-// bound before the next event of the same user is sent, the two arrive in reverse order. That
+// publish sends all events and then waits for their confirms. If no queue takes an event, and one
+// is bound before the next event of the same user is sent, the two arrive in reverse order. That
 // requires somebody who deletes queues, and their messages with them.
 func (p *rabbitPublisher) publish(ctx context.Context, events []event) (int, error) {
 	ctx, cancel := context.WithTimeout(ctx, publishWait)
