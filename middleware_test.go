@@ -2184,6 +2184,9 @@ var requestSeeds = []struct{ method, target, headers, body string }{
 	{"OPTIONS", "*", "", ""},
 	{"CONNECT", "a:1", "", ""},
 	{"FOO", "/users/1%2F2%0A%22", "", ""},
+	{strings.Repeat("M", 2*maxLogged), "/users/1", "", ""},
+	{"GET", "/" + strings.Repeat("a%01%ff", maxLogged), "", ""},
+	{"GET", "/" + strings.Repeat("%e2%80%a8", maxLogged), "", ""},
 	{"GET", "//users", "", ""},
 	{"GET", "/a/../users", "", ""},
 	{"GET", "http://a/healthz", "", ""},
@@ -2289,13 +2292,27 @@ func (s *service) checkRequestLog(r *http.Request, id string) logLine {
 		s.t.Fatalf("the log does not have two lines:\n%s", s.log)
 	}
 	for i, event := range []string{"Request started", "Request completed"} {
-		line, path := lines[i], string([]rune(r.URL.Path))
-		if line["event"] != event || line["trace_id"] != id || line["method"] != r.Method ||
-			line["path"] != path {
+		line := lines[i]
+		if line["event"] != event || line["trace_id"] != id ||
+			!repeats(line["method"], r.Method) || !repeats(line["path"], r.URL.Path) {
 			s.t.Errorf("%s %q: log line %v, want the event %q", r.Method, r.URL.Path, line, event)
 		}
 	}
 	return lines[1]
+}
+
+// repeats reports whether a value of a log line is a client's text. Bytes that are not UTF-8 are
+// logged as U+FFFD. Long text is cut, so that it has at most maxLogged bytes as JSON; one byte takes
+// at most six.
+func repeats(logged any, text string) bool {
+	start, _ := logged.(string)
+	asJSON, err := json.Marshal(start)
+	if err != nil || len(asJSON) > maxLogged+len(`""`) {
+		return false
+	}
+	text = string([]rune(text))
+	return start == text ||
+		strings.HasPrefix(text, start) && len(start) > maxLogged/6-utf8.UTFMax
 }
 
 // repeatsPassword reports whether the client has put a password where the service may repeat it: in

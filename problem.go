@@ -81,7 +81,7 @@ func cut(text string, n int) string {
 	}
 	for i, c := range text {
 		size := utf8.RuneLen(c)
-		if c < ' ' || c == utf8.RuneError || strings.ContainsRune(`"\<>&`, c) {
+		if c < ' ' || c == utf8.RuneError || strings.ContainsRune("\"\\<>&\u2028\u2029", c) {
 			size = escaped
 		}
 		if n -= size; n < 0 {
