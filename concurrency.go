@@ -17,32 +17,28 @@ import (
 // Group merges concurrent calls into batches. The cost of a SQL statement is the round trip, hardly
 // the row, so calls that arrive together should share one.
 //
-// A call runs at once, alone, while few others run. Otherwise it joins the next batch, which starts
-// when a running one ends; there is no timer. A call never joins a batch that has started, so the
-// answer is never older than the call. The batch runs under a context of its own: a caller who
-// leaves does not cancel the others.
+// A call runs at once, alone, if no batch runs. Otherwise it joins the next batch, which starts when
+// the running one ends: under load, batches become as large as the statements are slow. A batch that
+// takes longer than batchPatience no longer holds up the next one.
+//
+// A call never joins a batch that has started, so the answer is never older than the call. The batch
+// runs under a context of its own: a caller who leaves does not cancel the others.
 type Group[K comparable, V any] struct {
 	// run answers a batch of keys, some of which may be equal. Keys without a value are left out of
 	// the map.
 	run    func(ctx context.Context, keys []K) (map[K]V, error)
 	budget time.Duration // from a batch's first call to its end, including the wait
-	batchLimits
 
-	mu      sync.Mutex
-	running int          // batches, including those of one call
-	shared  int          // running batches that calls waited for
-	next    *batch[K, V] // joined by calls that cannot run at once; nil if they can
+	mu   sync.Mutex
+	busy bool         // a batch runs that has not exceeded batchPatience
+	next *batch[K, V] // joined by calls while busy; nil if there are none
 }
 
-// batchLimits says how many calls may run alone at the same time, and how many shared batches.
-type batchLimits struct{ alone, batches int }
-
-// batch is the calls that one run of a Group answers. Group.mu protects keys and starting; values
-// and err are written before done is closed and read after it.
+// batch is the calls that one run of a Group answers. Group.mu protects keys; values and err are
+// written before done is closed and read after it.
 type batch[K comparable, V any] struct {
 	deadline time.Time
 	keys     []K
-	starting bool // share was called; calls may still join
 	values   map[K]V
 	err      error
 	done     chan struct{} // closed when values and err are set
@@ -57,29 +53,25 @@ type panicError struct {
 // Error implements error. The stack is for the log only.
 func (e *panicError) Error() string { return fmt.Sprintf("panic: %v", e.value) }
 
-// joinTurns is how often a batch yields the processor before it starts, so that calls whose
-// requests are just being read can join. Yields are free when nothing else can run.
-const joinTurns = 8
-
 // Do returns the value of key and whether there is one. It fails with the error of the batch, which
 // may be a *panicError, or with that of ctx if it ends first.
 func (g *Group[K, V]) Do(ctx context.Context, key K) (V, bool, error) {
 	g.mu.Lock()
 	b := g.next
-	atOnce := b == nil && g.running < g.alone && g.shared < g.batches
 	if b == nil {
 		b = &batch[K, V]{deadline: time.Now().Add(g.budget), done: make(chan struct{})}
 	}
 	b.keys = append(b.keys, key)
+	atOnce := !g.busy
 	if atOnce {
-		g.running++
+		g.busy = true
 	} else {
 		g.next = b
 	}
 	g.mu.Unlock()
 
 	if atOnce {
-		g.serve(b, 0)
+		g.serve(b)
 	} else {
 		select {
 		case <-b.done:
@@ -92,38 +84,47 @@ func (g *Group[K, V]) Do(ctx context.Context, key K) (V, bool, error) {
 	return value, ok, b.err
 }
 
-// share closes b to further calls and runs it.
-func (g *Group[K, V]) share(b *batch[K, V]) {
-	for range joinTurns {
-		runtime.Gosched()
-	}
-	g.mu.Lock()
-	g.next = nil
-	g.mu.Unlock()
-	g.serve(b, 1)
-}
-
-// serve runs b, wakes its callers, and starts the batch that formed in the meantime.
-func (g *Group[K, V]) serve(b *batch[K, V], shared int) {
+// serve runs b and wakes its callers. It starts the next batch once: at the end, or when b is late.
+func (g *Group[K, V]) serve(b *batch[K, V]) {
 	ctx, cancel := context.WithDeadline(context.Background(), b.deadline)
+	late := time.AfterFunc(batchPatience, g.startNext)
 	defer func() {
 		if v := recover(); v != nil {
 			b.err = &panicError{value: v, stack: debug.Stack()}
 		}
 		cancel()
 		close(b.done)
-		g.mu.Lock()
-		defer g.mu.Unlock()
-		g.running--
-		g.shared -= shared
-		if next := g.next; next != nil && !next.starting && g.shared < g.batches {
-			g.running++
-			g.shared++
-			next.starting = true
-			go g.share(next)
+		if late.Stop() {
+			g.startNext()
 		}
 	}()
 	b.values, b.err = g.run(ctx, b.keys)
+}
+
+// startNext starts the batch that has formed. If there is none, the next call runs at once.
+func (g *Group[K, V]) startNext() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.busy = g.next != nil
+	if g.busy {
+		go g.share()
+	}
+}
+
+// joinTurns is how often a batch yields the processor before it starts, so that calls whose
+// requests are just being read can join. Yields are free when nothing else can run.
+const joinTurns = 8
+
+// share runs the batch that has formed.
+func (g *Group[K, V]) share() {
+	for range joinTurns {
+		runtime.Gosched()
+	}
+	g.mu.Lock()
+	b := g.next
+	g.next = nil
+	g.mu.Unlock()
+	g.serve(b)
 }
 
 // queues lets a few calls per key work at a time. Further calls with the key wait in the order in

@@ -34,6 +34,7 @@ const (
 	creationBudget  = requestBudget * 9 / 10 // all statements of a POST
 	statementBudget = requestBudget * 4 / 5  // one statement, with the wait for a connection
 	batchBudget     = requestBudget * 3 / 5  // a shared statement; another one may follow
+	batchPatience   = requestBudget / 20     // the next shared statement waits for it this long
 	connectBudget   = requestBudget * 2 / 5  // connecting to one database host
 	allHostsBudget  = requestBudget * 3 / 5  // connecting to one of several hosts
 	readyBudget     = requestBudget * 2 / 5  // a check of the database
@@ -138,14 +139,6 @@ const (
 	vacuumInterval = 10 * time.Second
 	vacuumBudget   = 5 * time.Minute
 	indexPause     = time.Minute // after an attempt to build an index that failed
-)
-
-// Concurrent statements of each Group. One batch at a time is the cheapest: while it runs, half of
-// the calls join the next one. With two, batches are half as large, and several replicas would wait
-// for each other at the database.
-const (
-	readsAlone, readBatches   = 4, 1
-	writesAlone, writeBatches = 1, 1
 )
 
 // What one of each takes, in bytes.

@@ -2570,14 +2570,19 @@ func recode(encoding *base64.Encoding, text string) (string, int) {
 	return encoding.EncodeToString(decoded), len(decoded)
 }
 
-// slowGroup returns a Group that returns the text of each positive key after a second, and fails for
-// negative keys. It appends the keys of each batch to batches.
+// slowGroup returns a Group that returns the text of each positive key after batchPatience/2, and
+// fails for negative keys. Key 99 takes four times batchPatience. It appends the keys of each batch
+// to batches.
 func slowGroup(batches *[][]int) *Group[int, string] {
 	return &Group[int, string]{
-		budget: time.Minute, batchLimits: batchLimits{1, 1},
+		budget: time.Minute,
 		run: func(_ context.Context, keys []int) (map[int]string, error) {
 			*batches = append(*batches, slices.Clone(keys))
-			time.Sleep(time.Second)
+			if slices.Contains(keys, 99) {
+				time.Sleep(4 * batchPatience)
+			} else {
+				time.Sleep(batchPatience / 2)
+			}
 			values := make(map[int]string)
 			for _, key := range keys {
 				if key < 0 {
@@ -2618,50 +2623,36 @@ func TestGroupSharesNextBatch(t *testing.T) {
 	})
 }
 
-// TestGroupRunsCallsAlone checks that the first two calls run alone, that later calls share a batch, and
-// that no call runs alone while a shared batch runs.
-func TestGroupRunsCallsAlone(t *testing.T) {
+// TestGroupLateBatch checks that a batch that takes long holds up the next ones for batchPatience
+// only, that these hold each other up, and that its end starts no batch.
+func TestGroupLateBatch(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var batches [][]int
 		g := slowGroup(&batches)
-		g.alone = 2
-		var callers sync.WaitGroup
-		for i := range 7 {
-			callers.Go(func() { g.Do(t.Context(), i+1) })
-			synctest.Wait()
-			time.Sleep(300 * time.Millisecond)
-		}
-		callers.Wait()
-		if got, want := fmt.Sprint(batches), "[[1] [2] [3 4] [5 6 7]]"; got != want {
-			t.Errorf("batches: got %s, want %s", got, want)
-		}
-	})
-}
-
-// TestGroupLimitsBatches checks that calls during two batches share a third one, which begins when the
-// first of the two ends.
-func TestGroupLimitsBatches(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		var batches [][]int
-		g := slowGroup(&batches)
-		g.alone, g.batches = 2, 1
 		start := time.Now()
-		var took [5]time.Duration
+		const tick = batchPatience / 10
+		var took [9]time.Duration
 		var callers sync.WaitGroup
-		for i := range 5 {
+		for i, at := range []time.Duration{0, 1, 2, 12, 13, 18, 38, 41, 50} {
 			callers.Go(func() {
-				g.Do(t.Context(), i+1)
-				took[i] = time.Since(start)
+				time.Sleep(at * tick)
+				key := i + 1
+				if i == 0 {
+					key = 99
+				}
+				g.Do(t.Context(), key)
+				took[i] = time.Since(start) / tick
 			})
-			synctest.Wait()
-			time.Sleep(100 * time.Millisecond)
 		}
 		callers.Wait()
-		const want = "[[1] [2] [3 4 5]] [1s 1.1s 2s 2s 2s]"
-		if got := fmt.Sprint(batches, took); got != want {
-			t.Errorf("batches and the time of each answer: got %s, want %s", got, want)
+		const wantBatches = "[[99] [2 3] [4 5] [6] [7] [8] [9]]"
+		const wantTook = "[40ns 15ns 15ns 20ns 20ns 25ns 43ns 48ns 55ns]"
+		if got := fmt.Sprint(batches); got != wantBatches {
+			t.Errorf("batches: got %s, want %s", got, wantBatches)
+		}
+		if got := fmt.Sprint(took); got != wantTook {
+			t.Errorf("times of the answers in tenths of batchPatience: got %s, want %s", got, wantTook)
 		}
 	})
 }
@@ -2671,7 +2662,7 @@ func TestGroupReturnsNewState(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		state := "old"
-		g := &Group[int, string]{budget: time.Minute, batchLimits: batchLimits{1, 1}}
+		g := &Group[int, string]{budget: time.Minute}
 		g.run = func(context.Context, []int) (map[int]string, error) {
 			seen := state
 			time.Sleep(time.Second)
@@ -2718,18 +2709,18 @@ func TestGroupCallerContext(t *testing.T) {
 	})
 }
 
-// TestGroupBudget checks that calls fail when the budget of their batch ends. The budget begins with the
-// first call of the batch.
+// TestGroupBudget checks that calls fail when the budget of their batch ends. The budget begins with
+// the first call of the batch, also while that waits. The second to fourth call share a batch.
 func TestGroupBudget(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		g := &Group[int, string]{budget: 4 * time.Second, batchLimits: batchLimits{1, 1}}
+		g := &Group[int, string]{budget: 4 * time.Second}
 		g.run = func(ctx context.Context, _ []int) (map[int]string, error) {
 			<-ctx.Done()
 			return nil, ctx.Err()
 		}
 		start := time.Now()
-		var took [4]time.Duration
+		var took [5]time.Duration
 		var callers sync.WaitGroup
 		for i := range took {
 			callers.Go(func() {
@@ -2739,10 +2730,10 @@ func TestGroupBudget(t *testing.T) {
 				took[i] = time.Since(start)
 			})
 			synctest.Wait()
-			time.Sleep(time.Second)
+			time.Sleep(batchPatience * 3 / 10)
 		}
 		callers.Wait()
-		if got, want := fmt.Sprint(took), "[4s 5s 5s 5s]"; got != want {
+		if got, want := fmt.Sprint(took), "[4s 4.075s 4.075s 4.075s 4.3s]"; got != want {
 			t.Errorf("times of the answers: got %s, want %s", got, want)
 		}
 	})
@@ -2753,7 +2744,7 @@ func TestGroupBudget(t *testing.T) {
 func TestGroupFailures(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		g := &Group[string, int]{budget: time.Minute, batchLimits: batchLimits{1, 1}}
+		g := &Group[string, int]{budget: time.Minute}
 		g.run = func(_ context.Context, keys []string) (map[string]int, error) {
 			time.Sleep(time.Second)
 			switch keys[0] {
@@ -2866,7 +2857,7 @@ func BenchmarkParseObject(b *testing.B) {
 }
 
 func BenchmarkGroup(b *testing.B) {
-	g := Group[int, int]{batchLimits: batchLimits{4, 1}}
+	g := Group[int, int]{}
 	g.run = func(_ context.Context, keys []int) (map[int]int, error) {
 		return map[int]int{keys[0]: 1}, nil
 	}

@@ -57,8 +57,7 @@ func newPostgres(pool *pgxpool.Pool, explicit bool, log *slog.Logger) *postgres 
 		changing:    newQueues[int64](1, math.MaxInt),
 	}
 	s.state.Store(stateUp)
-	s.reads = &Group[int64, User]{run: s.selectUsers, budget: statementBudget,
-		batchLimits: batchLimits{readsAlone, readBatches}}
+	s.reads = &Group[int64, User]{run: s.selectUsers, budget: statementBudget}
 	s.updates, s.deletions = s.newChanger(updateUsers), s.newChanger(deleteUsers)
 	return s
 }
@@ -321,8 +320,7 @@ func (s *postgres) newChanger(sql string) changer {
 	return changer{
 		waiting: strings.Replace(sql, "SKIP LOCKED", "", 1),
 		group: &Group[*userChange, User]{
-			budget:      batchBudget,
-			batchLimits: batchLimits{writesAlone, writeBatches},
+			budget: batchBudget,
 			run: func(ctx context.Context, changes []*userChange) (map[*userChange]User, error) {
 				done, err := s.changeBatch(ctx, sql, s.write, changes)
 				if isRefused(ctx, err) {
