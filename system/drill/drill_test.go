@@ -125,6 +125,8 @@ var scenarios = []scenario{
 	{name: "PostgreSQL: connections terminated", database: true, fault: terminateConnections},
 	{name: "PostgreSQL: read-only for 4 s", database: true, fault: makeReadOnly},
 	{name: "PostgreSQL: frozen for 8 s", database: true, fault: freezePostgres},
+	{name: "PostgreSQL: one session frozen", short: true, database: true, replicas: 1, clients: 16,
+		fault: freezeSession},
 	{name: "PostgreSQL: table locked for 8 s", database: true, fault: lockTable},
 	{name: "PostgreSQL: too many connections", database: true, fault: fillConnections},
 	{name: "PostgreSQL: answers lost on the way", database: true, fault: loseAnswers},

@@ -2,6 +2,7 @@ package drill
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -45,6 +46,54 @@ func freezePostgres(r *trial) {
 	require(r.t, err)
 	time.Sleep(8 * time.Second)
 	thaw()
+}
+
+// freezeSession freezes one session of the service again and again, and expects that changes go on
+// over the others. The session is idle then, so that it holds no lock of the server.
+func freezeSession(r *trial) {
+	for range roundsOf(5, 2) {
+		pid := r.freezeIdle()
+		frozen := time.Now()
+		time.Sleep(2 * time.Second)
+		r.mu.Lock()
+		changes := 0
+		for _, a := range r.attempts {
+			if a.outcome == outcomeOK && a.begun.Sub(frozen) > time.Second {
+				changes++
+			}
+		}
+		r.mu.Unlock()
+		syscall.Kill(pid, syscall.SIGCONT)
+		if changes < 10 {
+			r.t.Errorf("%d changes in the last second of 2 s in which a session was frozen", changes)
+		}
+		time.Sleep(time.Second)
+	}
+}
+
+// freezeIdle freezes the session that made the last change, which the service will use again first,
+// and returns its process id.
+func (r *trial) freezeIdle() int {
+	r.t.Helper()
+	for {
+		var pid int
+		err := r.db.QueryRow(r.t.Context(), `SELECT pid FROM pg_stat_activity
+			WHERE usename = 'drill' AND state = 'idle' AND query LIKE '%UPDATE users%'
+			ORDER BY state_change DESC LIMIT 1`).Scan(&pid)
+		if errors.Is(err, pgx.ErrNoRows) {
+			continue
+		}
+		require(r.t, err)
+		require(r.t, syscall.Kill(pid, syscall.SIGSTOP))
+		r.t.Cleanup(func() { syscall.Kill(pid, syscall.SIGCONT) })
+		var idle bool
+		require(r.t, r.db.QueryRow(r.t.Context(),
+			"SELECT state = 'idle' FROM pg_stat_activity WHERE pid = $1", pid).Scan(&idle))
+		if idle {
+			return pid
+		}
+		syscall.Kill(pid, syscall.SIGCONT)
+	}
 }
 
 func lockTable(r *trial) {
