@@ -34,7 +34,7 @@ const (
 	creationBudget  = requestBudget * 9 / 10 // all statements of a POST
 	statementBudget = requestBudget * 4 / 5  // one statement, with the wait for a connection
 	batchBudget     = requestBudget * 3 / 5  // a shared statement; another one may follow
-	batchPatience   = requestBudget / 20     // the next shared statement waits for it this long
+	batchPatience   = requestBudget / 20     // how long it may hold up the next one
 	connectBudget   = requestBudget * 2 / 5  // connecting to one database host
 	allHostsBudget  = requestBudget * 3 / 5  // connecting to one of several hosts
 	readyBudget     = requestBudget * 2 / 5  // a check of the database
