@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -192,6 +193,7 @@ type result struct {
 	pending  int64         // events that stay in the outbox
 	twice    int           // users that were created twice
 	dead     int           // messages in the dead letter queue
+	gaps     []string      // describe what counts as reordered
 }
 
 // settle waits up to 40 s until every event has arrived, and returns the counts.
@@ -340,12 +342,15 @@ func (r *trial) elsewhere(id, version int64) bool {
 
 func (r *trial) countArrivals(row *result, id int64, h *history, f fate) {
 	expected := int64(1)
-	for _, a := range h.arrivals {
+	for i, a := range h.arrivals {
 		for expected < a.version && r.elsewhere(id, expected) {
 			expected++
 		}
 		if a.version != expected {
 			row.reordered++
+			before := h.arrivals[max(i-1, 0)]
+			row.gaps = append(row.gaps, fmt.Sprintf("user %d: version %d came %v after version %d",
+				id, a.version, a.at.Sub(before.at), before.version))
 		}
 		expected = max(expected, a.version+1)
 		if a.version > f.last {
@@ -399,7 +404,8 @@ func (r *trial) judge(row *result) {
 func (r *trial) judgeEvents(row *result) {
 	r.t.Helper()
 	if row.lost+row.phantom+row.reordered > 0 {
-		r.t.Errorf("%d lost, %d phantom, %d reordered", row.lost, row.phantom, row.reordered)
+		r.t.Errorf("%d lost, %d phantom, %d reordered: %s", row.lost, row.phantom, row.reordered,
+			strings.Join(row.gaps, "; "))
 	}
 	if !r.lossy && row.missing+row.withoutChange > 0 {
 		r.t.Errorf("%d acknowledged changes are missing, %d events are without their change",
