@@ -2574,10 +2574,13 @@ func recode(encoding *base64.Encoding, text string) (string, int) {
 // fails for negative keys. Key 99 takes four times batchPatience. It appends the keys of each batch
 // to batches.
 func slowGroup(batches *[][]int) *Group[int, string] {
+	var mu sync.Mutex // a late batch runs beside the next one
 	return &Group[int, string]{
 		budget: time.Minute,
 		run: func(_ context.Context, keys []int) (map[int]string, error) {
+			mu.Lock()
 			*batches = append(*batches, slices.Clone(keys))
+			mu.Unlock()
 			if slices.Contains(keys, 99) {
 				time.Sleep(4 * batchPatience)
 			} else {
