@@ -17,12 +17,12 @@ import (
 // Group merges concurrent calls into batches. The cost of a SQL statement is the round trip, hardly
 // the row, so calls that arrive together should share one.
 //
-// A call runs at once, alone, if no batch runs. Otherwise it joins the next batch, which starts when
-// the running one ends: under load, batches become as large as the statements are slow. A batch that
-// takes longer than batchPatience no longer holds up the next one.
+// A call runs at once, alone, if no batch runs. Otherwise it joins the next batch, which starts
+// when the running one ends: the slower the statements, the larger the batches. A batch that takes
+// longer than batchPatience no longer holds up the next one.
 //
-// A call never joins a batch that has started, so the answer is never older than the call. The batch
-// runs under a context of its own: a caller who leaves does not cancel the others.
+// A call never joins a batch that has started, so the answer is never older than the call. The
+// batch runs under a context of its own: a caller who leaves does not cancel the others.
 type Group[K comparable, V any] struct {
 	// run answers a batch of keys, some of which may be equal. Keys without a value are left out of
 	// the map.
