@@ -71,6 +71,45 @@ func (b *buffer) String() string {
 	return b.content.String()
 }
 
+// backlog is an io.Pipe whose writer never waits for the reader. A service that ends waits only 400
+// ms for the reader of its log. On a busy machine, one that decodes each line would be later.
+type backlog struct {
+	mu      sync.Mutex
+	changed *sync.Cond
+	content bytes.Buffer
+	closed  bool
+}
+
+func newBacklog() *backlog {
+	b := &backlog{}
+	b.changed = sync.NewCond(&b.mu)
+	return b
+}
+
+func (b *backlog) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.changed.Signal()
+	return b.content.Write(p)
+}
+
+func (b *backlog) Close() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.closed = true
+	b.changed.Signal()
+	return nil
+}
+
+func (b *backlog) Read(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for b.content.Len() == 0 && !b.closed {
+		b.changed.Wait()
+	}
+	return b.content.Read(p)
+}
+
 // StartService starts the service and returns when it listens. The end of the Env kills it.
 func (e *Env) StartService(c ServiceConfig) (*Service, error) {
 	s, err := e.LaunchService(c)
@@ -140,16 +179,24 @@ type logLine struct {
 }
 
 func (s *Service) readOutput() {
-	lines := bufio.NewScanner(s.output)
+	output := newBacklog()
+	go func() {
+		defer output.Close()
+		chunk := make([]byte, 64<<10)
+		for {
+			s.reading.Lock()
+			n, err := s.output.Read(chunk)
+			s.reading.Unlock()
+			output.Write(chunk[:n])
+			if err != nil {
+				return
+			}
+		}
+	}()
+	lines := bufio.NewScanner(output)
 	lines.Buffer(nil, 1<<20)
 	isRequest := []byte(`"event":"` + s.wording.request)
-	for {
-		s.reading.Lock()
-		more := lines.Scan()
-		s.reading.Unlock()
-		if !more {
-			return
-		}
+	for lines.Scan() {
 		text := lines.Bytes()
 		if s.log != nil {
 			s.log.Write(append(slices.Clone(text), '\n'))

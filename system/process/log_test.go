@@ -108,7 +108,7 @@ func TestReportsDroppedLines(t *testing.T) {
 	path := "/users/" + strings.Repeat("x", 1000)
 	blocked := make(chan func(), 1)
 	go func() { blocked <- p.BlockOutput() }()
-	for len(blocked) == 0 { // BlockOutput returns between two lines
+	for len(blocked) == 0 { // BlockOutput returns after a read
 		p.Do("GET", path, "")
 	}
 	unblock := <-blocked
