@@ -68,6 +68,8 @@ type caller struct {
 	refusal error    // why its API key or token is not accepted; nil if it has none
 }
 
+const anonymousActor = "anonymous" // of a change without an API key or a token
+
 // actor returns the name under which the caller's changes are recorded.
 func (c caller) actor() string { return cmp.Or(c.name, anonymousActor) }
 

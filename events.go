@@ -22,14 +22,9 @@ const (
 	userCreated = "user.created"
 	userUpdated = "user.updated"
 	userDeleted = "user.deleted"
-)
 
-const (
-	sqlActor       = "sql:"      // begins the actor of a change by SQL; the role follows
-	anonymousActor = "anonymous" // of a change without an API key or a token
-)
+	sqlActor = "sql:" // begins the actor of a change by SQL; the role follows
 
-const (
 	maxEventBytes   = 64 << 10
 	maxTraceIDBytes = 255     // of an AMQP short string
 	maxVersions     = 100_000 // users whose newest version the consumer remembers
@@ -129,8 +124,8 @@ type broker interface {
 
 // publisher is a connection that publishes. It is not safe for concurrent use.
 type publisher interface {
-	// publish takes up to relayWindow events, and returns how many, from the first one on, the
-	// broker has confirmed. After an error the publisher can only be closed.
+	// publish takes up to relayWindow events of different users, and returns how many, from the
+	// first one on, the broker has confirmed. After an error the publisher can only be closed.
 	publish(ctx context.Context, events []event) (int, error)
 	// closed reports whether the connection has ended.
 	closed() bool
@@ -159,10 +154,9 @@ var errUnreadable = errors.New("unreadable message")
 // one works.
 //
 // Two may work at the same time, such as one that was frozen and its successor. That costs
-// duplicates but never the order: each publishes what is pending from the first event on, on one
-// channel, and removes only what the broker has confirmed. So a relay that sends a version of a
-// user has sent the version before itself, or did not find it any more, because the broker already
-// had it.
+// duplicates but never the order: each publishes what is pending from the first event on, and
+// removes only what the broker has confirmed. So a relay that sends a version of a user has a confirm
+// of the version before, or did not find it any more, because the broker already had it.
 type relay struct {
 	outbox    outbox
 	broker    broker
@@ -241,8 +235,8 @@ func (r *relay) wait(ctx context.Context, leads bool, published int) {
 	}
 }
 
-// relayOnce publishes the oldest events and returns how many. The next call removes them from the
-// outbox. A relay that does not lead only tries to, and reads no events.
+// relayOnce publishes the oldest events, and returns how many it has read. The next call removes the
+// confirmed ones. A relay that does not lead only tries to, and reads none.
 func (r *relay) relayOnce(ctx context.Context, p publisher, led bool) (
 	leads bool, n int, err error) {
 	limit := relayRead
@@ -253,20 +247,37 @@ func (r *relay) relayOnce(ctx context.Context, p publisher, led bool) (
 	if err != nil || !leads {
 		return leads, 0, err
 	}
-	for window := range slices.Chunk(r.setAside(ctx, events), relayWindow) {
-		if time.Since(r.renewed) >= leadInterval {
-			if _, leads, err = r.next(ctx, 0); err != nil || !leads {
-				return leads, 0, err
-			}
-		}
+	pending := r.setAside(ctx, events)
+	for window, rest := nextWindow(pending); len(window) > 0; window, rest = nextWindow(rest) {
 		confirmed, err := p.publish(ctx, window)
 		r.published.Add(confirmed)
 		r.done = append(r.done, window[:confirmed]...)
 		if err != nil {
 			return true, 0, err
 		}
+		if time.Since(r.renewed) >= leadInterval {
+			break // the next call renews the lease
+		}
 	}
 	return true, len(events), nil
+}
+
+// nextWindow divides events, whose slice it reuses, into those that are published together and the
+// rest. A window has one event of a user at most, because the broker may refuse an event and take
+// later ones: RabbitMQ does so while a queue gets a new leader, or is full for a moment. So a
+// version is sent when the broker has confirmed the version before.
+func nextWindow(events []event) (window, rest []event) {
+	users := make(map[int64]bool)
+	rest = events[:0]
+	for _, e := range events {
+		if len(window) == relayWindow || users[e.Data.UserID] {
+			rest = append(rest, e)
+		} else {
+			window = append(window, e)
+			users[e.Data.UserID] = true
+		}
+	}
+	return window, rest
 }
 
 // next removes the events that are done. If this process leads, it returns the oldest of the

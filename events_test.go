@@ -159,6 +159,94 @@ func TestRelayRemovesConfirmedEvents(t *testing.T) {
 	})
 }
 
+// choosyBroker takes or refuses each event by chance, also one after a refused one.
+type choosyBroker struct {
+	fakeBroker
+	random *rand.Rand
+	taken  []eventData
+}
+
+func (b *choosyBroker) publisher(context.Context) (publisher, error) { return b, nil }
+
+func (b *choosyBroker) publish(_ context.Context, events []event) (int, error) {
+	confirmed, err := len(events), error(nil)
+	for i, e := range events {
+		if b.random.IntN(15) > 0 {
+			b.taken = append(b.taken, e.Data)
+		} else if err == nil {
+			confirmed, err = i, errors.New("refused")
+		}
+	}
+	return confirmed, err
+}
+
+// TestRelayAwaitsEarlierVersions checks that the versions of each user reach a broker in order although
+// it refuses events and takes later ones.
+func TestRelayAwaitsEarlierVersions(t *testing.T) {
+	t.Parallel()
+	const users, changes = 10, 20
+	for seed := range uint64(20) {
+		synctest.Test(t, func(t *testing.T) {
+			m := newMemory()
+			for range users {
+				mustCreate(t, m, "John")
+			}
+			for i := range int64(users * changes) {
+				id := min(i%(2*users)+1, users) // the last user has half of the changes
+				in := input(fmt.Sprint("name ", i), "", "")
+				if _, err := m.updateUser(t.Context(), "test", id, in, nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			b := &choosyBroker{random: rand.New(rand.NewPCG(seed, 0))}
+			ctx, cancel := context.WithCancel(t.Context())
+			go newRelay(m, b, newLogger(&logWriter{w: io.Discard}, 0), metrics.NewSet()).run(ctx)
+			time.Sleep(time.Hour)
+			cancel()
+			synctest.Wait()
+			last := make(map[int64]int64)
+			for _, d := range b.taken {
+				if d.Version > last[d.UserID]+1 {
+					t.Errorf("version %d of user %d follows %d", d.Version, d.UserID, last[d.UserID])
+				}
+				last[d.UserID] = max(last[d.UserID], d.Version)
+			}
+			if n := len(m.events); n != 0 || len(last) != users {
+				t.Errorf("got %d events pending and those of %d users, want none and %d",
+					n, len(last), users)
+			}
+		})
+	}
+}
+
+// TestNextWindow checks that a window has the first events of users, and not too many.
+func TestNextWindow(t *testing.T) {
+	t.Parallel()
+	var events []event
+	for i := range int64(relayWindow + 10) {
+		events = append(events, newEvent(userUpdated, i, 1), newEvent(userUpdated, 0, i+2))
+	}
+	window, rest := nextWindow(events)
+	if len(window) != relayWindow || len(rest) != relayWindow+20 {
+		t.Fatalf("got %d and %d events, want %d and %d", len(window), len(rest),
+			relayWindow, relayWindow+20)
+	}
+	for i, e := range window {
+		if want := (eventData{int64(i), 1}); e.Data != want {
+			t.Errorf("event %d of the window: got %v, want %v", i, e.Data, want)
+		}
+	}
+	for i, e := range rest[:relayWindow] {
+		if want := (eventData{0, int64(i) + 2}); e.Data != want {
+			t.Errorf("event %d of the rest: got %v, want %v", i, e.Data, want)
+		}
+	}
+	if window, rest = nextWindow(rest); len(window) != 11 || len(rest) != relayWindow+9 {
+		t.Errorf("got %d and %d events, want the first of 11 users and %d", len(window), len(rest),
+			relayWindow+9)
+	}
+}
+
 // TestRelayLongOutage checks that the relay logs one warning while the broker fails for an hour, and
 // publishes soon after.
 func TestRelayLongOutage(t *testing.T) {
@@ -760,17 +848,78 @@ func TestReplicasKeepOrder(t *testing.T) {
 	})
 }
 
+// TestFullQueueKeepsOrder checks that the versions of a user reach a queue in order although the queue
+// is full again and again, and refuses events of which it takes later ones.
+func TestFullQueueKeepsOrder(t *testing.T) {
+	t.Parallel()
+	exchange := newExchange(t)
+	ch, queue := bindQueue(t, exchange, amqp.Table{"x-max-length": 3, "x-overflow": "reject-publish"})
+	if err := ch.Qos(1, 0, false); err != nil {
+		t.Fatal(err)
+	}
+	deliveries, err := ch.Consume(queue, "", false, true, false, false, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newMemory()
+	const users, versions = 4, 12
+	for range users {
+		mustCreate(t, m, "John")
+	}
+	for i := range int64(users * (versions - 1)) {
+		in := input(fmt.Sprint("name ", i), "", "")
+		if _, err := m.updateUser(t.Context(), "test", i%users+1, in, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	set := metrics.NewSet()
+	log := newLogger(&logWriter{w: t.Output()}, slog.LevelWarn)
+	b := newRabbitMQ(settings{rabbitURL: testRabbitURL, exchange: exchange, appName: "test"}, log, set)
+	ctx, cancel := context.WithCancel(t.Context())
+	var relay sync.WaitGroup
+	defer func() { cancel(); relay.Wait() }()
+	relay.Go(func() { newRelay(m, b, log, set).run(ctx) })
+	checkFirstArrivals(t, &recorder{acknowledged(t, deliveries)}, map[int64]int64{}, users*versions)
+}
+
+// acknowledged passes deliveries on one by one and acknowledges each, until the test ends.
+func acknowledged(t *testing.T, deliveries <-chan amqp.Delivery) <-chan amqp.Delivery {
+	out := make(chan amqp.Delivery)
+	go func() {
+		for d := range deliveries {
+			select {
+			case out <- d:
+				_ = d.Ack(false)
+			case <-t.Context().Done():
+				return
+			}
+		}
+	}()
+	return out
+}
+
 // recorder consumes a queue that receives every event of an exchange.
 type recorder struct {
 	deliveries <-chan amqp.Delivery
 }
 
-// record declares the exchange as the service does, and returns a recorder that receives every
-// event from now on.
+// record returns a recorder that receives every event of the exchange from now on.
 func record(t *testing.T, exchange string) *recorder {
 	t.Helper()
+	ch, queue := bindQueue(t, exchange, nil)
+	deliveries, err := ch.Consume(queue, "", true, true, false, false, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &recorder{deliveries}
+}
+
+// bindQueue declares the exchange as the service does, and a queue that receives every event from now
+// on and exists as long as its channel.
+func bindQueue(t *testing.T, exchange string, arguments amqp.Table) (*amqp.Channel, string) {
+	t.Helper()
 	ch := openChannel(t)
-	queue, err := ch.QueueDeclare("", false, true, true, false, nil)
+	queue, err := ch.QueueDeclare("", false, true, true, false, arguments)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -780,11 +929,7 @@ func record(t *testing.T, exchange string) *recorder {
 	if err := ch.QueueBind(queue.Name, "#", exchange, false, nil); err != nil {
 		t.Fatal(err)
 	}
-	deliveries, err := ch.Consume(queue.Name, "", true, true, false, false, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &recorder{deliveries}
+	return ch, queue.Name
 }
 
 // openChannel opens a channel to the tests' broker. It is closed when the test ends.

@@ -271,12 +271,15 @@ func (m *memory) changed() <-chan struct{} { return m.wake }
 
 func (m *memory) resign(context.Context) error { return nil }
 
-// next implements outbox. Events are done in their order, because none of this store is set aside.
-// It always leads: there is no other replica.
+// next implements outbox. It always leads: there is no other replica.
 func (m *memory) next(_ context.Context, done []event, limit int, _ bool) ([]event, bool, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.events = m.events[len(done):]
+	removed := make(map[string]bool, len(done))
+	for _, e := range done {
+		removed[e.ID] = true
+	}
+	m.events = slices.DeleteFunc(m.events, func(e event) bool { return removed[e.ID] })
 	return slices.Clone(m.events[:min(limit, len(m.events))]), true, nil
 }
 

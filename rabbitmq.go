@@ -255,9 +255,7 @@ func (b *rabbitMQ) publisher(ctx context.Context) (publisher, error) {
 func (p *rabbitPublisher) closed() bool { return p.channel.IsClosed() }
 func (p *rabbitPublisher) close()       { p.conn.disconnect() }
 
-// publish sends all events and then waits for their confirms. If no queue takes an event, and one
-// is bound before the next event of the same user is sent, the two arrive in reverse order. That
-// requires somebody who deletes queues, and their messages with them.
+// publish sends all events and then waits for their confirms.
 func (p *rabbitPublisher) publish(ctx context.Context, events []event) (int, error) {
 	ctx, cancel := context.WithTimeout(ctx, publishWait)
 	defer cancel()
