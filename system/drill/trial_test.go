@@ -54,7 +54,9 @@ type trial struct {
 	problems map[string]int // number of occurrences
 }
 
-// recorderQueue is the queue that records the events.
+// recorderQueue is the queue that records the events. It has one active consumer: otherwise, when the
+// recorder connects again, RabbitMQ may still send messages to the lost connection too, and deliver
+// them again after later ones.
 const recorderQueue = "drill.recorder"
 
 func (s *servers) newTrial(t *testing.T, sc scenario) *trial {
@@ -171,7 +173,7 @@ func (r *trial) prepareRabbit() {
 		require(r.t, ch.ExchangeDelete(exchange, false, false))
 	}
 	_, err := ch.QueueDeclare(recorderQueue, true, false, false, false,
-		amqp.Table{"x-queue-type": "quorum"})
+		amqp.Table{"x-queue-type": "quorum", "x-single-active-consumer": true})
 	require(r.t, errors.Join(err,
 		ch.ExchangeDeclare(env.Exchange, "topic", true, false, false, false, nil),
 		bindRecorder(ch)))
