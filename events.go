@@ -255,7 +255,7 @@ func (r *relay) relayOnce(ctx context.Context, p publisher, led bool) (
 		if err != nil {
 			return true, 0, err
 		}
-		if time.Since(r.renewed) >= leadInterval {
+		if time.Since(r.renewed) >= leaseTime-publishWait {
 			break // the next call renews the lease
 		}
 	}

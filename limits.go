@@ -81,8 +81,8 @@ const (
 	maxRetries     = 2                // of a statement
 )
 
-// The relay. A publisher waits for confirms while it holds the lease (leadInterval + publishWait <=
-// leaseTime), and another replica takes over within 5 s (leaseTime + leadInterval).
+// The relay. It sends no window when the lease could expire before the confirms (leadInterval <=
+// leaseTime - publishWait), and another replica takes over within 5 s (leaseTime + leadInterval).
 const (
 	leaseTime    = 3 * time.Second
 	leadInterval = leaseTime / 6     // between two renewals, or two attempts to take the lease
