@@ -28,7 +28,8 @@ func (s *postgres) size(ctx context.Context) (pending int64, oldest time.Duratio
 // These statements work on the outbox and on the lease.
 //
 // Events are read in the order of outbox ids, which for each user is the order of versions. A time
-// outside the range of JSON becomes the nearest one inside.
+// outside the range of JSON becomes the nearest one inside. After a failover that lost changes,
+// other events may have the outbox ids of published ones, so an event is removed by both of its ids.
 //
 // A replica takes or renews the lease unless another one holds it. After a restore, relay_lease may
 // have several rows. The leader holds all of them: one valid row of another holder is enough to
@@ -36,7 +37,9 @@ func (s *postgres) size(ctx context.Context) (pending int64, oldest time.Duratio
 // back. The commit waits for the synchronous standbys, whatever the session's settings are. So
 // every event that was read before is on each standby that may become the primary.
 const (
-	removeEvents = "DELETE FROM outbox WHERE id = ANY ($1::bigint[])"
+	removeEvents = `
+		DELETE FROM outbox USING unnest($1::bigint[], $2::text[]) AS done (outbox_id, event_id)
+		WHERE id = outbox_id AND outbox.event_id = done.event_id::uuid`
 	selectEvents = `
 		SELECT id, event_id::text, event_type, user_id, version, trace_id,
 			least(greatest(occurred_at, '0001-01-01 00:00Z'), '9999-12-31 23:59:59.999999Z'),
@@ -71,16 +74,16 @@ const (
 // next implements outbox in one transaction. Its statements share a round trip.
 func (s *postgres) next(ctx context.Context, done []event, limit int, renew bool) (
 	events []event, leads bool, err error) {
-	ids := make([]int64, len(done))
+	ids, eventIDs := make([]int64, len(done)), make([]string, len(done))
 	for i, e := range done {
-		ids[i] = e.outboxID
+		ids[i], eventIDs[i] = e.outboxID, e.ID
 	}
 	once := s.relay
 	once.idempotent = false // a commit that did not wait for the standbys is a failure
 	err = s.do(ctx, "selecting events", once, func(ctx context.Context, db querier) error {
 		batch := &pgx.Batch{}
 		if len(ids) > 0 {
-			batch.Queue(removeEvents, ids)
+			batch.Queue(removeEvents, ids, eventIDs)
 		}
 		batch.Queue(selectEvents, limit).Query(func(rows pgx.Rows) error {
 			events, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (e event, err error) {

@@ -4378,3 +4378,20 @@ func TestUpgradeLongName(t *testing.T) {
 	openTestPostgres(t, url)
 	execute(t, conn, lengthen, 2)
 }
+
+// TestRemovesByBothIDs checks that an event stays that has only the outbox id of a published one, as
+// after a failover that lost changes.
+func TestRemovesByBothIDs(t *testing.T) {
+	t.Parallel()
+	s := openTestPostgres(t, newDatabase(t))
+	mustCreate(t, s, "John")
+	other := allPending(t, s)[0]
+	published := other
+	published.ID = newUUIDv7()
+	for _, done := range []event{published, other} {
+		pending, _, err := s.next(t.Context(), []event{done}, 10, false)
+		if want := map[bool]int{true: 1}[done.ID == published.ID]; err != nil || len(pending) != want {
+			t.Errorf("got %d events and %v, want %d", len(pending), err, want)
+		}
+	}
+}
