@@ -86,29 +86,14 @@ func (e event) headers(appName string) map[string]any {
 	return h
 }
 
-// logSetAside logs an event that is removed without having been published. The line is the only
-// trace that remains of it.
-func logSetAside(ctx context.Context, log *slog.Logger, e event, err error) {
+// logSetAside logs an event that will be removed without having been published. The line is the
+// only trace that remains of it, so the event has to stay if this fails, which is with
+// errLineDropped, or if the log cannot be flushed.
+func logSetAside(ctx context.Context, log *slog.Logger, e event, err error) error {
 	id := e.TraceID[:min(len(e.TraceID), maxTraceIDBytes)]
-	log.LogAttrs(withTraceID(ctx, id), slog.LevelError, "Undeliverable event removed",
+	return logAt(withTraceID(ctx, id), log, slog.LevelError, time.Now(), "Undeliverable event removed",
 		slog.Any("error", err), slog.String("event_id", e.ID), slog.String("event_type", e.Type),
 		slog.Int64("user_id", e.Data.UserID), slog.Int64("version", e.Data.Version))
-}
-
-// outbox holds the events of committed changes until they are removed. An event in it is pending.
-type outbox interface {
-	// next removes the events in done, which were delivered or never can be. Then it returns up to
-	// limit events, and those of each user in the order of versions. If renew is true, it takes or
-	// renews the lease of this process, and leads reports whether it holds the lease. Only events of
-	// such a call may be published: after it, no failover of the database can lose them.
-	next(ctx context.Context, done []event, limit int, renew bool) (events []event, leads bool,
-		err error)
-	// resign gives up the lease, so that another process can take it at once.
-	resign(ctx context.Context) error
-	// size returns the number of pending events, and the age of the oldest.
-	size(ctx context.Context) (pending int64, oldest time.Duration, err error)
-	// changed returns a channel that receives soon after this process has committed a change.
-	changed() <-chan struct{}
 }
 
 // broker delivers events to consumers, at least once and in order.
@@ -166,6 +151,7 @@ type relay struct {
 	renewed   time.Time // when the lease was last taken or renewed; zero: not held
 	busy      bool      // the last read found events
 	done      []event   // published or set aside, and not removed yet
+	skip      []event   // of users whose other events the next read leaves out
 }
 
 func newRelay(o outbox, b broker, log *slog.Logger, set *metrics.Set) *relay {
@@ -235,8 +221,12 @@ func (r *relay) wait(ctx context.Context, leads bool, published int) {
 	}
 }
 
-// relayOnce publishes the oldest events, and returns how many it has read. The next call removes the
-// confirmed ones. A relay that does not lead only tries to, and reads none.
+// relayOnce publishes the oldest events, and returns how many it has read or skipped. The next call
+// removes the confirmed ones. A relay that does not lead only tries to, and reads none.
+//
+// Events of one user leave one after the other, so a user with many of them could hold up the others.
+// When only such users are left after relayTurn, relayOnce returns. If their events have filled the
+// read, the next one skips these users too. A read that is not full ends that.
 func (r *relay) relayOnce(ctx context.Context, p publisher, led bool) (
 	leads bool, n int, err error) {
 	limit := relayRead
@@ -247,6 +237,8 @@ func (r *relay) relayOnce(ctx context.Context, p publisher, led bool) (
 	if err != nil || !leads {
 		return leads, 0, err
 	}
+	began, full, skipped := time.Now(), len(events) == relayRead, r.skip
+	n, r.skip = len(events)+len(skipped), nil
 	pending := r.setAside(ctx, events)
 	for window, rest := nextWindow(pending); len(window) > 0; window, rest = nextWindow(rest) {
 		confirmed, err := p.publish(ctx, window)
@@ -255,11 +247,15 @@ func (r *relay) relayOnce(ctx context.Context, p publisher, led bool) (
 		if err != nil {
 			return true, 0, err
 		}
-		if time.Since(r.renewed) >= leaseTime-publishWait {
+		slow := len(window) < relayWindow && len(rest) > 0 && time.Since(began) >= relayTurn
+		if slow && full {
+			r.skip = append(skipped, window...)
+		}
+		if slow || time.Since(r.renewed) >= leaseTime-publishWait {
 			break // the next call renews the lease
 		}
 	}
-	return true, len(events), nil
+	return true, n, nil
 }
 
 // nextWindow divides events, whose slice it reuses, into those that are published together and the
@@ -287,11 +283,11 @@ func nextWindow(events []event) (window, rest []event) {
 func (r *relay) next(ctx context.Context, limit int) (events []event, leads bool, err error) {
 	for renew := r.busy || time.Since(r.renewed) >= leadInterval; ; renew = true {
 		began := time.Now()
-		events, leads, err = r.outbox.next(ctx, r.done, limit, renew)
+		events, leads, err = r.outbox.next(ctx, r.done, r.skip, limit, renew)
 		if err != nil {
 			return nil, false, err
 		}
-		r.done, r.busy = nil, len(events) > 0
+		r.done, r.busy = nil, len(events)+len(r.skip) > 0
 		switch {
 		case renew && leads:
 			r.renewed = began
@@ -312,28 +308,32 @@ func (r *relay) resign(ctx context.Context) {
 	r.renewed = time.Time{}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), resignWait)
 	defer cancel()
-	if _, _, err := r.outbox.next(ctx, r.done, 0, false); err == nil {
+	if _, _, err := r.outbox.next(ctx, r.done, nil, 0, false); err == nil {
 		r.done = nil
 	}
 	_ = r.outbox.resign(ctx)
 }
 
-// setAside logs the events that no broker could deliver, and returns the others.
-func (r *relay) setAside(ctx context.Context, events []event) []event {
-	return slices.DeleteFunc(events, func(e event) bool {
+// setAside logs the events that no broker could deliver, and returns the others. They are done when
+// their lines are written.
+func (r *relay) setAside(ctx context.Context, events []event) (deliverable []event) {
+	var logged []event
+	deliverable = slices.DeleteFunc(events, func(e event) bool {
 		err := e.check()
-		if err != nil {
-			logSetAside(ctx, r.log, e, err)
-			r.done = append(r.done, e)
+		if err != nil && logSetAside(ctx, r.log, e, err) == nil {
+			logged = append(logged, e)
 		}
 		return err != nil
 	})
+	if len(logged) > 0 && flushLog(r.log) == nil {
+		r.done = append(r.done, logged...)
+	}
+	return deliverable
 }
 
 // consumer logs each event once.
 type consumer struct {
 	log      *slog.Logger
-	out      *logWriter // of log
 	consumed *metrics.Counter
 	skipped  *metrics.Counter
 	rejected *metrics.Counter
@@ -349,10 +349,9 @@ type seen struct {
 	event   uint64
 }
 
-func newConsumer(log *slog.Logger, out *logWriter, set *metrics.Set) *consumer {
+func newConsumer(log *slog.Logger, set *metrics.Set) *consumer {
 	return &consumer{
 		log:      log,
-		out:      out,
 		consumed: set.NewCounter("events_consumed_total"),
 		skipped:  set.NewCounter("events_skipped_total"),
 		rejected: set.NewCounter("events_rejected_total"),
@@ -387,7 +386,7 @@ func (c *consumer) handle(ctx context.Context, messages []message) (
 			return nil, fmt.Errorf("logging events: %w", err)
 		}
 	}
-	if err := c.out.flush(); err != nil {
+	if err := flushLog(c.log); err != nil {
 		return nil, fmt.Errorf("logging events: %w", err)
 	}
 	c.consumed.Add(c.fresh)

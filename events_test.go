@@ -307,6 +307,111 @@ func TestRelayDrains(t *testing.T) {
 	})
 }
 
+// pacedBroker takes a fixed time for each window.
+type pacedBroker struct {
+	*fakeBroker
+	perWindow time.Duration
+}
+
+func (b pacedBroker) publisher(context.Context) (publisher, error) { return b, nil }
+
+func (b pacedBroker) publish(ctx context.Context, events []event) (int, error) {
+	time.Sleep(b.perWindow)
+	return b.fakeBroker.publish(ctx, events)
+}
+
+// TestRelayServesOthers checks that a user with more events than one read returns delays nobody else's
+// by more than a turn, and that all events leave in order. Each window takes as long as in RabbitMQ.
+func TestRelayServesOthers(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		const busy, versions = 1, relayRead + 1000
+		m := newMemory()
+		m.lastID = busy
+		for version := range int64(versions) {
+			m.events = append(m.events, newEvent(userUpdated, busy, version+1))
+		}
+		const perWindow = 6 * time.Millisecond
+		b := pacedBroker{&fakeBroker{verdict: func(sent int) (int, error) { return sent, nil }}, perWindow}
+		ctx, cancel := context.WithCancel(t.Context())
+		go newRelay(m, b, newLogger(&logWriter{w: t.Output()}, 0), metrics.NewSet()).run(ctx)
+		published := func() []string {
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			return slices.Clone(b.published)
+		}
+		const atMost = 2*relayTurn + relayPause + 3*perWindow
+		for range 5 {
+			time.Sleep(time.Second)
+			other := mustCreate(t, m, "John")
+			time.Sleep(atMost)
+			if !slices.Contains(published(), fmt.Sprintf("%d/1", other.ID)) {
+				t.Errorf("the event of another user was not published within %v", atMost)
+			}
+		}
+		if sent := len(published()); sent < 500 {
+			t.Errorf("got %d events in 5 s, want 500 or more", sent)
+		}
+		time.Sleep(2 * versions * perWindow)
+		next := 1
+		for _, id := range published() {
+			if user, version, _ := strings.Cut(id, "/"); user == "1" {
+				if version != fmt.Sprint(next) {
+					t.Fatalf("got version %s of the busy user, want %d", version, next)
+				}
+				next++
+			}
+		}
+		cancel()
+		synctest.Wait()
+		if len(m.events) != 0 || next != versions+1 {
+			t.Errorf("got %d events pending, and %d of the busy user published, want none and %d",
+				len(m.events), next-1, versions)
+		}
+	})
+}
+
+// TestRelayKeepsUndeliverableEvent checks that an event that no broker could deliver stays while the log
+// cannot take the line that replaces it, and that it delays no other event.
+func TestRelayKeepsUndeliverableEvent(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		log := &logBuffer{}
+		out := &switchedWriter{to: log}
+		out.broken.Store(true)
+		writer := &logWriter{w: out}
+		m := newMemory()
+		m.events = []event{newEvent("not for a queue", 1, 1), newEvent(userUpdated, 2, 1)}
+		b := &fakeBroker{verdict: func(sent int) (int, error) { return sent, nil }}
+		ctx, cancel := context.WithCancel(t.Context())
+		go newRelay(m, b, newLogger(writer, 0), metrics.NewSet()).run(ctx)
+		pending := func(when string, want int) {
+			t.Helper()
+			if n, _, _ := m.size(t.Context()); int(n) != want {
+				t.Errorf("%s: got %d events pending, want %d", when, n, want)
+			}
+		}
+		time.Sleep(2 * time.Second)
+		pending("while the log is broken", 1)
+		fillLog(writer)
+		time.Sleep(2 * time.Second)
+		pending("while the log is full", 1)
+		out.broken.Store(false)
+		time.Sleep(2 * time.Second)
+		pending("after that", 0)
+		if lines := log.lines(""); !slices.ContainsFunc(lines, func(line logLine) bool {
+			return line["event"] == "Undeliverable event removed"
+		}) {
+			t.Error("no line says that the event was removed")
+		}
+		if !slices.Equal(b.published, []string{"2/1"}) {
+			t.Errorf("published: got %v, want only the other event, once", b.published)
+		}
+		cancel()
+		synctest.Wait()
+	})
+}
+
 // leasedMemory is a store whose lease another replica may hold. It returns events in any case, because
 // the relay must not rely on the contrary.
 type leasedMemory struct {
@@ -315,9 +420,9 @@ type leasedMemory struct {
 	renewals atomic.Int64
 }
 
-func (m *leasedMemory) next(ctx context.Context, done []event, limit int, renew bool) (
+func (m *leasedMemory) next(ctx context.Context, done, skip []event, limit int, renew bool) (
 	[]event, bool, error) {
-	events, _, err := m.memory.next(ctx, done, limit, renew)
+	events, _, err := m.memory.next(ctx, done, skip, limit, renew)
 	if !renew {
 		return events, false, err
 	}
@@ -375,8 +480,7 @@ func TestRelayNeedsLease(t *testing.T) {
 }
 
 func newTestConsumer(log *logBuffer) *consumer {
-	out := &logWriter{w: log}
-	return newConsumer(newLogger(out, slog.LevelDebug), out, metrics.NewSet())
+	return newConsumer(newLogger(&logWriter{w: log}, slog.LevelDebug), metrics.NewSet())
 }
 
 // TestConsumerSkipsDuplicates checks that the consumer logs repeated and older versions at DEBUG only.
@@ -455,7 +559,7 @@ func (brokenWriter) Write([]byte) (int, error) { return 0, errors.New("disk full
 func TestConsumerKeepsEventsOnLogFailure(t *testing.T) {
 	t.Parallel()
 	writer := &logWriter{w: brokenWriter{}}
-	c := newConsumer(newLogger(writer, 0), writer, metrics.NewSet())
+	c := newConsumer(newLogger(writer, 0), metrics.NewSet())
 	for version := range int64(2) {
 		e := newEvent(userCreated, 1, version+1)
 		if n, err := (inProcess{c, c.log}).publish(t.Context(), []event{e}); err == nil || n != 0 {
@@ -483,7 +587,7 @@ func TestConsumerRecoversFromLogFailure(t *testing.T) {
 		out := &switchedWriter{to: log}
 		out.broken.Store(true)
 		writer := &logWriter{w: out}
-		c := newConsumer(newLogger(writer, slog.LevelInfo), writer, metrics.NewSet())
+		c := newConsumer(newLogger(writer, slog.LevelInfo), metrics.NewSet())
 		publish := func(events ...event) (int, error) {
 			return inProcess{c, c.log}.publish(t.Context(), events)
 		}
@@ -525,7 +629,7 @@ func TestSettleWaitsForLog(t *testing.T) {
 		out := &switchedWriter{to: log}
 		out.broken.Store(true)
 		writer := &logWriter{w: out}
-		c := newConsumer(newLogger(writer, slog.LevelDebug), writer, metrics.NewSet())
+		c := newConsumer(newLogger(writer, slog.LevelDebug), metrics.NewSet())
 		var acks acknowledger
 		var deliveries []amqp.Delivery
 		for i, body := range [][]byte{encode(t, newEvent(userCreated, 1, 1)), []byte("not JSON"),
@@ -725,9 +829,9 @@ func TestUnreadableEvents(t *testing.T) {
 // alwaysLeads is a store whose relay always holds the lease.
 type alwaysLeads struct{ *postgres }
 
-func (s alwaysLeads) next(ctx context.Context, done []event, limit int, renew bool) (
+func (s alwaysLeads) next(ctx context.Context, done, skip []event, limit int, renew bool) (
 	[]event, bool, error) {
-	events, _, err := s.postgres.next(ctx, done, limit, renew)
+	events, _, err := s.postgres.next(ctx, done, skip, limit, renew)
 	return events, true, err
 }
 

@@ -89,6 +89,7 @@ const (
 	publishWait  = leaseTime * 2 / 3 // for the confirms of one window
 	relayPoll    = 100 * time.Millisecond
 	relayPause   = 5 * time.Millisecond // between two reads, so that events share their cost
+	relayTurn    = relayPoll            // of users with many events, before those of others are read
 	relayRead    = 5000                 // events of one read, which has to skip dead rows
 	relayWindow  = 500                  // events in flight to the broker
 )

@@ -75,6 +75,9 @@ func logAt(ctx context.Context, log *slog.Logger, level slog.Level, at time.Time
 	return h.log(ctx, level, at, event, attrs)
 }
 
+// flushLog waits until the lines of a log are written. It fails as logWriter.flush.
+func flushLog(log *slog.Logger) error { return log.Handler().(*logHandler).out.flush() }
+
 // appendLine appends the start of a line. Its attributes and a closing brace follow.
 func appendLine(line []byte, traceID string, level slog.Level, at time.Time, event string) []byte {
 	line = timestamp{at}.appendJSON(append(line, `{"timestamp":`...))

@@ -219,7 +219,7 @@ func run(ctx context.Context, s settings, machine limits, out *logWriter) error 
 	set.RegisterMetricsWriter(func(w io.Writer) {
 		metrics.WriteCounterUint64(w, "log_lines_dropped_total", out.dropped.Load())
 	})
-	consumer := newConsumer(log, out, set)
+	consumer := newConsumer(log, set)
 	broker := newBroker(s, consumer, log, set)
 	draining := &atomic.Bool{}
 	tokens := newTokens(s, log)

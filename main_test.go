@@ -365,7 +365,7 @@ var testLimits = func() limits {
 // testDependencies returns dependencies for newHandler in this process, without a broker.
 func testDependencies(s settings, users store, log *slog.Logger) dependencies {
 	return dependencies{settings: s, limits: testLimits, store: users,
-		broker: inProcess{newConsumer(log, &logWriter{w: io.Discard}, metrics.NewSet()), log},
+		broker: inProcess{newConsumer(log, metrics.NewSet()), log},
 		log:    log, metrics: metrics.NewSet(), draining: &atomic.Bool{}}
 }
 

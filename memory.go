@@ -272,15 +272,24 @@ func (m *memory) changed() <-chan struct{} { return m.wake }
 func (m *memory) resign(context.Context) error { return nil }
 
 // next implements outbox. It always leads: there is no other replica.
-func (m *memory) next(_ context.Context, done []event, limit int, _ bool) ([]event, bool, error) {
+func (m *memory) next(_ context.Context, done, skip []event, limit int, _ bool) (
+	events []event, leads bool, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	removed := make(map[string]bool, len(done))
+	removed, skipped := make(map[string]bool, len(done)), make(map[int64]bool, len(skip))
 	for _, e := range done {
 		removed[e.ID] = true
 	}
+	for _, e := range skip {
+		skipped[e.Data.UserID] = true
+	}
 	m.events = slices.DeleteFunc(m.events, func(e event) bool { return removed[e.ID] })
-	return slices.Clone(m.events[:min(limit, len(m.events))]), true, nil
+	for _, e := range m.events {
+		if len(events) < limit && !skipped[e.Data.UserID] {
+			events = append(events, e)
+		}
+	}
+	return events, true, nil
 }
 
 // inProcess is the broker of a service without RabbitMQ. It passes events directly to the handler.
@@ -303,7 +312,13 @@ func (b inProcess) publish(ctx context.Context, events []event) (int, error) {
 		return 0, err
 	}
 	for _, i := range unreadable {
-		logSetAside(ctx, b.log, events[i], errUnreadable)
+		err = cmp.Or(err, logSetAside(ctx, b.log, events[i], errUnreadable))
+	}
+	if len(unreadable) > 0 {
+		err = cmp.Or(err, flushLog(b.log))
+	}
+	if err != nil {
+		return 0, err
 	}
 	return len(events), nil
 }

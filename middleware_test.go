@@ -1928,7 +1928,7 @@ func TestMetricsHaveHelp(t *testing.T) {
 	out := &logWriter{w: t.Output()}
 	log, set := newLogger(out, 0), newMetrics()
 	d := testDependencies(memorySettings(), newMemory(), log)
-	d.broker, d.metrics = newBroker(d.settings, newConsumer(log, out, set), log, set), set
+	d.broker, d.metrics = newBroker(d.settings, newConsumer(log, set), log, set), set
 	newRelay(d.store, d.broker, log, set)
 	newHandler(d).ServeHTTP(httptest.NewRecorder(), httptest.NewRequest("GET", "/healthz", nil))
 	for _, name := range set.ListMetricNames() {

@@ -12,6 +12,23 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
+// outbox holds the events of committed changes until they are removed. An event in it is pending.
+type outbox interface {
+	// next removes the events in done, which were delivered or never can be. Then it returns up to
+	// limit events, oldest first, and those of each user in the order of versions. It leaves out the
+	// users of the events in skip. If renew is true, it takes or renews the lease of this process,
+	// and leads reports whether it holds the lease. Only events of such a call may be published:
+	// after it, no failover of the database can lose them.
+	next(ctx context.Context, done, skip []event, limit int, renew bool) (events []event,
+		leads bool, err error)
+	// resign gives up the lease, so that another process can take it at once.
+	resign(ctx context.Context) error
+	// size returns the number of pending events, and the age of the oldest.
+	size(ctx context.Context) (pending int64, oldest time.Duration, err error)
+	// changed returns a channel that receives soon after this process has committed a change.
+	changed() <-chan struct{}
+}
+
 // changed implements outbox. Changes by other writers do not wake it; the relay polls for them.
 func (s *postgres) changed() <-chan struct{} { return s.wake }
 
@@ -44,7 +61,7 @@ const (
 		SELECT id, event_id::text, event_type, user_id, version, trace_id,
 			least(greatest(occurred_at, '0001-01-01 00:00Z'), '9999-12-31 23:59:59.999999Z'),
 			actor, traceparent, tracestate
-		FROM outbox ORDER BY id LIMIT $1`
+		FROM outbox WHERE user_id <> ALL ($2::bigint[]) ORDER BY id LIMIT $1`
 	takeLease = `
 		WITH lease AS (
 			SELECT $1::text AS holder, clock_timestamp() + length AS until, length
@@ -72,11 +89,15 @@ const (
 )
 
 // next implements outbox in one transaction. Its statements share a round trip.
-func (s *postgres) next(ctx context.Context, done []event, limit int, renew bool) (
+func (s *postgres) next(ctx context.Context, done, skip []event, limit int, renew bool) (
 	events []event, leads bool, err error) {
 	ids, eventIDs := make([]int64, len(done)), make([]string, len(done))
 	for i, e := range done {
 		ids[i], eventIDs[i] = e.outboxID, e.ID
+	}
+	users := make([]int64, len(skip))
+	for i, e := range skip {
+		users[i] = e.Data.UserID
 	}
 	once := s.relay
 	once.idempotent = false // a commit that did not wait for the standbys is a failure
@@ -85,7 +106,7 @@ func (s *postgres) next(ctx context.Context, done []event, limit int, renew bool
 		if len(ids) > 0 {
 			batch.Queue(removeEvents, ids, eventIDs)
 		}
-		batch.Queue(selectEvents, limit).Query(func(rows pgx.Rows) error {
+		batch.Queue(selectEvents, limit, users).Query(func(rows pgx.Rows) error {
 			events, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (e event, err error) {
 				return e, row.Scan(&e.outboxID, &e.ID, &e.Type, &e.Data.UserID, &e.Data.Version,
 					&e.TraceID, &e.OccurredAt.Time, &e.actor, &e.traceParent, &e.traceState)

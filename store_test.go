@@ -94,7 +94,7 @@ func mustCreate(t *testing.T, s store, name string) User {
 // allPending returns all events of the outbox. It does not need the lease.
 func allPending(t *testing.T, s store) []event {
 	t.Helper()
-	events, _, err := s.next(t.Context(), nil, 1_000_000, false)
+	events, _, err := s.next(t.Context(), nil, nil, 1_000_000, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -2147,7 +2147,7 @@ func TestOneLeader(t *testing.T) {
 	first, second := openTestPostgres(t, url), openTestPostgres(t, url)
 	conn := connect(t, url)
 	leads := func(s *postgres) bool {
-		_, leads, err := s.next(t.Context(), nil, 0, true)
+		_, leads, err := s.next(t.Context(), nil, nil, 0, true)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -2194,7 +2194,7 @@ func TestLeadNeedsWrites(t *testing.T) {
 	execute(t, conn, "ALTER DATABASE "+conn.Config().Database+
 		" SET default_transaction_read_only = on")
 	s.pool.Reset()
-	_, leads, err := s.next(t.Context(), nil, 0, true)
+	_, leads, err := s.next(t.Context(), nil, nil, 0, true)
 	if leads || !errors.Is(err, errUnavailable) {
 		t.Errorf("next: %t, %v, want false, errUnavailable", leads, err)
 	}
@@ -4389,9 +4389,24 @@ func TestRemovesByBothIDs(t *testing.T) {
 	published := other
 	published.ID = newUUIDv7()
 	for _, done := range []event{published, other} {
-		pending, _, err := s.next(t.Context(), []event{done}, 10, false)
+		pending, _, err := s.next(t.Context(), []event{done}, nil, 10, false)
 		if want := map[bool]int{true: 1}[done.ID == published.ID]; err != nil || len(pending) != want {
 			t.Errorf("got %d events and %v, want %d", len(pending), err, want)
+		}
+	}
+}
+
+// TestSkipsUsers checks that the relay's read leaves out the users that it should, in both stores.
+func TestSkipsUsers(t *testing.T) {
+	t.Parallel()
+	for _, s := range []store{newMemory(), openTestPostgres(t, newDatabase(t))} {
+		for range 3 {
+			mustCreate(t, s, "John")
+		}
+		skip := []event{newEvent(userUpdated, 1, 9), newEvent(userUpdated, 3, 9)}
+		events, _, err := s.next(t.Context(), nil, skip, 10, false)
+		if err != nil || len(events) != 1 || events[0].Data.UserID != 2 {
+			t.Errorf("%T: got %v and %v, want the event of user 2", s, events, err)
 		}
 	}
 }
