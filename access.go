@@ -210,23 +210,15 @@ func (a *access) authorize(h http.Header, by caller, scope string) error {
 }
 
 // clientNetwork returns the client's IPv4 address, or the /64 network of its IPv6 address, because
-// one client usually has all of it. It follows X-Forwarded-For, or Forwarded (RFC 7239), as long as
-// trusted proxies wrote it. If both are given and differ, the client wrote one of them, and the
-// proxy counts.
+// one client usually has all of it.
 func (a *access) clientNetwork(r *http.Request) string {
 	peer, err := netip.ParseAddrPort(r.RemoteAddr)
 	if err != nil {
 		return r.RemoteAddr
 	}
-	proxy := peer.Addr().Unmap()
-	client := a.follow(proxy, r.Header["X-Forwarded-For"], func(hop string) string { return hop })
-	if lines := r.Header["Forwarded"]; len(lines) > 0 {
-		forwarded := a.follow(proxy, lines, forParameter)
-		if r.Header["X-Forwarded-For"] == nil {
-			client = forwarded
-		} else if client != forwarded {
-			client = proxy
-		}
+	client := peer.Addr().Unmap()
+	if len(a.proxies) > 0 {
+		client = a.behindProxies(client, r.Header)
 	}
 	if client.Is6() {
 		network, _ := client.Prefix(64)
@@ -235,18 +227,33 @@ func (a *access) clientNetwork(r *http.Request) string {
 	return client.String()
 }
 
-// follow returns the address that the last hops of a header lead to, beginning with peer. node
-// returns the address of an element of the header.
-func (a *access) follow(peer netip.Addr, lines []string, node func(string) string) netip.Addr {
-	if len(a.proxies) == 0 {
-		return peer
+// behindProxies returns the client's address. It follows X-Forwarded-For, or Forwarded (RFC 7239), as
+// long as trusted proxies wrote it. If both are given and differ, the client wrote one of them, and
+// the proxy counts.
+func (a *access) behindProxies(proxy netip.Addr, h http.Header) netip.Addr {
+	lines, lines7239 := h["X-Forwarded-For"], h["Forwarded"]
+	hops := strings.Split(strings.Join(lines, ","), ",")
+	slices.Reverse(hops)
+	client := a.follow(proxy, hops)
+	if len(lines7239) == 0 {
+		return client
 	}
-	for _, hop := range slices.Backward(strings.Split(strings.Join(lines, ","), ",")) {
+	forwarded := a.follow(proxy, forwardedHops(strings.Join(lines7239, ",")))
+	if len(lines) > 0 && forwarded != client {
+		return proxy
+	}
+	return forwarded
+}
+
+// follow returns the address that hops lead to, beginning with peer. The first of hops is that of
+// the nearest proxy.
+func (a *access) follow(peer netip.Addr, hops []string) netip.Addr {
+	for _, hop := range hops {
 		trusted := func(proxy netip.Prefix) bool { return proxy.Contains(peer) }
 		if !slices.ContainsFunc(a.proxies, trusted) {
 			break
 		}
-		address, err := parseHop(node(hop))
+		address, err := parseHop(hop)
 		if err != nil {
 			break
 		}
@@ -255,14 +262,40 @@ func (a *access) follow(peer netip.Addr, lines []string, node func(string) strin
 	return peer
 }
 
-var forPattern = regexp.MustCompile(`(?i)(?:^|;)\s*for="?([^";]*)`)
-
-// forParameter returns the parameter for of an element of Forwarded, or "".
-func forParameter(element string) string {
-	if match := forPattern.FindStringSubmatch(element); match != nil {
-		return match[1]
+// forwardedHops returns the parameter for of each element of Forwarded, the last one first. It is ""
+// if it is missing, or given twice: a proxy may have put a header of the client into an element.
+func forwardedHops(list string) (hops []string) {
+	for _, element := range splitBackward(list, ',') {
+		var nodes []string
+		for _, pair := range splitBackward(element, ';') {
+			name, node, _ := strings.Cut(strings.TrimSpace(pair), "=")
+			if strings.EqualFold(name, "for") {
+				nodes = append(nodes, strings.Trim(node, `"`))
+			}
+		}
+		if len(nodes) != 1 {
+			nodes = []string{""}
+		}
+		hops = append(hops, nodes[0])
 	}
-	return ""
+	return hops
+}
+
+// splitBackward divides text at a separator outside of quoted strings, and returns the last part
+// first. It begins at the end, which a proxy wrote: a quote that a client leaves open changes only
+// what comes before.
+func splitBackward(text string, separator byte) (parts []string) {
+	end, quoted := len(text), false
+	for i := len(text) - 1; i >= 0; i-- {
+		switch {
+		case text[i] == '"' && !strings.HasSuffix(text[:i], `\`):
+			quoted = !quoted
+		case text[i] == separator && !quoted:
+			parts = append(parts, text[i+1:end])
+			end = i
+		}
+	}
+	return append(parts, text[:end])
 }
 
 // parseHop reads an address as proxies write it: with or without brackets and port.

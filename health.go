@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -218,26 +219,17 @@ const docsPolicy = "default-src 'none'; script-src 'self'; style-src 'self' 'uns
 	"img-src 'self' data:; font-src 'self'; connect-src 'self'; base-uri 'none'; " +
 	"form-action 'none'; frame-ancestors 'none'"
 
-// serveOpenAPI answers with openapi.json, byte for byte.
-func serveOpenAPI(w *response, _ *http.Request, _ caller) error {
-	return serveFile(w, assets, "openapi.json", ".json")
+// serveAsset returns a handler that answers with an embedded file, byte for byte.
+func serveAsset(name string) handler {
+	return func(w *response, _ *http.Request, _ caller) error {
+		return serveFile(w, assets, name, path.Ext(name))
+	}
 }
 
-// serveAsyncAPI answers with asyncapi.json, which describes the events.
-func serveAsyncAPI(w *response, _ *http.Request, _ caller) error {
-	return serveFile(w, assets, "assets/asyncapi.json", ".json")
-}
-
-// serveDocs answers with the page of Swagger UI.
+// serveDocs answers with the page of Swagger UI. docsPolicy allows no script in it.
 func serveDocs(w *response, _ *http.Request, _ caller) error {
 	w.Header().Set("Content-Security-Policy", docsPolicy)
 	return serveFile(w, assets, "assets/docs.html", ".html")
-}
-
-// serveDocsScript answers with the script that starts Swagger UI. It is a file because docsPolicy
-// allows no inline scripts.
-func serveDocsScript(w *response, _ *http.Request, _ caller) error {
-	return serveFile(w, assets, "assets/docs.js", ".js")
 }
 
 // redirectToDocs redirects / and /schema to the page, and /docs/, where the page's relative URLs
@@ -253,10 +245,9 @@ func redirectToDocs(w *response, r *http.Request, _ caller) error {
 }
 
 // serveSwaggerUI serves a file of Swagger UI. The large ones are embedded with gzip, and are
-// unpacked for clients that do not accept it.
+// unpacked, once, for clients that do not accept it.
 func serveSwaggerUI(w *response, r *http.Request, _ caller) error {
-	name := path.Base(r.URL.Path)
-	extension := path.Ext(name)
+	name, extension := path.Base(r.URL.Path), path.Ext(r.URL.Path)
 	if extension == ".png" {
 		return serveFile(w, static.FS, name, extension)
 	}
@@ -265,17 +256,37 @@ func serveSwaggerUI(w *response, r *http.Request, _ caller) error {
 		w.Header().Set("Content-Encoding", "gzip")
 		return serveFile(w, static.FS, name+".gz", extension)
 	}
-	file, err := static.FS.Open(name + ".gz")
-	if err != nil {
-		return err
-	}
-	unpacked, err := gzip.NewReader(file)
+	content, err := unpack(name + ".gz")
 	if err != nil {
 		return err
 	}
 	w.Header().Set("Content-Type", docsTypes[extension])
-	_, _ = io.Copy(w, unpacked) // #nosec G110 -- a file of ours; response records a failure
+	w.Header().Set("Content-Length", strconv.Itoa(len(content)))
+	_, _ = w.Write(content) // response records a failure
 	return nil
+}
+
+// unpacked has the result of unpack by name. The largest takes 15 ms, and anybody may ask for it.
+var unpacked sync.Map
+
+// unpack returns the content of a file of Swagger UI, which the caller must not change.
+func unpack(name string) ([]byte, error) {
+	if content, ok := unpacked.Load(name); ok {
+		return content.([]byte), nil
+	}
+	file, err := static.FS.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	packed, err := gzip.NewReader(file)
+	if err != nil {
+		return nil, err
+	}
+	content, err := io.ReadAll(packed)
+	if err == nil {
+		unpacked.Store(name, content)
+	}
+	return content, err
 }
 
 // acceptsGzip reports whether Accept-Encoding allows gzip and does not prefer identity (RFC 9110,

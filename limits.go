@@ -31,7 +31,7 @@ const requestBudget = 5 * time.Second
 
 // Shares of the request budget. Each leaves time for what follows it.
 const (
-	creationBudget  = requestBudget * 9 / 10 // all statements of a POST
+	workBudget      = requestBudget * 9 / 10 // all statements and waits of a change
 	statementBudget = requestBudget * 4 / 5  // one statement, with the wait for a connection
 	batchBudget     = requestBudget * 3 / 5  // a shared statement; another one may follow
 	batchPatience   = requestBudget / 20     // how long it may hold up the next one
@@ -429,6 +429,10 @@ func (l *limiter[K]) take(client K, n int) (lack time.Duration, allowed bool) {
 		lack = next
 	}
 	l.newer[client] = now.Add(lack)
+	if lack == 0 { // as if forgotten
+		delete(l.newer, client)
+		delete(l.older, client)
+	}
 	return lack, allowed
 }
 

@@ -277,12 +277,12 @@ func protectedRoutes(a *api, h *health) []route {
 func publicRoutes(h *health) []route {
 	return []route{
 		{"GET", "/docs", serveDocs},
-		{"GET", "/docs/start.js", serveDocsScript},
+		{"GET", "/docs/start.js", serveAsset("assets/docs.js")},
 		{"GET", "/docs/swagger-ui-bundle.js", serveSwaggerUI},
 		{"GET", "/docs/swagger-ui.css", serveSwaggerUI},
 		{"GET", "/docs/favicon-32x32.png", serveSwaggerUI},
-		{"GET", "/openapi.json", serveOpenAPI},
-		{"GET", "/asyncapi.json", serveAsyncAPI},
+		{"GET", "/openapi.json", serveAsset("openapi.json")},
+		{"GET", "/asyncapi.json", serveAsset("assets/asyncapi.json")},
 		{"GET", "/docs/{$}", redirectToDocs},
 		{"GET", "/schema", redirectToDocs},
 		{"GET", "/{$}", redirectToDocs},

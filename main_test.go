@@ -383,7 +383,7 @@ func (s faultyStore) creationUnder(context.Context, string) (User, string, error
 	return User{}, "", s.err
 }
 func (s faultyStore) getUser(context.Context, int64) (User, error) { return User{}, s.err }
-func (s faultyStore) listUsers(context.Context, string, int64, int64, int64) ([]User, int64, error) {
+func (s faultyStore) listUsers(context.Context, string, string, int64, int64, int64) ([]User, int64, error) {
 	return nil, 0, s.err
 }
 func (s faultyStore) updateUser(context.Context, string, int64, userInput, []int64) (User, error) {
@@ -1544,12 +1544,12 @@ func TestBudgets(t *testing.T) {
 		less, limit time.Duration
 	}{
 		{"a request and its deadline", requestBudget, contract},
-		{"the statements of a POST and its request", creationBudget, requestBudget - 1},
+		{"the work of a change and its request", workBudget, requestBudget - 1},
 		{"a statement and its request", statementBudget, requestBudget - 1},
 		{"a batch and a statement after it", batchBudget + cancelBudget, statementBudget - 1},
 		{"connecting and its statement", connectBudget, statementBudget - 1},
 		{"connecting to several hosts and its statement", allHostsBudget, statementBudget - 1},
-		{"a hash and the statements of a POST", hashWait, creationBudget - 1},
+		{"the wait of a hash and the work of a change", hashWait, workBudget - 1},
 		{"readiness and its deadline", readyBudget, 3*time.Second - 1},
 		{"an answer and its timeout", readTimeout + requestBudget, writeTimeout},
 		{"headers and the whole request", readHeaderTimeout, readTimeout - 1},

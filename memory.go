@@ -114,7 +114,7 @@ func (m *memory) rehashPassword(_ context.Context, id int64, old, hash string) e
 }
 
 // listUsers implements userStore. The users are sorted by id, so that a page is a slice of them.
-func (m *memory) listUsers(_ context.Context, prefix string, after, offset, limit int64) (
+func (m *memory) listUsers(_ context.Context, _, prefix string, after, offset, limit int64) (
 	[]User, int64, error) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()

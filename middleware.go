@@ -19,7 +19,6 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
-	"golang.org/x/sync/semaphore"
 )
 
 // handler answers a request of a caller. If it returns an error it has written nothing, and the
@@ -36,12 +35,13 @@ type server struct {
 	access   *access
 	limits   limits
 	traffic  *traffic
-	bodies   *semaphore.Weighted // bytes of large bodies
-	draining *atomic.Bool        // if set, each answer is the last of its connection
-	handle   handler             // the router, in its middleware
+	draining *atomic.Bool // if set, each answer is the last of its connection
+	handle   handler      // the router, in its middleware
 
 	mu       sync.Mutex
 	outcomes map[outcome]outcomeMetrics
+	bodies   int64            // bytes of the large bodies in progress
+	bodiesOf map[string]int64 // bytes of those of a client
 }
 
 // dependencies are what newHandler connects. newHandler starts nothing and closes nothing.
@@ -69,8 +69,8 @@ func newHandler(d dependencies) http.Handler {
 // request first, and its answer last.
 func newServer(d dependencies, t *traffic, a *access, routes []route) *server {
 	s := &server{log: d.log, metrics: d.metrics, access: a, limits: d.limits, traffic: t,
-		bodies: semaphore.NewWeighted(d.limits.bodies), draining: d.draining,
-		outcomes: make(map[outcome]outcomeMetrics)}
+		draining: d.draining, outcomes: make(map[outcome]outcomeMetrics),
+		bodiesOf: make(map[string]int64)}
 	s.handle = newRouter(routes)
 	for _, wrap := range slices.Backward([]middleware{
 		s.countRequests,   // the others need to know how busy the service is
@@ -95,9 +95,10 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	maps.Copy(h, securityHeaders)
 	h["X-Trace-Id"] = []string{t.id}
-	if s.draining.Load() || len(r.TransferEncoding) > 0 {
+	if s.draining.Load() || len(r.TransferEncoding) > 0 || !r.ProtoAtLeast(1, 1) {
 		// After a chunked body, which may have had a Content-Length too, a proxy and net/http might
-		// disagree where the next request begins (RFC 9112, section 6.3).
+		// disagree where the next request begins (RFC 9112, section 6.3). In HTTP/1.0, net/http
+		// ignores Transfer-Encoding and does not show it.
 		h.Set("Connection", "close")
 	}
 	isHead := r.Method == http.MethodHead
@@ -265,8 +266,8 @@ func (s *server) limitRequests(next handler) handler {
 	}
 }
 
-// limitBodies refuses a request with a large body, or one of unknown length, while the bodies of
-// others take too much memory.
+// limitBodies refuses a request with a large body, or one of unknown length, while other bodies take
+// too much memory. A client gets half of it at most.
 func (s *server) limitBodies(next handler) handler {
 	return func(w *response, r *http.Request, by caller) error {
 		size := min(r.ContentLength, maxBodyBytes)
@@ -276,12 +277,27 @@ func (s *server) limitBodies(next handler) handler {
 		if size <= smallBody {
 			return next(w, r, by)
 		}
-		if !s.bodies.TryAcquire(size) {
+		if !s.takeBody(by.client, size) {
 			return errOverloaded
 		}
-		defer s.bodies.Release(size)
+		defer s.takeBody(by.client, -size)
 		return next(w, r, by)
 	}
+}
+
+// takeBody takes memory for a body of a client, or returns it if size is negative.
+func (s *server) takeBody(client string, size int64) (taken bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all, own := s.bodies+size, s.bodiesOf[client]+size
+	if size > 0 && (all > s.limits.bodies || own > max(s.limits.bodies/2, maxBodyBytes)) {
+		return false
+	}
+	s.bodies, s.bodiesOf[client] = all, own
+	if own == 0 {
+		delete(s.bodiesOf, client)
+	}
+	return true
 }
 
 // refuseHosts refuses requests for other hosts than this machine, if only this machine can connect
@@ -347,6 +363,11 @@ func newRouter(routes []route) handler {
 		if w.status != 0 {  // redirects an unclean path
 			return nil
 		}
+		if r.PathValue("id") != "" {
+			if _, err := userID(r); err != nil {
+				return err // 404, before 405 and 401
+			}
+		}
 		return handlers[r.Pattern](w, r, by)
 	}
 }
@@ -354,11 +375,6 @@ func newRouter(routes []route) handler {
 // methodNotAllowed returns the handler for the methods that a path does not have.
 func methodNotAllowed(allow string) handler {
 	return func(w *response, r *http.Request, _ caller) error {
-		if r.PathValue("id") != "" {
-			if _, err := userID(r); err != nil {
-				return err // 404: the path does not exist either
-			}
-		}
 		w.Header().Set("Allow", allow)
 		return newProblem(http.StatusMethodNotAllowed,
 			"This path has only the methods "+allow)

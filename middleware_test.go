@@ -577,13 +577,18 @@ func TestConnectMethod(t *testing.T) {
 func TestChunkedBodyEndsConnection(t *testing.T) {
 	t.Parallel()
 	s := startService(t, memorySettings())
-	for name, length := range map[string]string{"chunked": "", "both": "Content-Length: 3\r\n"} {
+	for name, start := range map[string]string{
+		"chunked":           "HTTP/1.1\r\n",
+		"both":              "HTTP/1.1\r\nContent-Length: 3\r\n",
+		"HTTP/1.0":          "HTTP/1.0\r\nConnection: keep-alive\r\n",
+		"HTTP/1.0 and both": "HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: 12\r\n",
+	} {
 		conn := s.dial()
-		s.write(conn, "POST /users HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"+length+
+		s.write(conn, "POST /users "+start+"Host: test\r\nContent-Type: application/json\r\n"+
 			"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"+
 			"GET /healthz HTTP/1.1\r\nHost: test\r\n\r\n")
 		got, err := io.ReadAll(conn)
-		if err != nil || bytes.Count(got, []byte("HTTP/1.1 ")) != 1 ||
+		if err != nil || bytes.Count(got, []byte("HTTP/1.")) != 1 ||
 			!bytes.Contains(got, []byte("Connection: close\r\n")) {
 			t.Errorf("%s: want one answer and Connection: close, got %v %s", name, err, got)
 		}
@@ -627,12 +632,12 @@ func TestLocalHosts(t *testing.T) {
 	}
 }
 
-// TestBodiesShareMemory checks that large bodies beyond a number of bytes are refused, and that small
-// bodies are not.
+// TestBodiesShareMemory checks that large bodies beyond a number of bytes are refused, that small
+// bodies are not, and that a client gets only half of the bytes.
 func TestBodiesShareMemory(t *testing.T) {
 	t.Parallel()
 	d := testDependencies(memorySettings(), newMemory(), discardLog)
-	d.limits.bodies = 3 * maxBodyBytes
+	d.limits.bodies = 6 * maxBodyBytes
 	server := newHandler(d)
 	large := john[:len(john)-1] + strings.Repeat(" ", maxBodyBytes-len(john)) + "}"
 	arrived, finish := make(chan struct{}), make(chan struct{})
@@ -654,6 +659,13 @@ func TestBodiesShareMemory(t *testing.T) {
 	}
 	if a := ask(server, "POST", "/users", strings.NewReader(john)); a.status != 201 {
 		t.Errorf("a small body: status %d, want 201", a.status)
+	}
+	other := httptest.NewRequest("POST", "/users", strings.NewReader(large))
+	other.Header.Set("Content-Type", "application/json")
+	other.RemoteAddr = "192.0.2.77:1"
+	recorder := httptest.NewRecorder()
+	if server.ServeHTTP(recorder, other); recorder.Code != 201 {
+		t.Errorf("a large body of another client: status %d, want 201", recorder.Code)
 	}
 	close(finish)
 	group.Wait()
@@ -804,6 +816,9 @@ func TestAPIKeys(t *testing.T) {
 		{method: "POST", path: "/users", body: user, headers: []string{bearer(read)}, want: 403},
 		{method: "GET", path: "/users", want: 401},
 		{method: "GET", path: "/users/", want: 401},
+		{method: "GET", path: "/users/abc", want: 404},
+		{method: "PUT", path: "/users/007", body: user, want: 404},
+		{method: "POST", path: "/users/01/password/verify", body: verify, want: 404},
 		{method: "GET", path: "/users/1", want: 401},
 		{method: "HEAD", path: "/users/1", want: 401},
 		{method: "GET", path: "/users/1", headers: []string{bearer(full)}, want: 200},
@@ -981,6 +996,14 @@ func TestClientNetwork(t *testing.T) {
 		{peer: "10.0.0.1:1", standard: []string{"for=198.51.100.1, for=unknown"}, want: "10.0.0.1"},
 		{peer: "10.0.0.1:1", standard: []string{"for=198.51.100.1, for=_gateway"}, want: "10.0.0.1"},
 		{peer: "10.0.0.1:1", standard: []string{`for="203.0.113.9, for=198.51.100.1`}, want: "198.51.100.1"},
+		{peer: "10.0.0.1:1", standard: []string{`host="x;for=203.0.113.9";for=198.51.100.1`}, want: "198.51.100.1"},
+		{peer: "10.0.0.1:1", standard: []string{`host="x,for=203.0.113.9";for=198.51.100.1`}, want: "198.51.100.1"},
+		{peer: "10.0.0.1:1", standard: []string{`for=198.51.100.1;host="x;for=203.0.113.9"`}, want: "198.51.100.1"},
+		{peer: "10.0.0.1:1", standard: []string{`for=198.51.100.1;host="x,for=203.0.113.9"`}, want: "198.51.100.1"},
+		{peer: "10.0.0.1:1", standard: []string{`host="\";for=203.0.113.9";for=198.51.100.1`}, want: "198.51.100.1"},
+		{peer: "10.0.0.1:1", standard: []string{`host="x";for=203.0.113.9;y="";for=198.51.100.1`}, want: "10.0.0.1"},
+		{peer: "10.0.0.1:1", standard: []string{`for=203.0.113.9;x="`, `for="198.51.100.1:7"`}, want: "198.51.100.1"},
+		{peer: "10.0.0.1:1", forwarded: []string{`"`, "198.51.100.1"}, want: "198.51.100.1"},
 		{peer: "10.0.0.1:1", standard: []string{"proto=https"}, want: "10.0.0.1"},
 		{peer: "10.0.0.1:1", forwarded: []string{"198.51.100.1"}, standard: []string{"for=198.51.100.1:7"}, want: "198.51.100.1"},
 		{peer: "10.0.0.1:1", forwarded: []string{"198.51.100.1"}, standard: []string{"for=203.0.113.9"}, want: "10.0.0.1"},
@@ -1042,6 +1065,22 @@ func TestLimiterForgetsNobody(t *testing.T) {
 			t.Errorf("%d clients are remembered after 42 s, want at most 2", remembered())
 		}
 	})
+}
+
+// TestRefundsLeaveNothing checks that clients whose tokens were returned take no place in a limiter:
+// otherwise a client could fill it with requests that nothing is done for.
+func TestRefundsLeaveNothing(t *testing.T) {
+	t.Parallel()
+	l := newLimiter[int]("test", 0.1, 2)
+	for client := range 2 * maxClients {
+		if err := l.admit(http.Header{}, client); err != nil {
+			t.Fatalf("client %d: %v", client, err)
+		}
+		l.refund(client)
+	}
+	if n := len(l.newer) + len(l.older); n != 0 {
+		t.Errorf("%d clients are remembered, want none", n)
+	}
 }
 
 // TestSecurityHeaders checks that every answer has the security headers.
@@ -1976,6 +2015,9 @@ func TestDocsFiles(t *testing.T) {
 		if got := plain.header.Get("Content-Type"); plain.status != 200 || got != test.contentType {
 			t.Errorf("GET %s: status %d, Content-Type %q, want 200, %q", path, plain.status, got,
 				test.contentType)
+		}
+		if n := fmt.Sprint(len(plain.body)); plain.header.Get("Content-Length") != n {
+			t.Errorf("GET %s: Content-Length %q, want %s", path, plain.header.Get("Content-Length"), n)
 		}
 		if plain.header.Get("Content-Encoding") != "" || !strings.HasPrefix(plain.body, test.prefix) {
 			t.Errorf("GET %s: Content-Encoding %q, body %.40q, want a body with the prefix %q", path,

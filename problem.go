@@ -5,6 +5,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -120,7 +121,7 @@ func problemOf(err error, r *http.Request) *problem {
 	case errors.Is(err, errUnavailable), errors.Is(err, errBusy):
 		return newProblem(http.StatusServiceUnavailable,
 			"The service cannot handle the request now; nothing was changed")
-	case errors.Is(err, errOutcomeUnknown):
+	case errors.Is(err, errOutcomeUnknown), errors.Is(err, context.DeadlineExceeded):
 		return newProblem(http.StatusServiceUnavailable,
 			"The database did not answer; the change may or may not have been made")
 	}

@@ -36,12 +36,13 @@ type postgres struct {
 
 	reads              *Group[int64, User] // by id
 	updates, deletions changer
-	changing           *queues[int64] // by id of the changed user
+	changing           *queues[int64]  // by id of the changed user
+	listing            *queues[string] // by client
 }
 
 // newPostgres divides the connections that requests share. One is reserved for reads, so that lists
 // and writes cannot delay them. Of the others, creations and changes of locked users get a third
-// each, so that they cannot delay changes of free users.
+// each, so that they cannot delay changes of free users. Clients take turns with lists.
 func newPostgres(pool *pgxpool.Pool, explicit bool, log *slog.Logger) *postgres {
 	shared := int(pool.Config().MaxConns) - reservedConns
 	requests, writes := slots(shared), slots(shared-1)
@@ -55,6 +56,7 @@ func newPostgres(pool *pgxpool.Pool, explicit bool, log *slog.Logger) *postgres 
 		relay:       kind{true, nil},
 		probe:       kind{true, lane{slots(1)}},
 		changing:    newQueues[int64](1, math.MaxInt),
+		listing:     newQueues[string](shared-1, math.MaxInt),
 	}
 	s.state.Store(stateUp)
 	s.reads = &Group[int64, User]{run: s.selectUsers, budget: statementBudget}
@@ -207,8 +209,15 @@ func (s *postgres) rehashPassword(ctx context.Context, id int64, old, hash strin
 }
 
 // listUsers implements userStore. For a prefix, see user_service_find.
-func (s *postgres) listUsers(ctx context.Context, prefix string, after, offset, limit int64) (
-	[]User, int64, error) {
+func (s *postgres) listUsers(ctx context.Context, client, prefix string, after, offset,
+	limit int64) ([]User, int64, error) {
+	ctx, cancel := context.WithTimeout(ctx, statementBudget)
+	defer cancel()
+	leave, err := s.listing.enter(ctx, client)
+	defer leave()
+	if err != nil {
+		return nil, 0, fmt.Errorf("waiting for other lists of the client: %w", waitError(err))
+	}
 	if prefix == "" {
 		return s.page(ctx, "SELECT greatest(sum(n), 0)::bigint AS total FROM user_counts",
 			"id > $1 ORDER BY id OFFSET $2 LIMIT $3", after, offset, limit)
@@ -342,9 +351,9 @@ func isRefused(ctx context.Context, err error) bool {
 // change makes c after all earlier changes of the same user by this replica. So a locked user
 // occupies one connection, however many changes wait.
 func (s *postgres) change(ctx context.Context, by changer, c *userChange) (User, error) {
-	deadline := time.Now().Add(statementBudget)
-	ctx, cancel := context.WithDeadline(ctx, deadline)
+	ctx, cancel := context.WithTimeout(ctx, statementBudget)
 	defer cancel()
+	deadline, _ := ctx.Deadline()
 	leave, err := s.changing.enter(ctx, c.id)
 	defer leave()
 	if err != nil {

@@ -483,7 +483,7 @@ func TestStoreListsInOrder(t *testing.T) {
 			"after the last":       {11, 0, 3, nil},
 			"after the maximum id": {1<<63 - 1, 0, 3, nil},
 		} {
-			users, total, err := s.listUsers(t.Context(), "", test.after, test.offset, test.limit)
+			users, total, err := s.listUsers(t.Context(), "", "", test.after, test.offset, test.limit)
 			if err != nil || total != 9 {
 				t.Errorf("%s: total %d, %v, want 9", name, total, err)
 			}
@@ -522,7 +522,7 @@ func addUsers(t *testing.T, s store, names ...[2]string) {
 func checkFound(t *testing.T, s store, prefix string, after, offset, limit int64, want []int64,
 	total int64) bool {
 	t.Helper()
-	users, got, err := s.listUsers(t.Context(), prefix, after, offset, limit)
+	users, got, err := s.listUsers(t.Context(), "", prefix, after, offset, limit)
 	ids := []int64{}
 	for _, u := range users {
 		ids = append(ids, u.ID)
@@ -862,7 +862,7 @@ func TestSearchPlans(t *testing.T) {
 		{"smith", 100_000, []string{byName, bySurname, byID, byID}},
 		{"common", 199_000, []string{byName, bySurname, byID, byName + bySurname, byID}},
 	} {
-		if _, _, err := s.listUsers(t.Context(), test.prefix, test.after, 600, 10); err != nil {
+		if _, _, err := s.listUsers(t.Context(), "", test.prefix, test.after, 600, 10); err != nil {
 			t.Fatal(err)
 		}
 		mu.Lock()
@@ -986,7 +986,7 @@ func TestStoreCountsUsers(t *testing.T) {
 			})
 		}
 		group.Wait()
-		users, total, err := s.listUsers(t.Context(), "", 0, 0, 1000)
+		users, total, err := s.listUsers(t.Context(), "", "", 0, 0, 1000)
 		if err != nil || total != int64(len(users)) || total != 160-160/3 {
 			t.Errorf("total %d, %d users, %v, want %d", total, len(users), err, 160-160/3)
 		}
@@ -1010,7 +1010,7 @@ func TestPostgresCountsAllWriters(t *testing.T) {
 		{"TRUNCATE users", 0},
 	} {
 		execute(t, conn, step.sql)
-		_, total, err := s.listUsers(t.Context(), "", 0, 0, 1)
+		_, total, err := s.listUsers(t.Context(), "", "", 0, 0, 1)
 		if err != nil || total != step.want {
 			t.Errorf("total after %q: %d, %v, want %d", step.sql, total, err, step.want)
 		}
@@ -1564,7 +1564,7 @@ func TestMemoryListsManyUsers(t *testing.T) {
 	for range 100_000 {
 		mustCreate(t, s, "John")
 	}
-	users, total, err := s.listUsers(t.Context(), "", 99_990, 0, 100)
+	users, total, err := s.listUsers(t.Context(), "", "", 99_990, 0, 100)
 	if err != nil || total != 100_000 || len(users) != 10 || users[0].ID != 99_991 {
 		t.Errorf("total %d, %d users, %v, want 100000, 10 users from 99991 on",
 			total, len(users), err)
@@ -1741,7 +1741,7 @@ func TestListsLeaveConnections(t *testing.T) {
 	lists := int(s.pool.Config().MaxConns) - reservedConns - 1
 	for range 2 * maxPoolSize {
 		go func() {
-			_, _, err := s.listUsers(ctx, "", 0, 0, 1)
+			_, _, err := s.listUsers(ctx, "", "", 0, 0, 1)
 			left <- err
 		}()
 	}
@@ -1763,6 +1763,53 @@ func TestListsLeaveConnections(t *testing.T) {
 	for range lists {
 		if err := <-left; err != nil {
 			t.Errorf("list that had begun: error %v, want none", err)
+		}
+	}
+}
+
+// TestListsAreFair checks that a client with many lists does not delay a list of another client by more
+// than those that run.
+func TestListsAreFair(t *testing.T) {
+	t.Parallel()
+	s := openTestPostgres(t, newDatabase(t))
+	lists := int(s.pool.Config().MaxConns) - reservedConns - 1
+	for range lists {
+		if err := s.list.lane.enter(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const greedy = 40
+	done := make(chan string)
+	list := func(client string) {
+		go func() {
+			_, _, err := s.listUsers(t.Context(), client, "", 0, 0, 1)
+			if err != nil {
+				t.Errorf("list of %s: %v", client, err)
+			}
+			done <- client
+		}()
+	}
+	waiting := func(client string, want int) {
+		t.Helper()
+		eventually(t, "lists that wait", func() bool {
+			s.listing.mu.Lock()
+			defer s.listing.mu.Unlock()
+			return s.listing.keys[client] != nil && s.listing.keys[client].calls == want
+		})
+	}
+	for range greedy {
+		list("greedy")
+	}
+	waiting("greedy", greedy)
+	list("modest")
+	waiting("modest", 1)
+	time.Sleep(10 * time.Millisecond) // until they wait for a connection
+	for range lists {
+		s.list.lane.leave()
+	}
+	for before := range greedy + 1 {
+		if client := <-done; client == "modest" && before > 3*lists {
+			t.Errorf("the list of the other client came after %d, want %d at most", before, 3*lists)
 		}
 	}
 }
@@ -2253,7 +2300,7 @@ func TestFoldKeepsTotal(t *testing.T) {
 	conn := connect(t, url)
 	checkTotal(t, conn)
 	n := queryValue[int64](t, conn, "SELECT count(*) FROM users")
-	if _, total, err := first.listUsers(t.Context(), "", 0, 0, 1); err != nil || total != n {
+	if _, total, err := first.listUsers(t.Context(), "", "", 0, 0, 1); err != nil || total != n {
 		t.Errorf("total %d of the list, %v, want %d", total, err, n)
 	}
 }
@@ -3738,7 +3785,7 @@ func TestUpgrade(t *testing.T) {
 	if after := content(); after != before {
 		t.Errorf("content after the upgrade:\n%s\nwant\n%s", after, before)
 	}
-	_, total, err := s.listUsers(t.Context(), "", 0, 0, 1)
+	_, total, err := s.listUsers(t.Context(), "", "", 0, 0, 1)
 	if err != nil || total != 5 {
 		t.Errorf("total %d, %v, want 5", total, err)
 	}

@@ -40,8 +40,7 @@ type userList struct {
 	NextAfter   *int64 `json:"next_after"`
 }
 
-// maxMatches is up to how many users of a search are counted.
-const maxMatches = 10_000
+const maxMatches = 10_000 // users of a search that are counted
 
 // userInput holds the fields that a request sets; nil fields are not set. Handlers replace the
 // password by its hash before they call the store.
@@ -75,8 +74,8 @@ type userStore interface {
 	// first offset of them. With a prefix it lists only users whose name or surname begins with it
 	// regardless of case (see foldCase). total counts all such users, but with a prefix
 	// maxMatches+1 means that there are more.
-	listUsers(ctx context.Context, prefix string, after, offset, limit int64) (users []User,
-		total int64, err error)
+	listUsers(ctx context.Context, client, prefix string, after, offset, limit int64) (
+		users []User, total int64, err error)
 	// updateUser fails with errNotFound, then errVersionMismatch. If nothing differs, it returns
 	// the unchanged user and makes no event.
 	updateUser(ctx context.Context, actor string, id int64, in userInput, match []int64) (User,
@@ -97,8 +96,7 @@ var (
 	errOutcomeUnknown  = errors.New("store did not answer, the outcome is unknown")
 )
 
-// maxVerifications is how many passwords may be tried on a user per minute.
-const maxVerifications = 10
+const maxVerifications = 10 // passwords that may be tried on a user per minute
 
 // api has the handlers of /users.
 type api struct {
@@ -128,12 +126,13 @@ func newAPI(d dependencies, t *traffic) *api {
 
 // listUsers handles GET /users. It asks the store for one user more than the page has, which shows
 // whether another page follows.
-func (a *api) listUsers(w *response, r *http.Request, _ caller) error {
+func (a *api) listUsers(w *response, r *http.Request, by caller) error {
 	q, err := parseListQuery(r.URL.RawQuery)
 	if err != nil {
 		return err
 	}
-	users, total, err := a.store.listUsers(r.Context(), q.prefix, q.after, q.offset(), q.perPage+1)
+	users, total, err := a.store.listUsers(r.Context(), by.client, q.prefix, q.after, q.offset(),
+		q.perPage+1)
 	if err != nil {
 		return err
 	}
@@ -195,11 +194,13 @@ func (a *api) updateUser(w *response, r *http.Request, by caller) error {
 	if err != nil {
 		return err
 	}
+	ctx, cancel := context.WithTimeout(r.Context(), workBudget)
+	defer cancel()
 	in := inputOf(fields)
-	if err := a.hashPassword(r.Context(), by.client, &in); err != nil {
+	if err := a.hashPassword(ctx, by.client, &in); err != nil {
 		return err
 	}
-	u, err := a.store.updateUser(r.Context(), by.actor(), id, in, matchVersions(r.Header))
+	u, err := a.store.updateUser(ctx, by.actor(), id, in, matchVersions(r.Header))
 	if err != nil {
 		return err
 	}
@@ -236,7 +237,9 @@ func (a *api) verifyPassword(w *response, r *http.Request, by caller) error {
 	if err := a.verifications.admit(w.Header(), id); err != nil {
 		return err
 	}
-	valid, err := a.verify(r.Context(), by.client, id, fields["password"])
+	ctx, cancel := context.WithTimeout(r.Context(), workBudget)
+	defer cancel()
+	valid, err := a.verify(ctx, by.client, id, fields["password"])
 	if err != nil {
 		a.verifications.refund(id) // the caller has learned nothing
 		return err
@@ -244,9 +247,8 @@ func (a *api) verifyPassword(w *response, r *http.Request, by caller) error {
 	return writeJSON(w, http.StatusOK, map[string]bool{"valid": valid})
 }
 
-// verify reports whether password is that of a user. It costs the same for a user that does not
-// exist, and for a hash that cannot be verified. It replaces a hash of another system or with
-// outdated parameters.
+// verify reports whether password is that of a user, at the same cost if the user does not exist or
+// the hash cannot be verified. It replaces a hash of another system or with outdated parameters.
 func (a *api) verify(ctx context.Context, client string, id int64, password string) (bool, error) {
 	hash, err := a.store.passwordHash(ctx, id)
 	if errors.Is(err, errNotFound) {
@@ -266,8 +268,7 @@ func (a *api) verify(ctx context.Context, client string, id int64, password stri
 	return valid, err
 }
 
-// rehash replaces old, a hash of password, by a new one. If it fails, the next verification tries
-// again.
+// rehash replaces old, a hash of password. If it fails, the next verification tries again.
 func (a *api) rehash(ctx context.Context, client string, id int64, old, password string) {
 	hash, err := a.hasher.hash(ctx, client, password)
 	if err == nil {
@@ -398,7 +399,7 @@ func idempotencyKey(h http.Header, by caller) (string, error) {
 // replicas may both begin; then the database lets one create, and the other returns its user.
 func (a *api) createOnce(ctx context.Context, h http.Header, in userInput, key string, by caller) (
 	User, error) {
-	budget, cancel := context.WithTimeout(ctx, creationBudget)
+	ctx, cancel := context.WithTimeout(ctx, workBudget)
 	defer cancel()
 	if key != "" {
 		if _, running := a.creating.LoadOrStore(key, true); running {
@@ -406,7 +407,7 @@ func (a *api) createOnce(ctx context.Context, h http.Header, in userInput, key s
 				"A request with this Idempotency-Key is in progress")
 		}
 		defer a.creating.Delete(key)
-		u, err := a.replay(ctx, budget, h, in, key, by.client)
+		u, err := a.replay(ctx, h, in, key, by.client)
 		if !errors.Is(err, errNotFound) {
 			return u, err
 		}
@@ -415,20 +416,19 @@ func (a *api) createOnce(ctx context.Context, h http.Header, in userInput, key s
 	if err := a.hashPassword(ctx, by.client, &hashed); err != nil {
 		return User{}, err
 	}
-	u, err := a.store.createUser(budget, by.actor(), hashed, key)
+	u, err := a.store.createUser(ctx, by.actor(), hashed, key)
 	if errors.Is(err, errKeyUsed) { // by another replica in the meantime
-		return a.replay(ctx, budget, h, in, key, by.client)
+		return a.replay(ctx, h, in, key, by.client)
 	}
 	return u, err
 }
 
 // replay returns the user that was created under key, if in is the same input. It fails with
 // errNotFound, or with a 422 for another input. Because the answer shows whether the password is
-// the same, it counts as a verification. ctx is the caller's, budget limits the statements, h is of
-// the answer.
-func (a *api) replay(ctx, budget context.Context, h http.Header, in userInput, key, client string) (
+// the same, it counts as a verification. h is of the answer.
+func (a *api) replay(ctx context.Context, h http.Header, in userInput, key, client string) (
 	User, error) {
-	u, hash, err := a.store.creationUnder(budget, key)
+	u, hash, err := a.store.creationUnder(ctx, key)
 	if err != nil {
 		return User{}, err
 	}
