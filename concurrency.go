@@ -54,7 +54,8 @@ type panicError struct {
 func (e *panicError) Error() string { return fmt.Sprintf("panic: %v", e.value) }
 
 // Do returns the value of key and whether there is one. It fails with the error of the batch, which
-// may be a *panicError, or with that of ctx if it ends first.
+// may be a *panicError, or with that of ctx if it ends first. A call that runs its batch itself
+// returns only when the batch ends.
 func (g *Group[K, V]) Do(ctx context.Context, key K) (V, bool, error) {
 	g.mu.Lock()
 	b := g.next
@@ -178,7 +179,7 @@ func (q *queues[K]) enter(ctx context.Context, key K) (leave func(), err error) 
 }
 
 // start runs f in a goroutine. The caller calls stop, which ends f's context and waits for f, but
-// no longer than atMost.
+// no longer than atMost; stop(0) does not wait. f must return soon after its context ends.
 func start(f func(context.Context)) (stop func(atMost time.Duration)) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})

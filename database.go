@@ -283,15 +283,15 @@ type querier interface {
 // statement makes one round trip.
 type statement func(ctx context.Context, db querier) error
 
-// kind describes statements that do has to treat alike.
+// kind says how do runs a statement.
 type kind struct {
 	idempotent bool // may be sent again although its outcome is unknown
 	lane       lane // limits how many run at the same time
 }
 
-// do runs f on a connection; what names f in an error. The problem is to repeat a statement only if
-// that cannot change anything twice. The server's refusal means that nothing was changed; a lost
-// connection means that only an idempotent statement may be sent again.
+// do runs f on a connection; what names f in errors. It repeats f only if a change cannot be made
+// twice: after a refusal by the server, nothing was changed; after a lost connection, only an
+// idempotent statement is repeated, or one that was never sent.
 //
 // The deadline is that of ctx, as of a batch, or statementBudget from now. A caller who leaves ends
 // the wait for a connection, but never a statement in progress: cancelling it would close the
@@ -359,8 +359,9 @@ func (s *postgres) try(ctx context.Context, k kind, f statement) (err error, aga
 		_ = conn.Conn().Close(ctx)
 	}
 	lost := conn.Conn().IsClosed()
-	if lost || sqlState(err) == "25006" { // the other connections have the same age; new ones may
-		s.resetPool() // reach the new primary
+	// After a failover, new connections may reach the new primary.
+	if lost || sqlState(err) == "25006" {
+		s.resetPool()
 	}
 	harmless := k.idempotent || changedNothing(err, lost)
 	return sentinel(err, lost, harmless), harmless && (lost || isPassing(err))

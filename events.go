@@ -54,8 +54,7 @@ type eventData struct {
 // eventPattern matches the types that queues are bound to.
 var eventPattern = regexp.MustCompile(`^user\.[a-z_]{1,64}$`)
 
-// check fails with errUnreadable for an event that no broker could deliver, whatever its consumers
-// know.
+// check fails with errUnreadable for an event that no broker could deliver.
 func (e event) check() error {
 	if !eventPattern.MatchString(e.Type) || len(e.TraceID) > maxTraceIDBytes ||
 		len(e.actor)+len(e.traceParent)+len(e.traceState) > maxEventBytes {
@@ -86,9 +85,8 @@ func (e event) headers(appName string) map[string]any {
 	return h
 }
 
-// logSetAside logs an event that will be removed without having been published. The line is the
-// only trace that remains of it, so the event has to stay if this fails, which is with
-// errLineDropped, or if the log cannot be flushed.
+// logSetAside logs an event that is removed without having been published. The line is its only
+// copy, so the event stays if this fails, with errLineDropped, or if the log cannot be flushed.
 func logSetAside(ctx context.Context, log *slog.Logger, e event, err error) error {
 	id := e.TraceID[:min(len(e.TraceID), maxTraceIDBytes)]
 	return logAt(withTraceID(ctx, id), log, slog.LevelError, time.Now(), "Undeliverable event removed",
@@ -112,7 +110,8 @@ type publisher interface {
 	// publish takes up to relayWindow events of different users, and returns how many, from the
 	// first one on, the broker has confirmed. After an error the publisher can only be closed.
 	publish(ctx context.Context, events []event) (int, error)
-	// closed reports whether the connection has ended.
+	// closed reports whether the connection has ended. It may lag behind the broker; publish
+	// reports the loss in any case.
 	closed() bool
 	close()
 }
@@ -154,6 +153,7 @@ type relay struct {
 	skip      []event   // of users whose other events the next read leaves out
 }
 
+// newRelay registers its metrics, so a set has at most one relay.
 func newRelay(o outbox, b broker, log *slog.Logger, set *metrics.Set) *relay {
 	return &relay{
 		outbox:    o,
@@ -175,7 +175,7 @@ func (r *relay) run(ctx context.Context) {
 }
 
 // session relays over one connection to the broker. It returns nil only when ctx has ended and
-// either nothing is pending or another replica leads.
+// nothing is pending, another replica leads, or this one has only just taken the lease.
 func (r *relay) session(ctx, work context.Context, onReady func()) error {
 	p, err := r.broker.publisher(ctx)
 	if err != nil {
@@ -314,8 +314,7 @@ func (r *relay) resign(ctx context.Context) {
 	_ = r.outbox.resign(ctx)
 }
 
-// setAside logs the events that no broker could deliver, and returns the others. They are done when
-// their lines are written.
+// setAside returns the deliverable events. The others are done when their log lines are written.
 func (r *relay) setAside(ctx context.Context, events []event) (deliverable []event) {
 	var logged []event
 	deliverable = slices.DeleteFunc(events, func(e event) bool {
@@ -349,6 +348,7 @@ type seen struct {
 	event   uint64
 }
 
+// newConsumer registers its metrics. handle must not be called concurrently.
 func newConsumer(log *slog.Logger, set *metrics.Set) *consumer {
 	return &consumer{
 		log:      log,

@@ -81,15 +81,16 @@ const (
 	maxRetries     = 2                // of a statement
 )
 
-// The relay. It sends no window when the lease could expire before the confirms (leadInterval <=
-// leaseTime - publishWait), and another replica takes over within 5 s (leaseTime + leadInterval).
+// The relay. The first window after a read is always sent, so that slow reads cannot stop it; a
+// further one only if its confirms arrive before the lease expires (leadInterval <= leaseTime -
+// publishWait). Another replica takes over within 5 s (leaseTime + leadInterval).
 const (
 	leaseTime    = 3 * time.Second
 	leadInterval = leaseTime / 6     // between two renewals, or two attempts to take the lease
 	publishWait  = leaseTime * 2 / 3 // for the confirms of one window
 	relayPoll    = 100 * time.Millisecond
 	relayPause   = 5 * time.Millisecond // between two reads, so that events share their cost
-	relayTurn    = relayPoll            // of users with many events, before those of others are read
+	relayTurn    = relayPoll            // after which users with many events let others go first
 	relayRead    = 5000                 // events of one read, which has to skip dead rows
 	relayWindow  = 500                  // events in flight to the broker
 )
@@ -145,7 +146,7 @@ const (
 // What one of each takes, in bytes.
 const (
 	hashMemory       = 7168 << 10 // a password that is being hashed
-	connectionMemory = 16 << 10
+	connectionMemory = 16 << 10   // with its buffers and stack
 	requestMemory    = 16 << 10
 	smallBody        = 4 << 10  // counts as part of the request
 	sendBuffer       = 32 << 10 // of a connection, which Linux doubles
@@ -163,10 +164,9 @@ type limits struct {
 	hash        argonCost
 }
 
-// newLimits divides a machine. Connections, passwords and requests may each take a quarter of the
-// memory: a connection with its buffers and stack, and a request with a small body, while large
-// bodies share an eighth. More passwords of a client may wait than can be hashed within hashWait on
-// a slow core.
+// newLimits divides a machine. Connections, requests and hashing each get at most a quarter of the
+// memory, and large bodies an eighth, but none less than a minimum. hashQueue exceeds what a slow
+// core hashes within hashWait, so there hashWait decides.
 func newLimits(cores int, memory int64) limits {
 	hashes := int(min(int64(cores), max(memory/4/hashMemory, 1)))
 	return limits{
@@ -194,8 +194,8 @@ func machineLimits() limits {
 	return newLimits(runtime.GOMAXPROCS(0), memory)
 }
 
-// heapFloor is how much garbage the smallest heap may collect, in bytes. Serving reads, the live
-// heap is 4 MiB, and the collector would run 16 times a second.
+// heapFloor is how many bytes of garbage may accumulate before a collection. Serving reads, the
+// live heap is 4 MiB, and without a floor the collector would run 16 times a second.
 const heapFloor = 16 << 20
 
 // applyToRuntime sets what GOMEMLIMIT, GOGC and GOMAXPROCS do not. The floor of the heap is a block

@@ -195,8 +195,8 @@ type store interface {
 	close()
 }
 
-// run serves until ctx ends. It returns when everything that it started has ended. The caller
-// flushes out.
+// run serves until ctx ends. On return, the relay and the consumer have stopped or exceeded their
+// share of stopBudget; other goroutines were only told to stop. The caller flushes out.
 func run(ctx context.Context, s settings, machine limits, out *logWriter) error {
 	log := newLogger(out, s.logLevel)
 	free, err := listen(s) // reports a port in use before the wait for the database

@@ -301,6 +301,7 @@ type inProcess struct {
 
 func (b inProcess) publisher(context.Context) (publisher, error) { return b, nil }
 
+// publish calls the handler in the caller's goroutine. On an error, no event counts as published.
 func (b inProcess) publish(ctx context.Context, events []event) (int, error) {
 	messages := make([]message, len(events))
 	for i, e := range events {

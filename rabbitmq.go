@@ -41,6 +41,7 @@ func (b *rabbitMQ) queue() string              { return b.exchange + ".consumer"
 func (b *rabbitMQ) deadLetterExchange() string { return b.exchange + ".dlx" }
 func (b *rabbitMQ) deadLetterQueue() string    { return b.exchange + ".dead" }
 
+// state is that of the consumer's connection; the relay's may differ.
 func (b *rabbitMQ) state() state {
 	if b.consuming.Load() {
 		return stateUp
@@ -70,6 +71,8 @@ func (b *rabbitMQ) dial(ctx context.Context, purpose string) (c *rabbitConn, err
 	return nil, errors.Join(errs...)
 }
 
+// dialHost connects, within brokerTimeout for each handshake, and declares the topology. ctx ends
+// only the attempt.
 func (b *rabbitMQ) dialHost(ctx context.Context, url, purpose string) (*rabbitConn, error) {
 	properties := amqp.NewConnectionProperties()
 	properties.SetClientConnectionName(b.appName + " " + purpose)
@@ -116,6 +119,8 @@ type brokerSocket struct {
 	held   []byte
 }
 
+// Write holds p back while corked, up to brokerBuffer. A later Write or uncork then reports the
+// failure.
 func (s *brokerSocket) Write(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -235,6 +240,7 @@ type rabbitPublisher struct {
 	returns chan amqp.Return
 }
 
+// publisher opens a connection of its own in confirm mode. The caller closes it.
 func (b *rabbitMQ) publisher(ctx context.Context) (publisher, error) {
 	conn, err := b.dial(ctx, "relay")
 	if err != nil {
@@ -293,7 +299,8 @@ func (p *rabbitPublisher) sendAll(ctx context.Context, events []event) (
 	return confirms, nil
 }
 
-// countConfirmed waits for confirms, and returns how many came, from the first one on.
+// countConfirmed waits for confirms, and returns how many came, from the first one on. A refused
+// event ends the count; later ones may have arrived, and are sent again as duplicates.
 func countConfirmed(ctx context.Context, confirms []*amqp.DeferredConfirmation) (int, error) {
 	for i, confirm := range confirms {
 		acknowledged, err := confirm.WaitContext(ctx)
@@ -330,6 +337,7 @@ func (p *rabbitPublisher) firstReturned(events []event) int {
 	return first
 }
 
+// consume returns nil only when ctx ends. It declares missing topology every topologyInterval.
 func (b *rabbitMQ) consume(ctx context.Context, onReady func(), handler messageHandler) error {
 	if _, err := handler.handle(ctx, nil); err != nil { // leave the messages in the queue
 		return err

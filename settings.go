@@ -315,7 +315,7 @@ func parseAppName(text string) (string, error) {
 	return text, nil
 }
 
-// parseHost accepts an address, or a name that resolves now.
+// parseHost accepts an address or a name. It asks the DNS, so an unknown name is invalid.
 func parseHost(text string) (string, error) {
 	_, err := net.ResolveTCPAddr("tcp", net.JoinHostPort(text, "0"))
 	return text, err

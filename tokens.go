@@ -311,8 +311,9 @@ func (k *keySet) find(ctx context.Context, id string) (crypto.PublicKey, error) 
 	return nil, reason("the identity provider has no key with its kid and alg")
 }
 
-// look returns a key, or nil. Then refreshed is closed after the next refresh, if there is one soon,
-// and err is the error of the last. If ask is set, look may start one.
+// look returns a key. For an unknown one it returns nil, a channel that is closed after the wanted
+// or running refresh, or nil if there is none, and the error of the last refresh. ask allows it to
+// request one, at most once per keyPause.
 func (k *keySet) look(id string, ask bool) (key crypto.PublicKey, refreshed chan struct{}, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -326,7 +327,7 @@ func (k *keySet) look(id string, ask bool) (key crypto.PublicKey, refreshed chan
 	return nil, k.done, k.err
 }
 
-// fetch asks the identity provider for its keys.
+// fetch makes one or two requests within keyBudget. Its error may quote the provider's answer.
 func (k *keySet) fetch(ctx context.Context) (map[string]crypto.PublicKey, error) {
 	url := k.url
 	if url == "" {
