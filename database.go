@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"slices"
 	"strings"
 	"time"
 
@@ -409,6 +410,14 @@ func sqlState(err error) string {
 	return ""
 }
 
+// isSiteRule reports whether row security or a function of the site refused a change, with any
+// SQLSTATE. The service never makes a function of schema.sql raise.
+func isSiteRule(err error) bool {
+	refusal, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && slices.Contains([]string{"exec_stmt_raise", "exec_stmt_assert",
+		"ExecWithCheckOptions"}, refusal.Routine)
+}
+
 // sentinel wraps err in the sentinel of userStore that applies, by its SQLSTATE. lost means that
 // the connection is closed; harmless, that nothing was changed, or that the statement is
 // idempotent.
@@ -431,7 +440,8 @@ func sentinel(err error, lost, harmless bool) error {
 	case code == "23503":
 		return fmt.Errorf("%w: %w", errReferenced, err)
 	case class == "23", // a constraint
-		code == "P0001", code == "22001", code == "44000": // RAISE, a length, a view's check
+		code == "P0001", code == "22001", code == "44000", // RAISE, a length, a view's check
+		isSiteRule(err):
 		return fmt.Errorf("%w: %w", errRefused, err)
 	}
 	return err

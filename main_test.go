@@ -1824,6 +1824,72 @@ func TestHashLanesAreFair(t *testing.T) {
 	})
 }
 
+// stuckStore is a store that has one user, and whose other calls do not return before their context
+// ends.
+type stuckStore struct {
+	*memory
+	hash string // of the user; "": passwordHash does not return either
+}
+
+func (s stuckStore) updateUser(ctx context.Context, _ string, _ int64, _ userInput, _ []int64) (
+	User, error) {
+	<-ctx.Done()
+	return User{}, ctx.Err()
+}
+
+func (s stuckStore) passwordHash(ctx context.Context, _ int64) (string, error) {
+	if s.hash == "" {
+		<-ctx.Done()
+	}
+	return s.hash, ctx.Err()
+}
+
+func (s stuckStore) rehashPassword(ctx context.Context, _ int64, _, _ string) error {
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+// TestWorkBudget checks that a request with a password is answered within its budget, although the
+// password waits for its turn as long as it may and the store does not answer, and that this is no
+// internal error.
+func TestWorkBudget(t *testing.T) {
+	t.Parallel()
+	old := argonCost{memory: 32, passes: 1}.hash("old password")
+	for _, test := range []struct {
+		name, method, path, body, hash string
+		want                           int
+	}{
+		{name: "update", method: "PUT", path: "/users/1", body: `{"password": "new password"}`, want: 503},
+		{name: "verification", method: "POST", path: "/users/1/password/verify",
+			body: `{"password": "old password"}`, want: 503},
+		{name: "new hash", method: "POST", path: "/users/1/password/verify",
+			body: `{"password": "old password"}`, hash: old, want: 200},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				d := testDependencies(memorySettings(), stuckStore{newMemory(), test.hash}, discardLog)
+				a := newAPI(d, &traffic{})
+				for range d.limits.hashes {
+					leave, err := a.hasher.lanes.enter(t.Context(), "another client")
+					if err != nil {
+						t.Fatal(err)
+					}
+					time.AfterFunc(hashWait-time.Millisecond, leave)
+				}
+				s := serveInProcess(t, newServer(d, &traffic{}, newAccess(d.settings, nil),
+					protectedRoutes(a, &health{})))
+				start := time.Now()
+				answer := s.do(test.method, test.path, test.body)
+				if took := time.Since(start); answer.status != test.want || took > workBudget {
+					t.Errorf("status %d after %v, want %d within %v: %s", answer.status, took, test.want,
+						workBudget, answer.body)
+				}
+			})
+		})
+	}
+}
+
 // TestRefundedVerification checks that an attempt that was not answered does not count.
 func TestRefundedVerification(t *testing.T) {
 	t.Parallel()

@@ -1355,6 +1355,27 @@ var siteRules = []struct {
 		refused: `{"name": "refused"}`, status: 409,
 	},
 	{
+		name:    "trigger with an SQLSTATE of its own",
+		sql:     siteTrigger("RAISE 'refused' USING ERRCODE = 'AB123';"),
+		refused: `{"name": "refused"}`, status: 409,
+	},
+	{
+		name:    "trigger that lacks a right",
+		sql:     siteTrigger("RAISE insufficient_privilege;"),
+		refused: `{"name": "refused"}`, status: 409,
+	},
+	{
+		name:    "trigger with an assertion",
+		sql:     siteTrigger("ASSERT false, 'refused';"),
+		refused: `{"name": "refused"}`, status: 409,
+	},
+	{
+		name: "row security",
+		sql: `ALTER TABLE users ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+			CREATE POLICY site ON users USING (true) WITH CHECK (name <> 'refused')`,
+		refused: `{"name": "refused"}`, status: 409,
+	},
+	{
 		name:    "trigger that skips the row",
 		sql:     siteTrigger("RETURN NULL;"),
 		refused: `{"name": "refused"}`, status: 409,
