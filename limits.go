@@ -332,6 +332,9 @@ func (h *hashLanes) enter(ctx context.Context, client string) (leave func(), err
 	if err == nil {
 		err = turn.enter(ctx)
 	}
+	if errors.Is(err, context.DeadlineExceeded) { // that of the caller
+		err = errBusy
+	}
 	if err != nil {
 		leaveQueue()
 		h.queued.Add(-1)

@@ -1828,20 +1828,23 @@ func TestHashLanesAreFair(t *testing.T) {
 // ends.
 type stuckStore struct {
 	*memory
-	hash string // of the user; "": passwordHash does not return either
+	hash  string        // of the user; "": passwordHash does not return either
+	after time.Duration // how long passwordHash takes
 }
 
 func (s stuckStore) updateUser(ctx context.Context, _ string, _ int64, _ userInput, _ []int64) (
 	User, error) {
 	<-ctx.Done()
-	return User{}, ctx.Err()
+	return User{}, errOutcomeUnknown
 }
 
 func (s stuckStore) passwordHash(ctx context.Context, _ int64) (string, error) {
 	if s.hash == "" {
 		<-ctx.Done()
+		return "", errUnavailable
 	}
-	return s.hash, ctx.Err()
+	time.Sleep(s.after)
+	return s.hash, nil
 }
 
 func (s stuckStore) rehashPassword(ctx context.Context, _ int64, _, _ string) error {
@@ -1857,6 +1860,7 @@ func TestWorkBudget(t *testing.T) {
 	old := argonCost{memory: 32, passes: 1}.hash("old password")
 	for _, test := range []struct {
 		name, method, path, body, hash string
+		after                          time.Duration
 		want                           int
 	}{
 		{name: "update", method: "PUT", path: "/users/1", body: `{"password": "new password"}`, want: 503},
@@ -1864,18 +1868,21 @@ func TestWorkBudget(t *testing.T) {
 			body: `{"password": "old password"}`, want: 503},
 		{name: "new hash", method: "POST", path: "/users/1/password/verify",
 			body: `{"password": "old password"}`, hash: old, want: 200},
+		{name: "late turn", method: "POST", path: "/users/1/password/verify",
+			body: `{"password": "old password"}`, hash: old, after: workBudget - hashWait/2, want: 503},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
-				d := testDependencies(memorySettings(), stuckStore{newMemory(), test.hash}, discardLog)
+				d := testDependencies(memorySettings(), stuckStore{newMemory(), test.hash, test.after},
+					discardLog)
 				a := newAPI(d, &traffic{})
 				for range d.limits.hashes {
 					leave, err := a.hasher.lanes.enter(t.Context(), "another client")
 					if err != nil {
 						t.Fatal(err)
 					}
-					time.AfterFunc(hashWait-time.Millisecond, leave)
+					time.AfterFunc(test.after+hashWait-time.Millisecond, leave)
 				}
 				s := serveInProcess(t, newServer(d, &traffic{}, newAccess(d.settings, nil),
 					protectedRoutes(a, &health{})))

@@ -5,7 +5,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -121,7 +120,7 @@ func problemOf(err error, r *http.Request) *problem {
 	case errors.Is(err, errUnavailable), errors.Is(err, errBusy):
 		return newProblem(http.StatusServiceUnavailable,
 			"The service cannot handle the request now; nothing was changed")
-	case errors.Is(err, errOutcomeUnknown), errors.Is(err, context.DeadlineExceeded):
+	case errors.Is(err, errOutcomeUnknown):
 		return newProblem(http.StatusServiceUnavailable,
 			"The database did not answer; the change may or may not have been made")
 	}

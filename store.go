@@ -362,6 +362,9 @@ func (s *postgres) change(ctx context.Context, by changer, c *userChange) (User,
 	defer wake(s.wake)
 	if time.Until(deadline) > batchBudget { // else no time would remain after a slow batch
 		u, done, err := by.group.Do(ctx, c)
+		if errors.Is(err, context.DeadlineExceeded) { // the batch may still succeed
+			err = fmt.Errorf("%w: %w", errOutcomeUnknown, err)
+		}
 		if done || err != nil {
 			return u, err
 		}

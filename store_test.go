@@ -29,6 +29,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 	"unicode"
 	"unicode/utf16"
@@ -1786,6 +1787,33 @@ func TestListsLeaveConnections(t *testing.T) {
 			t.Errorf("list that had begun: error %v, want none", err)
 		}
 	}
+}
+
+// TestSlowBatch checks that a change whose batch does not end in time is answered with errOutcomeUnknown,
+// whether the change runs the batch or has joined it.
+func TestSlowBatch(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := &postgres{changing: newQueues[int64](1, math.MaxInt), wake: make(chan struct{}, 1)}
+		by := changer{group: &Group[*userChange, User]{
+			budget: 2 * statementBudget,
+			run: func(ctx context.Context, _ []*userChange) (map[*userChange]User, error) {
+				<-ctx.Done()
+				return nil, ctx.Err()
+			},
+		}}
+		var group sync.WaitGroup
+		for id := range int64(3) {
+			group.Go(func() {
+				if _, err := s.change(t.Context(), by, &userChange{id: id}); !errors.Is(err, errOutcomeUnknown) {
+					t.Errorf("change %d: error %v, want %v", id, err, errOutcomeUnknown)
+				}
+			})
+			synctest.Wait()
+		}
+		group.Wait()
+		time.Sleep(2 * statementBudget) // until every batch has ended, as a bubble requires
+	})
 }
 
 // TestListsAreFair checks that a client with many lists does not delay a list of another client by more
