@@ -3255,7 +3255,7 @@ var unusableDatabases = []struct {
 	{name: "a role without CREATE", empty: true, superuser: true, other: true,
 		sql:  "REVOKE CREATE ON SCHEMA public FROM PUBLIC",
 		says: []string{"public", "permission|rights"}},
-	{name: "a newer schema", sql: newestSchema, says: []string{"version 9", "4"}},
+	{name: "a newer schema", sql: newestSchema, says: []string{"version 9", "5"}},
 }
 
 // TestStartRefuses checks that opening an unusable database fails without a second attempt, that
@@ -3318,7 +3318,7 @@ func TestStartOnNewerSchema(t *testing.T) {
 	conn := connect(t, url)
 	execute(t, conn, `
 		CREATE OR REPLACE FUNCTION user_service_schema(OUT version int, OUT oldest int)
-		LANGUAGE sql IMMUTABLE AS 'SELECT 5, 4';
+		LANGUAGE sql IMMUTABLE AS 'SELECT 6, 5';
 		DROP TRIGGER user_service_keep_ids ON users;
 		ALTER TABLE users ADD COLUMN email text;
 		ALTER TABLE users DROP CONSTRAINT user_service_times`)
@@ -3868,8 +3868,8 @@ func checkSchemaVersion(t *testing.T, conn *pgx.Conn) {
 		FROM pg_trigger WHERE NOT tgisinternal`)
 	const want = "user_service_adopt user_service_delete user_service_insert " +
 		"user_service_keep_ids user_service_stamp user_service_truncate user_service_update"
-	if version != 4 || triggers != want {
-		t.Errorf("version %d with the triggers %s, want 4, %s", version, triggers, want)
+	if version != 5 || triggers != want {
+		t.Errorf("version %d with the triggers %s, want 5, %s", version, triggers, want)
 	}
 	old := queryValue[int](t, conn, "SELECT count(*) FROM pg_proc WHERE proname = 'count_users'")
 	if old != 0 {
@@ -4504,5 +4504,32 @@ func TestSkipsUsers(t *testing.T) {
 		if err != nil || len(events) != 1 || events[0].Data.UserID != 2 {
 			t.Errorf("%T: got %v and %v, want the event of user 2", s, events, err)
 		}
+	}
+}
+
+// TestStartWithoutDDL checks that the service starts on a complete schema although it may not
+// create objects, and still refuses an incomplete one.
+func TestStartWithoutDDL(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct{ name, sql string }{
+		{name: "a schema without CREATE", sql: `ALTER SCHEMA public OWNER TO CURRENT_USER;
+			REVOKE CREATE ON SCHEMA public FROM PUBLIC; GRANT USAGE ON SCHEMA public TO PUBLIC`},
+		{name: "an event trigger", sql: `CREATE FUNCTION no_ddl() RETURNS event_trigger
+				LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''permission denied''; END';
+			CREATE EVENT TRIGGER no_ddl ON ddl_command_start EXECUTE FUNCTION no_ddl()`},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			url := newDatabase(t)
+			super := connect(t, asSuperuser(t, url))
+			execute(t, super, test.sql)
+			checkRepaired(t, url, 0, "")
+			execute(t, super, "SET session_replication_role = replica") // disables the event trigger
+			execute(t, super, "DROP FUNCTION user_service_find")
+			if _, err := openLogged(t, url); err == nil ||
+				!strings.Contains(err.Error(), "permission denied") {
+				t.Errorf("start without a function: error %v, want that permission is denied", err)
+			}
+		})
 	}
 }
