@@ -672,7 +672,30 @@ BEGIN
 END
 $$;
 
--- Step 5: repair the data. It moves sequences past the ids in use, corrects the total, and installs
+-- Step 5: let a publication include every table. Without a replica identity, PostgreSQL refuses to
+-- update or delete the rows of a published table, and these tables have no primary key. The
+-- previous release can run on this step.
+DO $$
+DECLARE
+    missing regclass;
+    code    text := '01000';
+BEGIN
+    IF to_regprocedure('user_service_schema()') IS NOT NULL THEN
+        SELECT CASE WHEN version < 5 THEN code ELSE 'US100' END INTO code
+        FROM user_service_schema();
+    END IF;
+    FOR missing IN
+        SELECT oid FROM pg_class
+        WHERE oid IN ('user_counts'::regclass, 'relay_lease'::regclass)
+            AND relreplident IN ('d', 'n')
+    LOOP
+        EXECUTE format('ALTER TABLE %s REPLICA IDENTITY FULL', missing);
+        RAISE WARNING 'set the replica identity of %', missing USING ERRCODE = code;
+    END LOOP;
+END
+$$;
+
+-- Step 6: repair the data. It moves sequences past the ids in use, corrects the total, and installs
 -- the version, which means that all steps are complete. Correcting the total needs no lock: a
 -- change and its row in user_counts become visible together, so a snapshot that does not include a
 -- change does not include its row either.

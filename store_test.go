@@ -4507,6 +4507,45 @@ func TestSkipsUsers(t *testing.T) {
 	}
 }
 
+// TestPublicationOfAllTables checks that the service works while every table is published, as for
+// logical replication: PostgreSQL then refuses to update or delete rows without a replica identity.
+func TestPublicationOfAllTables(t *testing.T) {
+	t.Parallel()
+	set := postgresSettings(t)
+	super := connect(t, asSuperuser(t, set.databaseURL))
+	execute(t, super, "CREATE PUBLICATION everything FOR ALL TABLES")
+	svc := startService(t, set)
+	checkServes(t, svc, 0)
+	s := openTestPostgres(t, set.databaseURL)
+	for range foldFrom {
+		mustCreate(t, s, "John")
+	}
+	eventually(t, "an empty outbox", func() bool {
+		return queryValue[int](t, super, "SELECT count(*) FROM outbox") == 0
+	})
+	if err := errors.Join(s.fold(t.Context()), s.sweepKeys(t.Context())); err != nil {
+		t.Error(err)
+	}
+	checkTotal(t, super)
+}
+
+// TestReplicaIdentityOfUpgrade checks that a start on a database of release 1.2.0 gives each table
+// a replica identity, and that a start sets it again if it was lost.
+func TestReplicaIdentityOfUpgrade(t *testing.T) {
+	t.Parallel()
+	url := database120(t, 1)
+	openTestPostgres(t, url)
+	conn := connect(t, url)
+	const lacking = `SELECT count(*) FROM pg_class
+		WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' AND relreplident <> 'f'
+			AND NOT EXISTS (SELECT FROM pg_index WHERE indrelid = pg_class.oid AND indisprimary)`
+	if n := queryValue[int](t, conn, lacking); n > 0 {
+		t.Errorf("%d tables have no replica identity, want none", n)
+	}
+	execute(t, conn, "ALTER TABLE user_counts REPLICA IDENTITY DEFAULT")
+	checkRepaired(t, url, 1, "replica identity of user_counts")
+}
+
 // TestStartWithoutDDL checks that the service starts on a complete schema although it may not
 // create objects, and still refuses an incomplete one.
 func TestStartWithoutDDL(t *testing.T) {
