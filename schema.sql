@@ -261,10 +261,10 @@ $$$definition$,
 $definition$CREATE OR REPLACE FUNCTION user_service_keep_ids() RETURNS trigger LANGUAGE plpgsql
 SECURITY DEFINER SET search_path FROM CURRENT AS $$
 DECLARE
-    highest bigint := nullif(current_setting('user_service.highest_id', true), '');
-    next    bigint := nextval(pg_get_serial_sequence('users', 'id'));
+    highest  bigint   := nullif(current_setting('user_service.highest_id', true), '');
+    sequence regclass := pg_get_serial_sequence('users', 'id');
 BEGIN
-    PERFORM setval(pg_get_serial_sequence('users', 'id'), highest) WHERE highest >= next;
+    PERFORM setval(sequence, highest) WHERE highest > coalesce(pg_sequence_last_value(sequence), 0);
     RETURN NULL;
 END
 $$$definition$,
@@ -704,7 +704,7 @@ DECLARE
     relation  text;
     sequence  text;
     highest   bigint;
-    next      bigint;
+    used      bigint; -- by the sequence; the next id may be too large for a bigint
     missing   bigint;
     installed int  := 0;
     waiting   bool;
@@ -714,10 +714,10 @@ BEGIN
     FOREACH relation IN ARRAY '{users, outbox}'::text[] LOOP
         sequence := pg_get_serial_sequence(relation, 'id');
         EXECUTE format('SELECT max(id) FROM %I WHERE id < 9223372036854775807', relation) INTO highest;
-        EXECUTE format('SELECT last_value + is_called::int FROM %s', sequence) INTO next;
-        IF highest >= next THEN
+        EXECUTE format('SELECT last_value - (NOT is_called)::int FROM %s', sequence) INTO used;
+        IF highest > used THEN
             PERFORM setval(sequence, highest);
-            RAISE WARNING 'moved the sequence of %.id from % behind %', relation, next, highest
+            RAISE WARNING 'moved the sequence of %.id from % behind %', relation, used, highest
                 USING ERRCODE = code;
         END IF;
     END LOOP;

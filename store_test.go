@@ -4546,6 +4546,28 @@ func TestReplicaIdentityOfUpgrade(t *testing.T) {
 	checkRepaired(t, url, 1, "replica identity of user_counts")
 }
 
+// TestLastID checks that the service starts, and that users can be changed and truncated, when the
+// last id is in use and the sequence is at its end.
+func TestLastID(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s, conn := openTestPostgres(t, url), connect(t, url)
+	execute(t, conn, `INSERT INTO users (id, name, surname, password)
+		VALUES (9223372036854775806, 'John', 'Doe', 'x')`)
+	if last := mustCreate(t, s, "Ann"); last.ID != math.MaxInt64 {
+		t.Errorf("the last user has id %d, want %d", last.ID, math.MaxInt64)
+	}
+	if log, err := openLogged(t, url); err != nil || len(log.lines("")) > 0 {
+		t.Errorf("start: error %v, want none and an empty log:\n%s", err, log)
+	}
+	ann := input("Eve", "Lee", "")
+	if _, err := s.updateUser(t.Context(), "", math.MaxInt64, ann, nil); err != nil {
+		t.Error(err)
+	}
+	execute(t, conn, "TRUNCATE users")
+	checkTotal(t, conn)
+}
+
 // TestStartWithoutDDL checks that the service starts on a complete schema although it may not
 // create objects, and still refuses an incomplete one.
 func TestStartWithoutDDL(t *testing.T) {
