@@ -155,9 +155,13 @@ $$$definition$,
 -- user_service.traceparent and user_service.tracestate, as far as they are valid in HTTP and AMQP
 -- headers. Without a trace id, that of the traceparent or a new UUID takes its place.
 --
--- A session caches query plans. The plan of EXCEPT is suitable for one row and for a million rows,
--- whereas the cached plan of a join could be a nested loop. Without OFFSET 0, an origin would be
--- split for each of its parts. Columns that a site adds to users may have the names of variables.
+-- An update has an event if the version is new. A later trigger of the site may change updated_at
+-- although nothing else changes.
+--
+-- A session caches query plans. The plan of GROUP BY is suitable for one row and for a million
+-- rows, whereas the cached plan of a join could be a nested loop. Without OFFSET 0, an origin would
+-- be split for each of its parts. Columns that a site adds to users may have the names of
+-- variables.
 $definition$CREATE OR REPLACE FUNCTION user_service_record() RETURNS trigger LANGUAGE plpgsql
 SECURITY DEFINER SET search_path FROM CURRENT AS $$
 #variable_conflict use_variable
@@ -221,8 +225,12 @@ BEGIN
             SELECT id, version, updated_at,
                 string_to_array(coalesce(origins[array_position(ids, id)], origin), E'\n') AS part
             FROM (
-                SELECT id, version, updated_at FROM updated EXCEPT
-                SELECT id, version, updated_at FROM before
+                SELECT id, max(version) AS version, max(updated_at) AS updated_at
+                FROM (
+                    SELECT id, version, updated_at, NULL::bigint AS last FROM updated UNION ALL
+                    SELECT id, NULL, NULL, version FROM before
+                ) AS versions
+                GROUP BY id HAVING max(version) <> max(last)
             ) AS new OFFSET 0
         ) AS changed;
     WHEN 'DELETE' THEN

@@ -4568,6 +4568,39 @@ func TestLastID(t *testing.T) {
 	checkTotal(t, conn)
 }
 
+// eventNames returns the types, users and versions of events.
+func eventNames(events []event) string {
+	names := make([]string, len(events))
+	for i, e := range events {
+		names[i] = fmt.Sprintf("%s %d/%d", strings.TrimPrefix(e.Type, "user."), e.Data.UserID,
+			e.Data.Version)
+	}
+	return strings.Join(names, ", ")
+}
+
+// TestSiteSetsUpdatedAt checks that an update without a change has no event, even if a later trigger
+// of the site sets updated_at.
+func TestSiteSetsUpdatedAt(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s, conn := openTestPostgres(t, url), connect(t, url)
+	execute(t, conn, `CREATE FUNCTION moddatetime() RETURNS trigger LANGUAGE plpgsql
+			AS 'BEGIN NEW.updated_at := now(); RETURN NEW; END';
+		CREATE TRIGGER users_moddatetime BEFORE UPDATE ON users
+			FOR EACH ROW EXECUTE FUNCTION moddatetime()`)
+	mustCreate(t, s, "Ann")
+	for _, name := range []string{"Ann", "Eve", "Eve"} {
+		if _, err := s.updateUser(t.Context(), "", 1, input(name, "", ""), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	execute(t, conn, "UPDATE users SET name = 'Eve'")
+	const want = "created 1/1, updated 1/2"
+	if got := eventNames(allPending(t, s)); got != want {
+		t.Errorf("events %s, want %s", got, want)
+	}
+}
+
 // TestStartWithoutDDL checks that the service starts on a complete schema although it may not
 // create objects, and still refuses an incomplete one.
 func TestStartWithoutDDL(t *testing.T) {
