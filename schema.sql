@@ -148,8 +148,9 @@ $$$definition$,
 -- An event has an origin: a trace id, an actor, a traceparent and a tracestate, in one text with a
 -- line each. The service sets it as user_service.origin. If one statement makes the changes of
 -- several requests, it sets user_service.origins, and the origin of a change is the element at the
--- index of the user's id in user_service.ids. Other roles than those of the service cannot set
--- origins, because they must not choose the actor. Releases up to 1.3.0 set trace ids alone.
+-- index of the user's id in user_service.ids. Only a role that can act as the owner sets origins,
+-- because others must not choose the actor. Such a role inherits the owner's rights or may SET ROLE
+-- to it, which not every member may since PostgreSQL 16. Releases up to 1.3.0 set trace ids alone.
 --
 -- Otherwise the actor is "sql:" and the role. The other parts are the settings user_service.trace_id,
 -- user_service.traceparent and user_service.tracestate, as far as they are valid in HTTP and AMQP
@@ -175,7 +176,10 @@ DECLARE
     parent  text;
     state   text;
 BEGIN
-    IF coalesce(origin, origins[1]) IS NOT NULL AND NOT pg_has_role(session_user, current_user, 'USAGE') THEN
+    IF coalesce(origin, origins[1]) IS NOT NULL AND NOT pg_has_role(session_user, current_user,
+        CASE WHEN current_setting('server_version_num')::int < 160000 THEN 'MEMBER'
+            ELSE 'USAGE, SET' END)
+    THEN
         origin := NULL;
         origins := NULL;
     END IF;

@@ -4601,6 +4601,25 @@ func TestSiteSetsUpdatedAt(t *testing.T) {
 	}
 }
 
+// TestOriginOfSetRole checks that events have the trace id and the actor of the request if the role
+// of DATABASE_URL does not inherit the rights of the owner, but sets its role to the owner.
+func TestOriginOfSetRole(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	role := newRole(t)
+	super := connect(t, asSuperuser(t, url))
+	execute(t, super, fmt.Sprintf(`ALTER ROLE %[1]s NOINHERIT; GRANT %[2]s TO %[1]s;
+		ALTER ROLE %[1]s SET role = '%[2]s'`, role, template.role))
+	s := openTestPostgres(t, asRole(t, url, role))
+	ctx := withTraceID(t.Context(), "trace-1")
+	if _, err := s.createUser(ctx, "ops", input("Ann", "Lee", "x"), ""); err != nil {
+		t.Fatal(err)
+	}
+	if e := allPending(t, s)[0]; e.TraceID != "trace-1" || e.actor != "ops" {
+		t.Errorf("trace id %s, actor %s, want trace-1, ops", e.TraceID, e.actor)
+	}
+}
+
 // TestStartWithoutDDL checks that the service starts on a complete schema although it may not
 // create objects, and still refuses an incomplete one.
 func TestStartWithoutDDL(t *testing.T) {
