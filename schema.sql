@@ -418,6 +418,10 @@ $$$definition$
             EXECUTE definition;
         END IF;
     END LOOP;
+    -- The indexes of users call this function with the rights of the writer.
+    IF NOT has_function_privilege('public', 'user_service_fold(text)', 'EXECUTE') THEN
+        GRANT EXECUTE ON FUNCTION user_service_fold TO PUBLIC;
+    END IF;
 END
 $step$;
 

@@ -4620,6 +4620,27 @@ func TestOriginOfSetRole(t *testing.T) {
 	}
 }
 
+// TestWritersNeedNoExecute checks that another role needs privileges on users only, even if the
+// owner grants the execution of functions to nobody.
+func TestWritersNeedNoExecute(t *testing.T) {
+	t.Parallel()
+	url := emptyDatabase(t, "")
+	conn := connect(t, url)
+	execute(t, conn, "ALTER DEFAULT PRIVILEGES REVOKE EXECUTE ON FUNCTIONS FROM PUBLIC")
+	openTestPostgres(t, url)
+	role := newRole(t)
+	execute(t, conn, "GRANT SELECT, INSERT, UPDATE, DELETE ON users TO "+role)
+	writer := connect(t, asRole(t, url, role))
+	execute(t, writer, "INSERT INTO users (name, surname, password) VALUES ('Ann', 'Lee', 'x')")
+	execute(t, writer, "UPDATE users SET name = 'Eve'")
+	execute(t, writer, "DELETE FROM users")
+	const want = "created 1/1, updated 1/2, deleted 1/3"
+	if got := queryValue[string](t, conn, eventsText); got != want {
+		t.Errorf("events %s, want %s", got, want)
+	}
+	checkTotal(t, conn)
+}
+
 // TestStartWithoutDDL checks that the service starts on a complete schema although it may not
 // create objects, and still refuses an incomplete one.
 func TestStartWithoutDDL(t *testing.T) {
