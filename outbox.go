@@ -56,7 +56,7 @@ func (s *postgres) size(ctx context.Context) (pending int64, oldest time.Duratio
 const (
 	removeEvents = `
 		DELETE FROM outbox USING unnest($1::bigint[], $2::text[]) AS done (outbox_id, event_id)
-		WHERE id = outbox_id AND outbox.event_id = done.event_id::uuid`
+		WHERE outbox.id = done.outbox_id AND outbox.event_id = done.event_id::uuid`
 	selectEvents = `
 		SELECT id, event_id::text, event_type, user_id, version, trace_id,
 			least(greatest(occurred_at, '0001-01-01 00:00Z'), '9999-12-31 23:59:59.999999Z'),

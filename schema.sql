@@ -257,8 +257,11 @@ BEGIN
             greatest(clock_timestamp(), updated_at + interval '1 microsecond'),
             coalesce(part[1], gen_random_uuid()::text), coalesce(part[2], writer),
             coalesce(part[3], ''), coalesce(part[4], '')
-        FROM users,
-            string_to_array(coalesce(origins[array_position(ids, id)], origin), E'\n') AS part;
+        FROM (
+            SELECT id, version, updated_at,
+                string_to_array(coalesce(origins[array_position(ids, id)], origin), E'\n') AS part
+            FROM users OFFSET 0
+        ) AS changed;
         INSERT INTO user_counts (n) SELECT -count(*) FROM users HAVING count(*) > 0;
         PERFORM set_config('user_service.highest_id', greatest(max(id),
             pg_sequence_last_value(pg_get_serial_sequence('users', 'id')::regclass))::text, true)
@@ -357,10 +360,12 @@ $$$definition$,
 --
 -- No index serves both a prefix and the order of ids. Up to 10000 ids are read and sorted. Of more
 -- matches, enough are probably among the next 3000 users, or more if some are skipped. Only if they
--- are not, the ids of all matches are read, which takes 0.1 ms per 1000 of them.
+-- are not, the ids of all matches are read, which takes 0.1 ms per 1000 of them. Columns that a
+-- site adds to users may have the names of variables.
 $definition$CREATE OR REPLACE FUNCTION user_service_find(
     prefix text, last text, after bigint, skipped bigint, most bigint, OUT total bigint, OUT ids bigint[]
 ) LANGUAGE plpgsql STABLE SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
+#variable_conflict use_variable
 DECLARE
     low      text     := user_service_fold(prefix);
     high     text     := low || last;

@@ -287,6 +287,7 @@ func origin(ctx context.Context, actor string) string {
 
 // These statements make changes of different users, and return the changed users. A user that is
 // not returned is missing, has another version, or, with SKIP LOCKED, is locked by somebody else.
+// Columns are qualified, because a site may add columns of any name to users.
 const (
 	changeUsers = `
 		WITH change AS (
@@ -298,19 +299,22 @@ const (
 		), free AS (
 			SELECT change.*
 			FROM change,
-				LATERAL (SELECT FROM users WHERE id = user_id FOR UPDATE SKIP LOCKED) AS users
+				LATERAL (SELECT FROM users WHERE users.id = change.user_id
+					FOR UPDATE SKIP LOCKED) AS users
 		)`
 	updateUsers = changeUsers + `
 		UPDATE users SET
-			name = coalesce(new_name, name),
-			surname = coalesce(new_surname, surname),
-			password = coalesce(new_password, password)
+			name = coalesce(free.new_name, users.name),
+			surname = coalesce(free.new_surname, users.surname),
+			password = coalesce(free.new_password, users.password)
 		FROM free
-		WHERE id = user_id AND (match IS NULL OR version = ANY (match::bigint[]))
+		WHERE users.id = free.user_id
+			AND (free.match IS NULL OR users.version = ANY (free.match::bigint[]))
 		RETURNING ` + userColumns
 	deleteUsers = changeUsers + `
 		DELETE FROM users USING free
-		WHERE id = user_id AND (match IS NULL OR version = ANY (match::bigint[]))
+		WHERE users.id = free.user_id
+			AND (free.match IS NULL OR users.version = ANY (free.match::bigint[]))
 		RETURNING ` + userColumns
 )
 

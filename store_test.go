@@ -4568,6 +4568,87 @@ func TestLastID(t *testing.T) {
 	checkTotal(t, conn)
 }
 
+// sqlWords returns the words of schema.sql and of the statements in store.go and outbox.go that
+// could be the name of a column.
+func sqlWords(t *testing.T) (words []string) {
+	t.Helper()
+	sql := regexp.MustCompile(`--.*`).ReplaceAllString(schema, "")
+	for _, file := range []string{"store.go", "outbox.go"} {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sql += strings.Join(regexp.MustCompile("(?s)`.*?`").FindAllString(string(text), -1), "\n")
+	}
+	words = regexp.MustCompile(`\b[a-z_][a-z0-9_]*\b`).FindAllString(sql, -1)
+	slices.Sort(words)
+	system := []string{"cmax", "cmin", "ctid", "tableoid", "xmax", "xmin"}
+	return slices.DeleteFunc(slices.Compact(words), func(word string) bool {
+		return slices.Contains(system, word)
+	})
+}
+
+// TestSiteColumns checks that every statement works if the site has added columns whose names occur
+// in it.
+func TestSiteColumns(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	s, conn := openTestPostgres(t, url), connect(t, url)
+	for _, table := range []string{"users", "outbox", "idempotency_keys", "user_counts", "relay_lease"} {
+		var columns []string
+		for _, word := range sqlWords(t) {
+			columns = append(columns, fmt.Sprintf("ADD COLUMN IF NOT EXISTS %q text", word))
+		}
+		execute(t, conn, "SET client_min_messages = warning; ALTER TABLE "+table+" "+
+			strings.Join(columns, ", "))
+	}
+	openTestPostgres(t, url)
+	ctx := t.Context()
+	for i := range 3 {
+		if _, err := s.createUser(ctx, "", input("John", "Doe", "x"), fmt.Sprint(i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, _, keyErr := s.creationUnder(ctx, "1")
+	_, getErr := s.getUser(ctx, 1)
+	hash, hashErr := s.passwordHash(ctx, 1)
+	version := []int64{1}
+	_, updateErr := s.updateUser(ctx, "", 1, input("Jane", "", ""), version)
+	rehashErr := s.rehashPassword(ctx, 1, hash, "y")
+	deleteErr := s.deleteUser(ctx, "", 2, version)
+	err := errors.Join(keyErr, getErr, hashErr, updateErr, rehashErr, deleteErr)
+	if err != nil {
+		t.Error(err)
+	}
+	checkFound(t, s, "jan", 0, 0, 10, []int64{1}, 1)
+	if users, total, err := s.listUsers(ctx, "", 0, 0, 10); err != nil || len(users) != 2 || total != 2 {
+		t.Errorf("list: %d users, total %d, %v, want 2, 2", len(users), total, err)
+	}
+	const want = "created 1/1, created 2/1, created 3/1, updated 1/2, deleted 2/2"
+	if got := eventNames(allPending(t, s)); got != want {
+		t.Errorf("events %s, want %s", got, want)
+	}
+	_, leads, err := s.next(ctx, allPending(t, s), nil, 10, true)
+	if pending := allPending(t, s); err != nil || !leads || len(pending) > 0 {
+		t.Errorf("relay: leads %t, %d pending events, %v, want true, 0", leads, len(pending), err)
+	}
+	// More matches than user_service_find counts, and none among the next users that it reads first.
+	execute(t, conn, `INSERT INTO users (name, surname, password)
+		SELECT CASE WHEN i > 4000 THEN 'Max' ELSE 'Ned' END, 'Lee', 'x'
+		FROM generate_series(1, 14100) AS i`)
+	if users, total, err := s.listUsers(ctx, "max", 0, 0, 10); err != nil || len(users) != 10 ||
+		total != 10001 {
+		t.Errorf("search: %d users, total %d, %v, want 10, 10001", len(users), total, err)
+	}
+	_, _, sizeErr := s.size(ctx)
+	err = errors.Join(sizeErr, s.fold(ctx), s.sweepKeys(ctx), s.vacuum(ctx), s.resign(ctx))
+	if err != nil {
+		t.Error(err)
+	}
+	execute(t, conn, "TRUNCATE users RESTART IDENTITY")
+	checkTotal(t, conn)
+}
+
 // eventNames returns the types, users and versions of events.
 func eventNames(events []event) string {
 	names := make([]string, len(events))
