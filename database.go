@@ -441,6 +441,7 @@ func sentinel(err error, lost, harmless bool) error {
 		return fmt.Errorf("%w: %w", errReferenced, err)
 	case class == "23", // a constraint
 		code == "P0001", code == "22001", code == "44000", // RAISE, a length, a view's check
+		code == "2200H", // no id is left
 		isSiteRule(err):
 		return fmt.Errorf("%w: %w", errRefused, err)
 	}

@@ -4564,6 +4564,10 @@ func TestLastID(t *testing.T) {
 	if _, err := s.updateUser(t.Context(), "", math.MaxInt64, ann, nil); err != nil {
 		t.Error(err)
 	}
+	execute(t, conn, "SELECT setval(pg_get_serial_sequence('users', 'id'), 9223372036854775807)")
+	if _, err := s.createUser(t.Context(), "", input("Eve", "Lee", "x"), ""); !errors.Is(err, errRefused) {
+		t.Errorf("creation without an id left: error %v, want %v", err, errRefused)
+	}
 	execute(t, conn, "TRUNCATE users")
 	checkTotal(t, conn)
 }
@@ -4621,7 +4625,7 @@ func TestSiteColumns(t *testing.T) {
 		t.Error(err)
 	}
 	checkFound(t, s, "jan", 0, 0, 10, []int64{1}, 1)
-	if users, total, err := s.listUsers(ctx, "", 0, 0, 10); err != nil || len(users) != 2 || total != 2 {
+	if users, total, err := s.listUsers(ctx, "", "", 0, 0, 10); err != nil || len(users) != 2 || total != 2 {
 		t.Errorf("list: %d users, total %d, %v, want 2, 2", len(users), total, err)
 	}
 	const want = "created 1/1, created 2/1, created 3/1, updated 1/2, deleted 2/2"
@@ -4636,7 +4640,7 @@ func TestSiteColumns(t *testing.T) {
 	execute(t, conn, `INSERT INTO users (name, surname, password)
 		SELECT CASE WHEN i > 4000 THEN 'Max' ELSE 'Ned' END, 'Lee', 'x'
 		FROM generate_series(1, 14100) AS i`)
-	if users, total, err := s.listUsers(ctx, "max", 0, 0, 10); err != nil || len(users) != 10 ||
+	if users, total, err := s.listUsers(ctx, "", "max", 0, 0, 10); err != nil || len(users) != 10 ||
 		total != 10001 {
 		t.Errorf("search: %d users, total %d, %v, want 10, 10001", len(users), total, err)
 	}
