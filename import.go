@@ -4,16 +4,12 @@ package main
 // batch is a transaction, so an import can be interrupted and repeated.
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"maps"
 	"math"
-	"os"
 	"slices"
 	"time"
 
@@ -75,26 +71,6 @@ func (t *transfer) importUsers(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// open returns the input, and its number of lines if that is known, else -1.
-func (t *transfer) open() (in io.Reader, lines int64, err error) {
-	if t.predecessor || t.file == "-" {
-		return t.std.in, -1, nil
-	}
-	file, err := os.Open(t.file)
-	if err != nil {
-		return nil, 0, err
-	}
-	if info, err := file.Stat(); err != nil || !info.Mode().IsRegular() {
-		return file, -1, err
-	}
-	buffer := make([]byte, importMemory)
-	for n := 0; err == nil; n, err = file.Read(buffer) {
-		lines += int64(bytes.Count(buffer[:n], []byte{'\n'}))
-	}
-	_, err = file.Seek(0, io.SeekStart)
-	return file, lines, err
-}
-
 // importRecord is a user that an import creates or updates.
 type importRecord struct {
 	Number    int64      `json:"number"` // of the line
@@ -120,6 +96,15 @@ type importer struct {
 	*transfer
 	store *postgres
 	cost  argonCost
+}
+
+// query calls f for each row of a statement, which it scans into dest.
+func (im *importer) query(ctx context.Context, sql string, args, dest []any, f func() error) error {
+	return pgx.BeginTxFunc(ctx, im.store.pool, unlimited(pgx.ReadCommitted), func(tx pgx.Tx) error {
+		rows, _ := tx.Query(ctx, sql, args...)
+		_, err := pgx.ForEachRow(rows, dest, f)
+		return err
+	})
 }
 
 // importBatch imports records. What is not written, because the user exists, is compared in the next
@@ -150,44 +135,40 @@ func (im *importer) importBatch(ctx context.Context, records []*importRecord) (e
 
 // skipStored returns the records whose users do not exist, and refuses those whose users differ.
 //
-// A record without an id gets one, which is kept under a digest of its line as if that were an
-// idempotency key: when the import is repeated, the record gets the same id again. The password is
-// not a part of the digest, which would not protect it.
+// The user of a record without an id is found under a digest of its line, which writeRecords keeps
+// as if that were an idempotency key. The password is not a part of the digest, which would not
+// protect it. If such a user was deleted, skipStored deletes the key, and the user gets a new id.
 func (im *importer) skipStored(ctx context.Context, records []*importRecord) (
 	missing []*importRecord, err error) {
 	for _, r := range records {
-		if r.ID == 0 {
+		if r.ID == 0 && r.Key == "" {
 			content, _ := json.Marshal(r)
 			r.Key = fmt.Sprintf("\timport\t%x", sha256.Sum256(content))
 		}
 	}
 	parameter, _ := json.Marshal(records)
-	rows, _ := im.store.pool.Query(context.WithoutCancel(ctx), `
-		WITH record AS (SELECT * FROM `+recordset+`), kept AS (
-			INSERT INTO idempotency_keys AS kept (key, user_id, name, surname, password, created_at)
-			SELECT key, nextval(sequence), '', '', '', now() + make_interval(days => 30)
-			FROM record, (SELECT pg_get_serial_sequence('users', 'id')::regclass AS sequence) AS users
-			WHERE id = 0
-			ON CONFLICT (key) DO UPDATE SET user_id = CASE
-				WHEN EXISTS (SELECT FROM users WHERE id = kept.user_id) THEN kept.user_id
-				ELSE excluded.user_id END
-			RETURNING key, user_id
-		)
-		SELECT coalesce(user_id, record.id), password, coalesce(same, false)
-		FROM record LEFT JOIN kept USING (key) LEFT JOIN LATERAL (
-			SELECT password, (name, surname, version)
-					= (record.name, record.surname, greatest(record.version, 1))
-				AND coalesce(created_at = record.created_at, true)
-				AND coalesce(updated_at = record.updated_at, true) AS same
-			FROM users WHERE id = coalesce(user_id, record.id) LIMIT 1
-		) AS users ON true
-		ORDER BY number`, string(parameter))
 	var id int64
 	var stored *string
 	var same bool
-	_, err = pgx.ForEachRow(rows, []any{&id, &stored, &same}, func() error {
+	err = im.query(context.WithoutCancel(ctx), `
+		WITH record AS (SELECT * FROM `+recordset+`), deleted AS (
+			DELETE FROM idempotency_keys AS kept
+			WHERE kept.key = ANY (ARRAY(SELECT record.key FROM record WHERE record.id = 0))
+				AND NOT EXISTS (SELECT FROM users WHERE users.id = kept.user_id OFFSET 0)
+		)
+		SELECT coalesce(kept.user_id, record.id), stored.password, coalesce(stored.same, false)
+		FROM record LEFT JOIN LATERAL (
+			SELECT keys.user_id FROM idempotency_keys AS keys WHERE keys.key = record.key LIMIT 1
+		) AS kept ON true LEFT JOIN LATERAL (
+			SELECT users.password, (users.name, users.surname, users.version)
+					= (record.name, record.surname, greatest(record.version, 1))
+				AND coalesce(users.created_at = record.created_at, true)
+				AND coalesce(users.updated_at = record.updated_at, true) AS same
+			FROM users WHERE users.id = coalesce(kept.user_id, record.id) LIMIT 1
+		) AS stored ON true
+		ORDER BY record.number`, []any{string(parameter)}, []any{&id, &stored, &same}, func() error {
 		r := records[0]
-		records, r.ID = records[1:], id
+		records = records[1:]
 		if stored == nil {
 			missing = append(missing, r)
 		} else if same && im.hasPassword(r, *stored) {
@@ -251,7 +232,7 @@ func (im *importer) write(ctx context.Context, records []*importRecord) (rest []
 		return nil, nil
 	}
 	for _, r := range records {
-		if written[r.ID] == r.Number {
+		if slices.Contains(written, r.Number) {
 			im.count(&im.written)
 		} else {
 			rest = append(rest, r)
@@ -260,10 +241,10 @@ func (im *importer) write(ctx context.Context, records []*importRecord) (rest []
 	return rest, err
 }
 
-// transaction writes records, and returns the numbers of those that it wrote, by id. Triggers write
-// the events; if there should be none, they are deleted before the commit.
+// transaction writes records, and returns the numbers of those that it wrote. Triggers write the
+// events; if there should be none, they are deleted before the commit.
 func (im *importer) transaction(ctx context.Context, records []*importRecord) (
-	written map[int64]int64, err error) {
+	written []int64, err error) {
 	parameter, _ := json.Marshal(records)
 	attempt := func(tx pgx.Tx) error {
 		var lastEvent int64
@@ -278,14 +259,9 @@ func (im *importer) transaction(ctx context.Context, records []*importRecord) (
 			return err
 		}
 		rows, _ := tx.Query(ctx, writeRecords, string(parameter))
-		written = make(map[int64]int64)
-		var id, number int64
-		_, err = pgx.ForEachRow(rows, []any{&id, &number}, func() error {
-			written[id] = number
-			return nil
-		})
+		written, err = pgx.CollectRows(rows, pgx.RowTo[int64])
 		if err == nil && im.predecessor {
-			_, err = tx.Exec(ctx, rememberImports, string(parameter), slices.Collect(maps.Keys(written)))
+			_, err = tx.Exec(ctx, rememberImports, string(parameter), written)
 		}
 		if err == nil && im.noEvents {
 			_, err = tx.Exec(ctx, "DELETE FROM outbox WHERE id > $1 AND trace_id = $2",
@@ -294,48 +270,68 @@ func (im *importer) transaction(ctx context.Context, records []*importRecord) (
 		return err
 	}
 	for range maxRetries + 1 {
-		options := pgx.TxOptions{IsoLevel: pgx.ReadCommitted}
-		if err = pgx.BeginTxFunc(ctx, im.store.pool, options, attempt); !isConflict(err) {
+		err = pgx.BeginTxFunc(ctx, im.store.pool, unlimited(pgx.ReadCommitted), attempt)
+		if !isConflict(err) {
 			break
 		}
 	}
 	return written, err
 }
 
-// writeRecords updates the users that are expected in a version, and creates the others. Of records
-// with the same id, the first one counts.
+// writeRecords updates the users that are expected in a version, creates the others, and returns
+// the numbers of their records. Of records with the same id, the first one counts.
+//
+// A record without an id gets one, which is kept under its key in the same transaction as the user.
+// If another import keeps that key, the insertion waits for it, and then does nothing: the user is
+// that of the other import. A table may have columns of any name besides ours, so every column is
+// qualified.
 const writeRecords = `
-	WITH record AS (SELECT * FROM ` + recordset + `), updated AS (
-		UPDATE users SET name = record.name, surname = record.surname, password = hash,
+	WITH record AS (
+		SELECT given.*, CASE given.id WHEN 0 THEN nextval(users.sequence) ELSE given.id END AS user_id
+		FROM (SELECT * FROM ` + recordset + `) AS given,
+			(SELECT pg_get_serial_sequence('users', 'id')::regclass AS sequence) AS users
+	), kept AS (
+		INSERT INTO idempotency_keys (key, user_id, name, surname, password, created_at)
+		SELECT record.key, record.user_id, '', '', '', now() + make_interval(days => 30)
+		FROM record WHERE record.id = 0
+		ON CONFLICT (key) DO NOTHING
+		RETURNING idempotency_keys.user_id
+	), updated AS (
+		UPDATE users SET name = record.name, surname = record.surname, password = record.hash,
 			updated_at = coalesce(record.updated_at, users.updated_at)
 		FROM record
-		WHERE users.id = record.id AND users.version = expected
+		WHERE users.id = record.id AND users.version = record.expected
 		RETURNING users.id
 	), created AS (
 		INSERT INTO users (id, name, surname, password, version, created_at, updated_at)
-		SELECT id, name, surname, hash, greatest(version, 1),
-			coalesce(created_at, updated_at, now()), coalesce(updated_at, created_at, now())
-		FROM record WHERE expected = 0 ORDER BY id, number
+		SELECT record.user_id, record.name, record.surname, record.hash, greatest(record.version, 1),
+			coalesce(record.created_at, record.updated_at, now()),
+			coalesce(record.updated_at, record.created_at, now())
+		FROM record
+		WHERE record.expected = 0
+			AND (record.id <> 0 OR record.user_id IN (SELECT kept.user_id FROM kept))
+		ORDER BY record.user_id, record.number
 		ON CONFLICT (id) DO NOTHING
-		RETURNING id
+		RETURNING users.id
 	)
-	SELECT id, min(number) FROM record
-	WHERE id IN (SELECT id FROM updated UNION ALL SELECT id FROM created)
-	GROUP BY id`
+	SELECT min(record.number) FROM record
+	WHERE record.user_id IN (SELECT updated.id FROM updated UNION ALL SELECT created.id FROM created)
+	GROUP BY record.user_id`
 
 // preparePredecessor moves the sequence of ids behind those of the predecessor, and returns how many
 // users that has. It creates the table that remembers which users were imported, so that a repeated
 // import can tell on which side a user has changed.
 func (im *importer) preparePredecessor(ctx context.Context) (total int64, err error) {
-	err = im.store.pool.QueryRow(ctx, `
-		SELECT total, CASE WHEN highest > coalesce(pg_sequence_last_value(sequence), 0)
-			THEN setval(sequence, highest) END
+	err = im.query(ctx, `
+		SELECT old.total, CASE WHEN old.highest > coalesce(pg_sequence_last_value(users.sequence), 0)
+			THEN setval(users.sequence, old.highest) END
 		FROM (SELECT pg_get_serial_sequence('users', 'id')::regclass AS sequence) AS users, (
-			SELECT count(*) AS total, max(id) FILTER (WHERE id < 9223372036854775807) AS highest
-			FROM "user") AS old`).Scan(&total, nil)
+			SELECT count(*) AS total,
+				max(id::bigint) FILTER (WHERE id::bigint < 9223372036854775807) AS highest
+			FROM "user") AS old`, nil, []any{&total, nil}, func() error { return nil })
 	if err == nil {
-		_, err = im.store.pool.Exec(ctx, `CREATE TABLE IF NOT EXISTS predecessor_imports (
-			id bigint PRIMARY KEY, version bigint NOT NULL, updated_at timestamptz)`)
+		err = im.query(ctx, `CREATE TABLE IF NOT EXISTS predecessor_imports (
+			id bigint PRIMARY KEY, version bigint NOT NULL, updated_at timestamptz)`, nil, nil, nil)
 	}
 	return total, err
 }
@@ -343,12 +339,13 @@ func (im *importer) preparePredecessor(ctx context.Context) (total int64, err er
 // predecessorPage says of each user of a page what to do: nothing if that is "done", to write the
 // user if it is "", and otherwise to refuse the user for that reason.
 const predecessorPage = `
-	SELECT old.id, coalesce(name, ''), coalesce(surname, ''), coalesce(password, ''),
-		CASE WHEN old.created_at BETWEEN first AND last THEN old.created_at END,
-		CASE WHEN old.updated_at BETWEEN first AND last THEN old.updated_at END,
+	SELECT old.id, coalesce(old.name, ''), coalesce(old.surname, ''), coalesce(old.password, ''),
+		CASE WHEN old.created_at BETWEEN old.first AND old.last THEN old.created_at END,
+		CASE WHEN old.updated_at BETWEEN old.first AND old.last THEN old.updated_at END,
 		coalesce(imported.version, 0), CASE
 		WHEN old.id < 1 THEN 'must have an id of 1 or more'
-		WHEN old.created_at NOT BETWEEN first AND last OR old.updated_at NOT BETWEEN first AND last
+		WHEN old.created_at NOT BETWEEN old.first AND old.last
+			OR old.updated_at NOT BETWEEN old.first AND old.last
 			THEN 'must have times in the years 1 to 9999'
 		WHEN imported.id IS NULL AND here.id IS NULL THEN ''
 		WHEN imported.id IS NULL AND here.version = 1 AND here.created_at = old.created_at
@@ -361,33 +358,35 @@ const predecessorPage = `
 		SELECT id::bigint, name::text, surname::text, password::text, created_at::timestamptz,
 			updated_at::timestamptz, timestamptz '0001-01-01 00:00Z' AS first,
 			timestamptz '9999-12-31 23:59:59.999999Z' AS last
-		FROM "user" WHERE id >= $1 ORDER BY id LIMIT $2
+		FROM "user" WHERE "user".id >= $1::bigint ORDER BY "user".id LIMIT $2
 	) AS old
 	LEFT JOIN LATERAL (
-		SELECT * FROM predecessor_imports WHERE id = old.id LIMIT 1) AS imported ON true
+		SELECT * FROM predecessor_imports AS imports WHERE imports.id = old.id LIMIT 1
+	) AS imported ON true
 	LEFT JOIN LATERAL (
-		SELECT id, version, created_at, updated_at FROM users WHERE id = old.id LIMIT 1) AS here ON true
+		SELECT users.id, users.version, users.created_at, users.updated_at
+		FROM users WHERE users.id = old.id LIMIT 1
+	) AS here ON true
 	ORDER BY old.id`
 
 // rememberImports takes the records of a batch, and the ids of those that were written.
 const rememberImports = `
 	INSERT INTO predecessor_imports AS imported (id, version, updated_at)
-	SELECT id, users.version, record.updated_at
-	FROM ` + recordset + ` JOIN users USING (id)
-	WHERE id = ANY ($2::bigint[])
+	SELECT users.id, users.version, record.updated_at
+	FROM ` + recordset + ` JOIN users ON users.id = record.id
+	WHERE users.id = ANY ($2::bigint[])
 	ON CONFLICT (id) DO UPDATE SET version = excluded.version, updated_at = excluded.updated_at`
 
 // readPredecessor passes the users of the predecessor that have changed to emit, by pages of ids. At
 // last it refuses those who were deleted on that side only.
 func (im *importer) readPredecessor(ctx context.Context, emit func([]*importRecord) bool) error {
 	for next, more := int64(math.MinInt64), true; more; {
-		rows, _ := im.store.pool.Query(ctx, predecessorPage, next, importBatch)
 		var records []*importRecord
 		var verdict string
 		var r importRecord
 		size := 0
-		_, err := pgx.ForEachRow(rows, []any{&r.ID, &r.Name, &r.Surname, &r.password, &r.CreatedAt,
-			&r.UpdatedAt, &r.Expected, &verdict}, func() error {
+		err := im.query(ctx, predecessorPage, []any{next, importBatch}, []any{&r.ID, &r.Name, &r.Surname,
+			&r.password, &r.CreatedAt, &r.UpdatedAt, &r.Expected, &verdict}, func() error {
 			r.Number, next = r.ID, r.ID+1
 			size++
 			if field, reason := r.check(verdict); verdict == "done" {
@@ -405,15 +404,13 @@ func (im *importer) readPredecessor(ctx context.Context, emit func([]*importReco
 		}
 		more = size == importBatch && next > math.MinInt64 // else it has overflowed
 	}
-	rows, _ := im.store.pool.Query(ctx, `
-		SELECT id FROM predecessor_imports JOIN users USING (id)
-		WHERE NOT EXISTS (SELECT FROM "user" WHERE "user".id = users.id)`)
 	var id int64
-	_, err := pgx.ForEachRow(rows, []any{&id}, func() error {
+	return im.query(ctx, `
+		SELECT users.id FROM predecessor_imports AS imports JOIN users ON users.id = imports.id
+		WHERE NOT EXISTS (SELECT FROM "user" WHERE "user".id = users.id)`, nil, []any{&id}, func() error {
 		im.refuse(&importRecord{Number: id}, "", `is deleted in the table "user", but not here`)
 		return nil
 	})
-	return err
 }
 
 // check trims the names of a user of the predecessor. If the user is refused, it returns the field

@@ -94,6 +94,17 @@ func runTransfer(ctx context.Context, args []string, s settings, machine limits,
 	return int(min(t.refused.Load(), 1))
 }
 
+// unlimited returns the options of a transaction whose duration is not limited by the timeouts that
+// the site sets for the role or the database. BEGIN is sent together with the settings, so that no
+// timeout ends the transaction between them. The settings are those of the transaction alone,
+// because a pooler may give the session to another client.
+func unlimited(modes pgx.TxIsoLevel) pgx.TxOptions {
+	return pgx.TxOptions{BeginQuery: "BEGIN ISOLATION LEVEL " + string(modes) + `;
+		SET LOCAL statement_timeout = 0;
+		SELECT set_config(name, '0', true) FROM pg_settings WHERE name IN ('lock_timeout',
+			'idle_in_transaction_session_timeout', 'transaction_timeout')`} // the last since PostgreSQL 17
+}
+
 // exportUsers writes the users of one snapshot, in the order of ids.
 func (t *transfer) exportUsers(ctx context.Context) error {
 	config, err := poolConfig(t.settings.databaseURL, t.settings.appName)
@@ -106,12 +117,10 @@ func (t *transfer) exportUsers(ctx context.Context) error {
 	}
 	defer func() { _ = conn.Close(context.WithoutCancel(ctx)) }()
 	out := bufio.NewWriterSize(t.std.out, maxLine)
-	options := pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}
+	options := unlimited(pgx.RepeatableRead + ", READ ONLY")
 	err = pgx.BeginTxFunc(ctx, conn, options, func(tx pgx.Tx) error {
 		var total int64
-		err := tx.QueryRow(ctx, `
-			SELECT greatest(sum(n), 0)::bigint
-			FROM user_counts, set_config('statement_timeout', '0', true)`).Scan(&total)
+		err := tx.QueryRow(ctx, "SELECT greatest(sum(n), 0)::bigint FROM user_counts").Scan(&total)
 		if err != nil {
 			return err
 		}
@@ -133,6 +142,26 @@ func (t *transfer) exportUsers(ctx context.Context) error {
 		return err
 	})
 	return cmp.Or(err, out.Flush())
+}
+
+// open returns the input, and its number of lines if that is known, else -1.
+func (t *transfer) open() (in io.Reader, lines int64, err error) {
+	if t.predecessor || t.file == "-" {
+		return t.std.in, -1, nil
+	}
+	file, err := os.Open(t.file)
+	if err != nil {
+		return nil, 0, err
+	}
+	if info, err := file.Stat(); err != nil || !info.Mode().IsRegular() {
+		return file, -1, err
+	}
+	buffer := make([]byte, importMemory)
+	for n := 0; err == nil; n, err = file.Read(buffer) {
+		lines += int64(bytes.Count(buffer[:n], []byte{'\n'}))
+	}
+	_, err = file.Seek(0, io.SeekStart)
+	return file, lines, err
 }
 
 // readLines passes the records of JSON lines to emit. It refuses lines that are not valid, and skips
@@ -189,8 +218,11 @@ func (r *importRecord) parse(line []byte, rules map[string]fieldRule) (field, re
 	}
 	r.Name, r.Surname, r.password, r.Hash = fields["name"], fields["surname"], fields["password"],
 		fields["password_hash"]
-	if (r.password == "") == (r.Hash == "") {
+	switch {
+	case r.password == "" && r.Hash == "":
 		return "password", "is required, or password_hash instead"
+	case r.password != "" && r.Hash != "":
+		return "password", "must not be given together with password_hash"
 	}
 	r.ID, _ = strconv.ParseInt(fields["id"], 10, 64) // both are valid or empty
 	r.Version, _ = strconv.ParseInt(fields["version"], 10, 64)

@@ -127,6 +127,48 @@ func TestImportInterrupted(t *testing.T) {
 	}
 }
 
+// TestImportSimultaneous imports one file twice at the same time, and another one beside it.
+func TestImportSimultaneous(t *testing.T) {
+	t.Parallel()
+	const n = 5000
+	d, conn := newUserDatabase(t)
+	same := hashedLines(n, false)
+	other := strings.ReplaceAll(same, `"name":"John`, `"name":"Jane`)
+	var ended []chan transferred
+	for _, input := range []string{same, same, other} {
+		ended = append(ended, begin(t, d.URL, strings.NewReader(input), "import", "-").ended())
+	}
+	created := 0
+	for _, ended := range ended[:2] {
+		r := <-ended
+		got := r.ending(t).Users
+		r.expect(t, 0, imported(got, n-got, 0))
+		created += got
+	}
+	(<-ended[2]).expect(t, 0, imported(n, 0, 0))
+	if created != n {
+		t.Errorf("both imports created %d users, want %d", created, n)
+	}
+	expectComplete(t, conn, 2*n)
+}
+
+// TestImportDeleted imports lines without ids again after some users were deleted. They are created
+// with new ids.
+func TestImportDeleted(t *testing.T) {
+	t.Parallel()
+	d, conn := newUserDatabase(t)
+	input := hashedLines(5, false)
+	transfer(t, d.URL, input, "import", "-").expect(t, 0, imported(5, 0, 0))
+	mustExec(t, conn, "DELETE FROM users WHERE id IN (2, 5)")
+	transfer(t, d.URL, input, "import", "-").expect(t, 0, imported(2, 3, 0))
+	transfer(t, d.URL, input, "import", "-").expect(t, 0, imported(0, 5, 0))
+	got := queryValue[string](t, conn, `SELECT string_agg(name, ', ' ORDER BY id) FROM users
+		WHERE id NOT IN (2, 5)`)
+	if want := "John 1, John 3, John 4, John 2, John 5"; got != want {
+		t.Errorf("got %s without the ids 2 and 5, want %s", got, want)
+	}
+}
+
 // TestPredecessorInterrupted ends the import while it hashes the second page of users. Most users of
 // the first page are here already, so it is done before.
 func TestPredecessorInterrupted(t *testing.T) {

@@ -139,6 +139,49 @@ func TestPredecessorRows(t *testing.T) {
 	}
 }
 
+// TestPredecessorTypes imports from tables whose columns have other types than SQLAlchemy's for the
+// same models, and none with NOT NULL.
+func TestPredecessorTypes(t *testing.T) {
+	t.Parallel()
+	const zoned, local = "timestamptz", "timestamp"
+	for _, test := range []struct{ id, text, time string }{
+		{"serial", "varchar(255)", zoned},
+		{"smallserial", "varchar(255)", local},
+		{"bigserial", "char(20)", local},
+		{"numeric", "text", zoned},
+		{"int", "text_of_site", "date"},
+	} {
+		t.Run(test.id, func(t *testing.T) {
+			t.Parallel()
+			d, conn := newUserDatabase(t)
+			mustExec(t, conn, "CREATE DOMAIN text_of_site AS text CHECK (VALUE <> '')")
+			mustExec(t, conn, strings.NewReplacer("ID", test.id, "TEXT", test.text, "TIME", test.time).
+				Replace(`CREATE TABLE "user" (id ID PRIMARY KEY, name TEXT, surname TEXT, password TEXT,
+					created_at TIME, updated_at TIME)`))
+			mustExec(t, conn, `INSERT INTO "user" VALUES
+				(1, 'John', 'Doe', '`+env.Secret+`', '2020-01-01', '2021-01-01'),
+				(2, 'Jane', 'Doe', '`+env.Secret+`', NULL, NULL),
+				(3, NULL, 'Doe', '`+env.Secret+`', '2020-01-01', NULL),
+				(4, 'Jack', 'Doe', NULL, NULL, '2021-01-01')`)
+			for _, want := range []ending{imported(2, 0, 2), imported(0, 2, 2)} {
+				r := transfer(t, d.URL, "", "import", "--predecessor")
+				r.expect(t, 1, want)
+				expectLines(t, "standard error", r.refusals(t), []string{
+					`{"id":3,"field":"name","reason":"` + notName + `"}`,
+					`{"id":4,"field":"password","reason":"must have 1 to 128 characters"}`})
+			}
+			got := users(t, conn)
+			if len(got) != 2 || got[0] != "1|John|Doe|1|2020-01-01 00:00:00|2021-01-01 00:00:00" ||
+				!strings.HasPrefix(got[1], "2|Jane|Doe|1|") {
+				t.Errorf("got the users %q, want John and Jane", got)
+			}
+			if id := queryValue[int](t, conn, "SELECT nextval('users_id_seq')"); id != 5 {
+				t.Errorf("got %d as the next id, want 5", id)
+			}
+		})
+	}
+}
+
 // TestPredecessorRepeated changes users on both sides between imports.
 func TestPredecessorRepeated(t *testing.T) {
 	t.Parallel()

@@ -299,7 +299,7 @@ var importLines = []struct{ line, field, reason, user string }{
 	{line: `{"name":"John","surname":"Doe"}`, field: "password",
 		reason: "is required, or password_hash instead"},
 	{line: `{` + lineDoe + `,"password_hash":"$2b$10$` + strings.Repeat("a", 53) + `"}`,
-		field: "password", reason: "is required, or password_hash instead"},
+		field: "password", reason: "must not be given together with password_hash"},
 	{line: `{` + lineDoe + `,"Name":"John"}`, field: "Name", reason: notKnown},
 	{line: `{` + lineDoe + `,"` + strings.Repeat("x", 200) + `":1}`,
 		field: strings.Repeat("x", 100), reason: notKnown},
