@@ -262,31 +262,31 @@ func serveSwaggerUI(w *response, r *http.Request, _ caller) error {
 	}
 	w.Header().Set("Content-Type", docsTypes[extension])
 	w.Header().Set("Content-Length", strconv.Itoa(len(content)))
-	_, _ = w.Write(content) // response records a failure
+	_, _ = io.Copy(w, strings.NewReader(content)) // response records a failure
 	return nil
 }
 
 // unpacked has the result of unpack by name. The largest takes 15 ms, and anybody may ask for it.
 var unpacked sync.Map
 
-// unpack returns the content of a file of Swagger UI, which the caller must not change.
-func unpack(name string) ([]byte, error) {
+// unpack returns the content of a file of Swagger UI.
+func unpack(name string) (string, error) {
 	if content, ok := unpacked.Load(name); ok {
-		return content.([]byte), nil
+		return content.(string), nil
 	}
 	file, err := static.FS.Open(name)
 	if err != nil {
-		return nil, err
+		return "", err
 	}
 	packed, err := gzip.NewReader(file)
 	if err != nil {
-		return nil, err
+		return "", err
 	}
 	content, err := io.ReadAll(packed)
 	if err == nil {
-		unpacked.Store(name, content)
+		unpacked.Store(name, string(content))
 	}
-	return content, err
+	return string(content), err
 }
 
 // acceptsGzip reports whether Accept-Encoding allows gzip and does not prefer identity (RFC 9110,

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"math"
 	"math/rand/v2"
@@ -4578,7 +4579,7 @@ func sqlWords(t *testing.T) (words []string) {
 	t.Helper()
 	sql := regexp.MustCompile(`--.*`).ReplaceAllString(schema, "")
 	for _, file := range []string{"store.go", "outbox.go"} {
-		text, err := os.ReadFile(file)
+		text, err := fs.ReadFile(os.DirFS("."), file)
 		if err != nil {
 			t.Fatal(err)
 		}
