@@ -227,18 +227,18 @@ func (a *access) clientNetwork(r *http.Request) string {
 	return client.String()
 }
 
-// behindProxies returns the client's address. It follows X-Forwarded-For, or Forwarded (RFC 7239), as
-// long as trusted proxies wrote it. If both are given and differ, the client wrote one of them, and
-// the proxy counts.
+// behindProxies returns the client's address. It follows X-Forwarded-For, or the standard Forwarded
+// (RFC 7239), as long as trusted proxies wrote it. If both are given and differ, the client wrote
+// one of them, and the proxy counts.
 func (a *access) behindProxies(proxy netip.Addr, h http.Header) netip.Addr {
-	lines, lines7239 := h["X-Forwarded-For"], h["Forwarded"]
+	lines, standard := h["X-Forwarded-For"], h["Forwarded"]
 	hops := strings.Split(strings.Join(lines, ","), ",")
 	slices.Reverse(hops)
 	client := a.follow(proxy, hops)
-	if len(lines7239) == 0 {
+	if len(standard) == 0 {
 		return client
 	}
-	forwarded := a.follow(proxy, forwardedHops(strings.Join(lines7239, ",")))
+	forwarded := a.follow(proxy, forwardedHops(strings.Join(standard, ",")))
 	if len(lines) > 0 && forwarded != client {
 		return proxy
 	}
@@ -262,8 +262,8 @@ func (a *access) follow(peer netip.Addr, hops []string) netip.Addr {
 	return peer
 }
 
-// forwardedHops returns the parameter for of each element of Forwarded, the last one first. It is ""
-// if it is missing, or given twice: a proxy may have put a header of the client into an element.
+// forwardedHops returns the parameter for of each element of Forwarded, the last one first. It is
+// "" if it is missing, or given twice: a proxy may have put a header of the client into an element.
 func forwardedHops(list string) (hops []string) {
 	for _, element := range splitBackward(list, ',') {
 		var nodes []string

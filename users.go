@@ -73,7 +73,7 @@ type userStore interface {
 	// listUsers returns up to limit users with ids above after, in the order of ids, without the
 	// first offset of them. With a prefix it lists only users whose name or surname begins with it
 	// regardless of case (see foldCase). total counts all such users, but with a prefix
-	// maxMatches+1 means that there are more.
+	// maxMatches+1 means that there are more. Clients take turns.
 	listUsers(ctx context.Context, client, prefix string, after, offset, limit int64) (
 		users []User, total int64, err error)
 	// updateUser fails with errNotFound, then errVersionMismatch. If nothing differs, it returns
