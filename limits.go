@@ -29,7 +29,7 @@ import (
 // answer within 5 s, also when the database does not answer.
 const requestBudget = 5 * time.Second
 
-// Shares of the request budget. Each leaves time for what follows it.
+// Shares of the request budget. workBudget limits the sum of those that follow each other.
 const (
 	workBudget      = requestBudget * 9 / 10 // all statements and waits of a change
 	statementBudget = requestBudget * 4 / 5  // one statement, with the wait for a connection

@@ -10,8 +10,9 @@
 -- complete, the steps change nothing, and need no right to create objects.
 --
 -- To change the schema, add a step before the last one, state in its comment whether the previous
--- release can run on it, and replace the version in step 0, in step 1 and in the last step. A new
--- version also keeps an older release from putting its own functions back when it starts.
+-- release can run on it, and replace the version in step 0, in step 1 and in the last step. To
+-- change a function, replace the version too: it keeps an older release that starts from putting
+-- its own functions back, and step 1 compares only bodies.
 --
 -- The service handles these error codes: US001 the database cannot be used, US002 skip the
 -- remaining steps, US100 the schema was repaired, US101 a new version was installed, US102 an index
